@@ -1,0 +1,2 @@
+-- The role stays: other databases of the server may use it.
+DROP SCHEMA rescind CASCADE;
