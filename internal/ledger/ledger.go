@@ -1,0 +1,226 @@
+// Package ledger hides how a revocation becomes durable: batches, transactions,
+// how seqs are made, retention, and who may feed a sink. It owns the tables
+// revocations, log, log_head, tenant_heads, sink_cursors and audit.
+//
+// # Invariants
+//
+// A state row and its event commit in one transaction. That transaction takes
+// the row of log_head last, so seqs follow commit order and have no gaps with
+// any number of processes, and it holds that row no longer than a commit.
+//
+// # Decisions
+//
+// Group commit without a timer: while one transaction is in flight the next
+// batch fills. An idle service adds no latency, a busy one needs fewer commits.
+//
+// Entries are sorted by their unique key before the statement: two batches with
+// the same targets would else deadlock.
+//
+// A batch is safe to send twice, since a target that is stored already adds no
+// event. So a lost connection is retried once without asking whether the commit
+// went through.
+package ledger
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/rescindhq/rescind/api/revocation"
+)
+
+// ErrBusy is returned when the queue is full. Nothing was stored.
+var ErrBusy = errors.New("too many revocations are waiting to be committed")
+
+// ErrUnavailable is returned when a commit failed or its outcome is not known.
+// Sending the same revocation again is safe.
+var ErrUnavailable = errors.New("the revocation could not be committed")
+
+// ErrSeqGone is returned by [Ledger.After] for events that retention has removed.
+var ErrSeqGone = errors.New("the log no longer has these events")
+
+// ErrRestored means that the log's head went back within one epoch: the database
+// was restored to an older state while this process ran.
+var ErrRestored = errors.New("the log's head went back: the database was restored to an older state; " +
+	"stop all processes and run: rescind epoch new")
+
+// Config tunes the ledger. The zero value is ready for production.
+type Config struct {
+	// MaxBatch caps the revocations in one commit. More means fewer commits under
+	// load, and one slow commit delays more callers. Default 500, 1 to 5000.
+	MaxBatch int
+	// QueueSize caps the revocations that wait for a commit; past it Revoke returns
+	// ErrBusy. Default 10000, at least MaxBatch.
+	QueueSize int
+	// CommitTimeout bounds one commit, also during shutdown. Default 5s, at least 100ms.
+	CommitTimeout time.Duration
+	// ClockSkew is added to the database's clock when a revocation that has a time
+	// is made. Default 2s, 0 to 60s; negative for none.
+	ClockSkew time.Duration
+	// LogRetention is how long events stay. Default 72h, at least 1m. An event
+	// stays longer while a sink still needs it.
+	LogRetention time.Duration
+	// TrimEvery is the time between two clean-ups. Default 1m.
+	TrimEvery time.Duration
+	// Source is the CloudEvents source of events: the issuer of the super tenant.
+	Source string
+}
+
+func (c Config) withDefaults() (Config, error) {
+	set := func(p *time.Duration, d time.Duration) {
+		if *p == 0 {
+			*p = d
+		}
+	}
+	set(&c.CommitTimeout, 5*time.Second)
+	set(&c.ClockSkew, 2*time.Second)
+	set(&c.LogRetention, 72*time.Hour)
+	set(&c.TrimEvery, time.Minute)
+	if c.MaxBatch == 0 {
+		c.MaxBatch = 500
+	}
+	if c.QueueSize == 0 {
+		c.QueueSize = 10000
+	}
+	c.ClockSkew = max(c.ClockSkew, 0)
+	var errs []error
+	check := func(ok bool, format string, args ...any) {
+		if !ok {
+			errs = append(errs, fmt.Errorf(format, args...))
+		}
+	}
+	check(1 <= c.MaxBatch && c.MaxBatch <= 5000, "MaxBatch is %d, must be 1 to 5000", c.MaxBatch)
+	check(c.QueueSize >= c.MaxBatch, "QueueSize is %d, must be at least MaxBatch, %d", c.QueueSize, c.MaxBatch)
+	check(c.CommitTimeout >= 100*time.Millisecond, "CommitTimeout is %s, must be at least 100ms", c.CommitTimeout)
+	check(c.ClockSkew <= time.Minute, "ClockSkew is %s, must be at most 1m", c.ClockSkew)
+	check(c.LogRetention >= time.Minute, "LogRetention is %s, must be at least 1m", c.LogRetention)
+	check(c.Source != "", "Source is empty, must be the issuer of the super tenant")
+	return c, errors.Join(errs...)
+}
+
+// Session sets what every connection of the service's pool must have. The pool
+// given to [New] must have been made with it.
+func Session(cfg *pgxpool.Config) {
+	p := cfg.ConnConfig.RuntimeParams
+	p["synchronous_commit"] = "on" // whatever the server's default: an answer promises durability
+	p["lock_timeout"] = "5s"
+	p["idle_in_transaction_session_timeout"] = "15s"
+	p["search_path"] = "pg_catalog"
+	p["timezone"] = "UTC"
+	if _, ok := p["application_name"]; !ok {
+		p["application_name"] = "rescind"
+	}
+}
+
+// Ledger records revocations and reads the log. Its methods may be called from
+// any goroutine.
+type Ledger struct {
+	cfg     Config
+	pool    *pgxpool.Pool
+	log     *slog.Logger
+	metrics *metrics
+	queue   *queue
+	grown   broadcast
+
+	mu   sync.Mutex
+	seen revocation.Position // the furthest head that this process knows to be committed
+
+	fatal chan error
+}
+
+// New returns a ledger on pool, which must log in as a member of rescind_service.
+// [Ledger.Run] must run for [Ledger.Revoke] to finish.
+func New(cfg Config, pool *pgxpool.Pool, reg prometheus.Registerer, log *slog.Logger) (*Ledger, error) {
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, fmt.Errorf("configure ledger: %w", err)
+	}
+	l := &Ledger{
+		cfg:   cfg,
+		pool:  pool,
+		log:   log.With("component", "ledger"),
+		queue: newQueue(cfg.QueueSize),
+		fatal: make(chan error, 1),
+	}
+	l.metrics = newMetrics(reg, l)
+	return l, nil
+}
+
+// Run commits what [Ledger.Revoke] is given until ctx ends, then commits what was
+// accepted, and returns nil. It returns [ErrRestored] when the log went back.
+func (l *Ledger) Run(ctx context.Context) error {
+	g, gctx := errgroup.WithContext(ctx)
+	g.Go(func() error { return l.listen(gctx) })
+	g.Go(func() error { return l.trim(gctx) })
+	g.Go(func() error { l.commitLoop(gctx); return nil })
+	g.Go(func() error {
+		select {
+		case <-gctx.Done():
+			return nil
+		case err := <-l.fatal:
+			return err
+		}
+	})
+	return g.Wait()
+}
+
+// saw records that p is committed.
+func (l *Ledger) saw(p revocation.Position) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if p.Epoch != l.seen.Epoch || p.Seq > l.seen.Seq {
+		l.seen = p
+	}
+}
+
+// notBehind returns ErrRestored if head, read or locked after seen was, is before it.
+func notBehind(head, seen revocation.Position) error {
+	if head.Epoch == seen.Epoch && head.Seq < seen.Seq {
+		return fmt.Errorf("head is %d, was %d: %w", head.Seq, seen.Seq, ErrRestored)
+	}
+	return nil
+}
+
+func (l *Ledger) lastSeen() revocation.Position {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.seen
+}
+
+func (l *Ledger) fail(err error) {
+	select {
+	case l.fatal <- err:
+	default:
+	}
+}
+
+// A broadcast wakes all who wait for the next one.
+type broadcast struct {
+	mu sync.Mutex
+	ch chan struct{}
+}
+
+func (b *broadcast) next() <-chan struct{} {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ch == nil {
+		b.ch = make(chan struct{})
+	}
+	return b.ch
+}
+
+func (b *broadcast) send() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.ch != nil {
+		close(b.ch)
+		b.ch = nil
+	}
+}

@@ -1,0 +1,162 @@
+package ledger
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/jackc/pgx/v5"
+
+	"github.com/rescindhq/rescind/api/revocation"
+)
+
+// Head reads the position of the last committed event from the database.
+func (l *Ledger) Head(ctx context.Context) (revocation.Position, error) {
+	var p revocation.Position
+	seen := l.lastSeen()
+	if err := l.pool.QueryRow(ctx, headSQL).Scan(&p.Epoch, &p.Seq); err != nil {
+		return p, fmt.Errorf("read log head: %w", err)
+	}
+	if err := notBehind(p, seen); err != nil {
+		l.fail(err)
+		return p, err
+	}
+	l.saw(p)
+	return p, nil
+}
+
+const afterSQL = `
+SELECT h.epoch::text, l.seq, l.previous, l.type, l.subject, l.at, l.tenant_id, l.tenant, l.traceparent, l.data
+FROM rescind.log_head h, rescind.log l
+WHERE l.seq > $1 ORDER BY l.seq LIMIT $2`
+
+// After returns up to limit events that follow seq, in order and without a gap;
+// none when the log ends at seq. It returns [ErrSeqGone] if retention has removed
+// the next one.
+func (l *Ledger) After(ctx context.Context, seq revocation.Seq, limit int) ([]revocation.Event, error) {
+	rows, err := l.pool.Query(ctx, afterSQL, int64(seq), limit)
+	if err != nil {
+		return nil, fmt.Errorf("read log after %d: %w", seq, err)
+	}
+	events, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (revocation.Event, error) {
+		e := revocation.Event{Source: l.cfg.Source}
+		err := row.Scan(&e.Epoch, &e.Seq, &e.Previous, &e.Type, &e.Subject, &e.Time,
+			&e.Tenant.ID, &e.Tenant.Domain, &e.Traceparent, (*[]byte)(&e.Data))
+		return e, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read log after %d: %w", seq, err)
+	}
+	for i, e := range events {
+		if want := seq + revocation.Seq(i) + 1; e.Seq != want {
+			return nil, fmt.Errorf("read log after %d: %w: the oldest left is %d", seq, ErrSeqGone, e.Seq)
+		}
+	}
+	return events, nil
+}
+
+// Oldest returns the lowest seq that the log still has, the head's successor if none.
+func (l *Ledger) Oldest(ctx context.Context) (revocation.Seq, error) {
+	var seq revocation.Seq
+	err := l.pool.QueryRow(ctx,
+		`SELECT coalesce((SELECT min(seq) FROM rescind.log), (SELECT seq + 1 FROM rescind.log_head))`).Scan(&seq)
+	if err != nil {
+		return 0, fmt.Errorf("read oldest event: %w", err)
+	}
+	return seq, nil
+}
+
+// Grown returns a channel that is closed when the log has grown, as soon as this
+// process knows. Take it before [Ledger.After], so that nothing is missed.
+func (l *Ledger) Grown() <-chan struct{} { return l.grown.next() }
+
+// listen passes on the notifications of other processes. Losing it loses no event:
+// readers also look by themselves.
+func (l *Ledger) listen(ctx context.Context) error {
+	for ctx.Err() == nil {
+		err := l.listenOnce(ctx)
+		if ctx.Err() != nil {
+			break
+		}
+		l.log.Warn("lost the notifications of other processes, polling until they are back", "error", err)
+		pause(ctx, time.Second)
+	}
+	return nil
+}
+
+func (l *Ledger) listenOnce(ctx context.Context) error {
+	conn, err := l.connect(ctx, "rescind listen")
+	if err != nil {
+		return err
+	}
+	defer closeConn(conn)
+	if _, err := conn.Exec(ctx, `LISTEN rescind_log`); err != nil {
+		return err
+	}
+	l.grown.send()
+	for {
+		if _, err := conn.WaitForNotification(ctx); err != nil {
+			return err
+		}
+		l.grown.send()
+	}
+}
+
+// EnsureCursors gives each sink that has no cursor one at the log's head, so that
+// every event from now on is for it.
+func (l *Ledger) EnsureCursors(ctx context.Context, sinks []string) error {
+	_, err := l.pool.Exec(ctx, `
+		INSERT INTO rescind.sink_cursors (sink, seq) SELECT s, h.seq FROM unnest($1::text[]) AS s, rescind.log_head h
+		ON CONFLICT (sink) DO NOTHING`, sinks)
+	if err != nil {
+		return fmt.Errorf("make cursors of sinks %q: %w", sinks, err)
+	}
+	return nil
+}
+
+// Cursors returns how far each sink has come, as of its last save.
+func (l *Ledger) Cursors(ctx context.Context) (map[string]revocation.Seq, error) {
+	rows, err := l.pool.Query(ctx, `SELECT sink, seq FROM rescind.sink_cursors`)
+	if err != nil {
+		return nil, fmt.Errorf("read cursors: %w", err)
+	}
+	cursors := make(map[string]revocation.Seq)
+	var sink string
+	var seq revocation.Seq
+	_, err = pgx.ForEachRow(rows, []any{&sink, &seq}, func() error { cursors[sink] = seq; return nil })
+	if err != nil {
+		return nil, fmt.Errorf("read cursors: %w", err)
+	}
+	return cursors, nil
+}
+
+// trim removes what is over, in small steps so that nobody waits for them.
+func (l *Ledger) trim(ctx context.Context) error {
+	for pause(ctx, l.cfg.TrimEvery) {
+		err := errors.Join(
+			l.trimAll(ctx, l.metrics.trimmed.WithLabelValues("log"), `SELECT rescind.trim_log($1, $2)`, l.cfg.LogRetention, trimChunk),
+			l.trimAll(ctx, l.metrics.trimmed.WithLabelValues("revocations"), `SELECT rescind.trim_revocations($1)`, trimChunk),
+		)
+		if err != nil && ctx.Err() == nil {
+			l.log.Warn("clean-up failed, it is tried again", "error", err, "in", l.cfg.TrimEvery)
+		}
+	}
+	return nil
+}
+
+// trimChunk rows take a few milliseconds to remove.
+const trimChunk = 1000
+
+func (l *Ledger) trimAll(ctx context.Context, count interface{ Add(float64) }, sql string, args ...any) error {
+	for {
+		var n int
+		if err := l.pool.QueryRow(ctx, sql, args...).Scan(&n); err != nil {
+			return fmt.Errorf("%s: %w", sql, err)
+		}
+		count.Add(float64(n))
+		if n < trimChunk || !pause(ctx, 20*time.Millisecond) {
+			return nil
+		}
+	}
+}

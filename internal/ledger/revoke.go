@@ -1,0 +1,483 @@
+package ledger
+
+import (
+	"cmp"
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"slices"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
+
+	"github.com/rescindhq/rescind/api/revocation"
+)
+
+// Request asks for one revocation.
+type Request struct {
+	Target revocation.Target
+	// Tenant owns the target's issuer.
+	Tenant revocation.Tenant
+	// Exp is when the last matching token ends by itself, in Unix seconds.
+	Exp int64
+	// ClientID and Signature are as in [revocation.Revocation].
+	ClientID, Signature string
+	// Reason is for people.
+	Reason string
+	// Action names the request in the audit, for example "revoke_token".
+	Action string
+	Actor  Actor
+	// Traceparent continues the caller's trace. May be empty.
+	Traceparent string
+
+	notAfter int64 // of an import; 0 takes the database's clock where the kind has a time
+}
+
+// Actor is who asked, for the audit.
+type Actor struct {
+	// Name is "client:<consumer key>", "account:<user name>" or "system".
+	Name string
+	// RequestID is the id that the caller was answered with.
+	RequestID string
+	// Remote is the caller's address.
+	Remote string
+}
+
+// Result says where a revocation stands in the log.
+type Result struct {
+	// Seq is a place in the log at which the revocation is there.
+	Seq revocation.Seq
+	// Added is false when an earlier revocation of the same target covers this one.
+	Added bool
+}
+
+// Revoke returns nil once the revocation and its event are committed. If ctx ends
+// first the revocation is committed all the same. Errors: [revocation.InvalidError],
+// [ErrBusy], [ErrUnavailable], ctx's.
+func (l *Ledger) Revoke(ctx context.Context, r Request) (Result, error) {
+	if err := r.Target.Validate(); err != nil {
+		return Result{}, err
+	}
+	it := &item{Request: r, done: make(chan outcome, 1)}
+	if err := l.queue.add(it); err != nil {
+		l.metrics.refused.Inc()
+		return Result{}, err
+	}
+	select {
+	case out := <-it.done:
+		return out.result, out.err
+	case <-ctx.Done():
+		return Result{}, context.Cause(ctx)
+	}
+}
+
+type item struct {
+	Request
+	done chan outcome // buffered: no caller can hold up the rest
+}
+
+type outcome struct {
+	result Result
+	err    error
+}
+
+// queue is bounded and hands out what has come since the last batch.
+type queue struct {
+	filled chan struct{}
+
+	mu     sync.Mutex
+	items  []*item
+	size   int
+	closed bool
+}
+
+func newQueue(size int) *queue {
+	return &queue{filled: make(chan struct{}, 1), size: size}
+}
+
+func (q *queue) add(it *item) error {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if q.closed {
+		return fmt.Errorf("%w: the service is stopping", ErrUnavailable)
+	}
+	if len(q.items) >= q.size {
+		return ErrBusy
+	}
+	q.items = append(q.items, it)
+	if len(q.items) == 1 {
+		q.signal()
+	}
+	return nil
+}
+
+func (q *queue) signal() {
+	select {
+	case q.filled <- struct{}{}:
+	default:
+	}
+}
+
+// take returns at most n items, none when there are none now.
+func (q *queue) take(n int) []*item {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	n = min(n, len(q.items))
+	batch := slices.Clone(q.items[:n])
+	rest := copy(q.items, q.items[n:])
+	clear(q.items[rest:])
+	q.items = q.items[:rest]
+	if rest > 0 {
+		q.signal()
+	}
+	return batch
+}
+
+func (q *queue) len() int {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return len(q.items)
+}
+
+func (q *queue) close() {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.closed = true
+}
+
+func (l *Ledger) commitLoop(ctx context.Context) {
+	for ctx.Err() == nil {
+		select {
+		case <-l.queue.filled:
+			l.commitBatch(ctx, l.queue.take(l.cfg.MaxBatch))
+		case <-ctx.Done():
+		}
+	}
+	l.queue.close()
+	for batch := l.queue.take(l.cfg.MaxBatch); len(batch) > 0; batch = l.queue.take(l.cfg.MaxBatch) {
+		l.commitBatch(ctx, batch)
+	}
+}
+
+func (l *Ledger) commitBatch(ctx context.Context, batch []*item) {
+	if len(batch) == 0 {
+		return
+	}
+	// A commit outlives shutdown: cancelling it would leave its callers unsure.
+	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), l.cfg.CommitTimeout,
+		fmt.Errorf("no commit within %s", l.cfg.CommitTimeout))
+	defer cancel()
+	requests := make([]Request, len(batch))
+	for i, it := range batch {
+		requests[i] = it.Request
+	}
+	results, err := l.commit(ctx, requests)
+	if isItemFault(err) && len(batch) > 1 {
+		// One item that the database refuses must not fail the others.
+		for _, it := range batch {
+			r, err := l.commit(ctx, []Request{it.Request})
+			it.answer(r, 0, l.asUnavailable(err))
+		}
+		return
+	}
+	err = l.asUnavailable(err)
+	for i, it := range batch {
+		it.answer(results, i, err)
+	}
+}
+
+func (it *item) answer(results []Result, i int, err error) {
+	if err != nil {
+		it.done <- outcome{err: err}
+		return
+	}
+	it.done <- outcome{result: results[i]}
+}
+
+func (l *Ledger) asUnavailable(err error) error {
+	if err == nil {
+		return nil
+	}
+	l.metrics.failed.Inc()
+	l.log.Warn("commit failed", "error", err)
+	if errors.Is(err, ErrRestored) {
+		l.fail(err)
+	}
+	return fmt.Errorf("%w: %w", ErrUnavailable, err)
+}
+
+// isItemFault reports whether the database works and refused the data.
+func isItemFault(err error) bool {
+	pgErr, ok := errors.AsType[*pgconn.PgError](err)
+	if !ok {
+		return false
+	}
+	switch pgErr.Code[:2] {
+	case "22", "23": // data exception, integrity constraint violation
+		return true
+	}
+	return false
+}
+
+// commit stores requests in one transaction and returns their results in order.
+func (l *Ledger) commit(ctx context.Context, requests []Request) ([]Result, error) {
+	entries, of := merge(requests)
+	start := time.Now()
+	var head revocation.Position
+	var err error
+	for attempt := 0; ; attempt++ {
+		for i := range entries {
+			entries[i].seq, entries[i].added = 0, false
+		}
+		err = pgx.BeginFunc(ctx, l.pool, func(tx pgx.Tx) error {
+			head, err = l.write(ctx, tx, entries)
+			return err
+		})
+		if err == nil || ctx.Err() != nil || !mayRetry(err, attempt) {
+			break
+		}
+		l.metrics.retried.Inc()
+		if !pause(ctx, time.Duration(attempt)*(5+rand.N[time.Duration](15))*time.Millisecond) {
+			break
+		}
+	}
+	if err != nil {
+		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, ErrRestored) {
+			err = fmt.Errorf("%w (%w)", cause, err)
+		}
+		return nil, err
+	}
+	l.saw(head)
+	l.metrics.batch.Observe(float64(len(requests)))
+	l.metrics.commit.Observe(time.Since(start).Seconds())
+	l.grown.send()
+	results := make([]Result, len(requests))
+	for i, e := range of {
+		results[i] = Result{Seq: cmp.Or(entries[e].seq, head.Seq), Added: entries[e].added}
+	}
+	return results, nil
+}
+
+// mayRetry allows a few tries after a serialization failure or deadlock, and one
+// after anything that smells of a lost connection.
+func mayRetry(err error, attempt int) bool {
+	if pgErr, ok := errors.AsType[*pgconn.PgError](err); ok {
+		switch pgErr.Code {
+		case pgCodeSerialization, pgCodeDeadlock:
+			return attempt < 5
+		}
+		return pgErr.Code[:2] == "57" && attempt < 1 // terminated by an operator, shutting down
+	}
+	return !errors.Is(err, ErrRestored) && attempt < 1
+}
+
+const (
+	pgCodeSerialization = "40001"
+	pgCodeDeadlock      = "40P01"
+)
+
+func pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}
+
+// entry is what a batch asks about one target.
+type entry struct {
+	Request
+	seq   revocation.Seq
+	added bool
+}
+
+// merge makes one entry of requests with an equal target, sorted by the unique
+// key of the table, and tells for each request which entry is its own.
+func merge(requests []Request) (entries []entry, of []int) {
+	order := make([]int, len(requests))
+	for i := range order {
+		order[i] = i
+	}
+	slices.SortStableFunc(order, func(a, b int) int {
+		return compareTargets(requests[a].Target, requests[b].Target)
+	})
+	of = make([]int, len(requests))
+	for _, i := range order {
+		r := requests[i]
+		if n := len(entries); n > 0 && entries[n-1].Target == r.Target {
+			e := &entries[n-1]
+			e.Exp, e.notAfter = max(e.Exp, r.Exp), max(e.notAfter, r.notAfter)
+		} else {
+			entries = append(entries, entry{Request: r})
+		}
+		of[i] = len(entries) - 1
+	}
+	return entries, of
+}
+
+func compareTargets(a, b revocation.Target) int {
+	d := 0
+	if a.Digest != b.Digest {
+		d = -1
+		if a.Digest {
+			d = 1
+		}
+	}
+	return cmp.Or(strings.Compare(a.Iss, b.Iss), strings.Compare(a.ID, b.ID), strings.Compare(string(a.Kind), string(b.Kind)), d)
+}
+
+// An ended or shorter repeat changes nothing and returns no row.
+const upsertSQL = `
+INSERT INTO rescind.revocations AS r
+    (id, tenant_id, kind, iss, ident, digest, exp, not_after, client_id, signature, reason, revoked_at)
+SELECT e.id, e.tenant_id, e.kind, e.iss, e.ident, e.digest, e.exp,
+    CASE WHEN NOT e.timed THEN 0 WHEN e.not_after > 0 THEN e.not_after
+        ELSE floor(extract(epoch FROM clock_timestamp()))::bigint + $14 END,
+    e.client_id, e.signature, e.reason, clock_timestamp()
+FROM unnest($1::uuid[], $2::integer[], $3::text[], $4::text[], $5::text[], $6::boolean[], $7::bigint[], $8::boolean[],
+    $9::text[], $10::text[], $11::text[], $12::integer[], $13::bigint[])
+    AS e (id, tenant_id, kind, iss, ident, digest, exp, timed, client_id, signature, reason, n, not_after)
+ORDER BY e.n
+ON CONFLICT (iss, ident, kind, digest) DO UPDATE
+    SET exp = greatest(r.exp, excluded.exp), not_after = greatest(r.not_after, excluded.not_after)
+    WHERE r.exp < excluded.exp OR r.not_after < excluded.not_after
+RETURNING r.id::text, r.kind, r.iss, r.ident, r.digest, r.exp, r.not_after, r.client_id, r.signature, r.reason`
+
+const headSQL = `SELECT epoch::text, seq FROM rescind.log_head`
+
+// raiseSQL locks the head until the transaction ends.
+const raiseSQL = `UPDATE rescind.log_head SET seq = seq + $1 RETURNING epoch::text, seq`
+
+// appendSQL runs under the head's lock, in a statement of its own so that it sees
+// what the last holder of the lock wrote. Its parts see the tenants' heads as
+// they were before it.
+const appendSQL = `
+WITH e AS (
+    SELECT $1::bigint + n AS seq, tenant_id, tenant, entity_id, type, subject, traceparent, data
+    FROM unnest($2::integer[], $3::text[], $4::uuid[], $5::text[], $6::text[], $7::text[], $8::text[])
+        WITH ORDINALITY AS e (tenant_id, tenant, entity_id, type, subject, traceparent, data, n)
+), heads AS (
+    INSERT INTO rescind.tenant_heads AS h (tenant_id, seq)
+    SELECT tenant_id, max(seq) FROM e GROUP BY tenant_id
+    ON CONFLICT (tenant_id) DO UPDATE SET seq = excluded.seq
+)
+INSERT INTO rescind.log (seq, previous, tenant_id, tenant, entity_id, type, subject, at, traceparent, data)
+SELECT e.seq, coalesce(lag(e.seq) OVER (PARTITION BY e.tenant_id ORDER BY e.seq), h.seq, 0),
+    e.tenant_id, e.tenant, e.entity_id, e.type, e.subject, now.at, e.traceparent, e.data
+FROM e LEFT JOIN rescind.tenant_heads h USING (tenant_id), (SELECT clock_timestamp() AS at OFFSET 0) AS now`
+
+const notifySQL = `SELECT pg_notify('rescind_log', '')`
+
+// write does all of a batch but the commit, sets seq and added of entries, and
+// returns the head as it will be.
+func (l *Ledger) write(ctx context.Context, tx pgx.Tx, entries []entry) (revocation.Position, error) {
+	stored, err := l.upsert(ctx, tx, entries)
+	if err != nil {
+		return revocation.Position{}, err
+	}
+	var head revocation.Position
+	if len(stored) == 0 {
+		err := tx.QueryRow(ctx, headSQL).Scan(&head.Epoch, &head.Seq)
+		return head, err
+	}
+	events := eventColumns{}
+	audit := auditColumns{}
+	for _, s := range stored {
+		e := &entries[s.entry]
+		event, err := revocation.NewEvent(s.Revocation)
+		if err != nil {
+			return head, err
+		}
+		events.add(event, s.ID, e.Traceparent)
+		audit.add(AuditEntry{
+			Tenant: e.Tenant, Action: e.Action, EntityID: s.ID, Iss: e.Target.Iss, Subject: e.Target.ID, Reason: e.Reason, Actor: e.Actor,
+		})
+	}
+	var b pgx.Batch
+	audit.queue(&b)
+	b.Queue(notifySQL)
+	b.Queue(raiseSQL, len(stored)).QueryRow(func(row pgx.Row) error {
+		return row.Scan(&head.Epoch, &head.Seq)
+	})
+	if err := tx.SendBatch(ctx, &b).Close(); err != nil {
+		return head, err
+	}
+	base := head.Seq - revocation.Seq(len(stored))
+	if err := notBehind(revocation.Position{Epoch: head.Epoch, Seq: base}, l.lastSeen()); err != nil {
+		return head, err
+	}
+	if err := events.insert(ctx, tx, base); err != nil {
+		return head, err
+	}
+	for i, s := range stored {
+		entries[s.entry].seq, entries[s.entry].added = base+revocation.Seq(i)+1, true
+	}
+	return head, nil
+}
+
+// stored is a row that an entry changed.
+type stored struct {
+	revocation.Revocation
+	entry int
+}
+
+func (l *Ledger) upsert(ctx context.Context, tx pgx.Tx, entries []entry) ([]stored, error) {
+	n := len(entries)
+	ids, tenants, kinds, iss := make([]string, n), make([]int32, n), make([]string, n), make([]string, n)
+	idents, digests, exps, timed := make([]string, n), make([]bool, n), make([]int64, n), make([]bool, n)
+	clients, signatures, reasons, order := make([]string, n), make([]string, n), make([]string, n), make([]int32, n)
+	notAfter := make([]int64, n)
+	byTarget := make(map[revocation.Target]int, n)
+	for i, e := range entries {
+		id, err := uuid.NewV7()
+		if err != nil {
+			return nil, fmt.Errorf("make revocation id: %w", err)
+		}
+		ids[i], tenants[i], kinds[i], iss[i] = id.String(), e.Tenant.ID, string(e.Target.Kind), e.Target.Iss
+		idents[i], digests[i], exps[i], timed[i] = e.Target.ID, e.Target.Digest, e.Exp, e.Target.Kind.HasTime()
+		clients[i], signatures[i], reasons[i], order[i] = e.ClientID, e.Signature, e.Reason, int32(i)
+		notAfter[i] = e.notAfter
+		byTarget[e.Target] = i
+	}
+	rows, err := tx.Query(ctx, upsertSQL, ids, tenants, kinds, iss, idents, digests, exps, timed,
+		clients, signatures, reasons, order, notAfter, int64(l.cfg.ClockSkew/time.Second))
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (stored, error) {
+		var s stored
+		t := &s.Target
+		err := row.Scan(&s.ID, &t.Kind, &t.Iss, &t.ID, &t.Digest, &s.Exp, &s.NotAfter, &s.ClientID, &s.Signature, &s.Reason)
+		s.entry = byTarget[*t]
+		s.Tenant = entries[s.entry].Tenant
+		return s, err
+	})
+}
+
+type eventColumns struct {
+	tenantIDs                                               []int32
+	tenants, entityIDs, types, subjects, traceparents, data []string
+}
+
+func (c *eventColumns) add(e revocation.Event, entityID, traceparent string) {
+	c.tenantIDs = append(c.tenantIDs, e.Tenant.ID)
+	c.tenants = append(c.tenants, e.Tenant.Domain)
+	c.entityIDs = append(c.entityIDs, entityID)
+	c.types = append(c.types, e.Type)
+	c.subjects = append(c.subjects, e.Subject)
+	c.traceparents = append(c.traceparents, traceparent)
+	c.data = append(c.data, string(e.Data))
+}
+
+func (c *eventColumns) insert(ctx context.Context, tx pgx.Tx, base revocation.Seq) error {
+	_, err := tx.Exec(ctx, appendSQL, int64(base), c.tenantIDs, c.tenants, c.entityIDs, c.types, c.subjects, c.traceparents, c.data)
+	return err
+}
