@@ -166,11 +166,25 @@ func ensureTemplate(ctx context.Context, conn *pgx.Conn, adminURL, template stri
 	if err := up(withDatabase(adminURL, template)); err != nil {
 		return fmt.Errorf("migrate the template: %w", err)
 	}
+	if err := grantVersion(ctx, withDatabase(adminURL, template)); err != nil {
+		return err
+	}
 	_, err := conn.Exec(ctx, `CREATE ROLE `+serviceRole+` LOGIN PASSWORD '`+servicePassword+`' IN ROLE rescind_service`)
 	if pgErr, ok := errors.AsType[*pgconn.PgError](err); err != nil && (!ok || pgErr.Code != "42710") { // duplicate_object
 		return err
 	}
 	_, err = conn.Exec(ctx, `ALTER DATABASE `+template+` IS_TEMPLATE true`)
+	return err
+}
+
+// grantVersion does what the migrate command does after the migrations.
+func grantVersion(ctx context.Context, url string) error {
+	conn, err := pgx.Connect(ctx, url)
+	if err != nil {
+		return err
+	}
+	defer conn.Close(ctx)
+	_, err = conn.Exec(ctx, `GRANT SELECT ON public.`+migrations.Table+` TO rescind_service`)
 	return err
 }
 
