@@ -1,0 +1,330 @@
+package token
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+)
+
+// source is where keys are loaded from.
+type source struct {
+	t     *testing.T
+	delay time.Duration // of each load
+
+	mu    sync.Mutex
+	kids  []string
+	err   error
+	loads int
+	block chan struct{} // loads wait for it, if there is one
+}
+
+func (s *source) load(ctx context.Context) (*StaticKeySet, error) {
+	s.mu.Lock()
+	s.loads++
+	kids, err, block := s.kids, s.err, s.block // as they were when the load began
+	s.mu.Unlock()
+	if block != nil {
+		select {
+		case <-block:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+	}
+	if err := sleep(ctx, s.delay); err != nil {
+		return nil, err
+	}
+	if err != nil {
+		return nil, err
+	}
+	set := &StaticKeySet{byID: map[string]Key{}}
+	for _, kid := range kids {
+		set.byID[kid] = Key{id: kid, public: &rsaTestKey().PublicKey}
+		set.all = append(set.all, set.byID[kid])
+	}
+	return set, nil
+}
+
+func (s *source) serve(kids ...string) { s.set(nil, kids...) }
+
+func (s *source) fail() { s.set(errors.New("connection refused")) }
+
+func (s *source) set(err error, kids ...string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.kids, s.err = kids, err
+}
+
+// expectLoads checks how many loads there were since the last call.
+func (s *source) expectLoads(want int) {
+	s.t.Helper()
+	synctest.Wait()
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.loads != want {
+		s.t.Errorf("%d loads, want %d", s.loads, want)
+	}
+	s.loads = 0
+}
+
+// bubble runs a test in virtual time: time passes at once while all wait.
+func bubble(t *testing.T, cfg CacheConfig, test func(t *testing.T, s *source, keys *CachedKeySet)) {
+	t.Helper()
+	rsaTestKey() // not in virtual time
+	synctest.Test(t, func(t *testing.T) {
+		s := &source{t: t, delay: 100 * time.Millisecond}
+		test(t, s, NewCachedKeySet(cfg, s.load))
+		synctest.Wait()
+	})
+}
+
+func expect(t *testing.T, keys KeySet, kid string, want error) {
+	t.Helper()
+	if _, err := keys.Key(t.Context(), kid, "RS256"); !errors.Is(err, want) {
+		t.Errorf("key %q: %v, want %v", kid, err, want)
+	}
+}
+
+func TestCachedKeyNeedsNoLoad(t *testing.T) {
+	t.Parallel()
+	bubble(t, CacheConfig{}, func(t *testing.T, s *source, keys *CachedKeySet) {
+		s.serve("a")
+		s.expectLoads(0)
+		for range 1000 {
+			expect(t, keys, "a", nil)
+		}
+		s.expectLoads(1)
+	})
+}
+
+func TestUnknownKeyIsProvenByALaterLoad(t *testing.T) {
+	t.Parallel()
+	bubble(t, CacheConfig{}, func(t *testing.T, s *source, keys *CachedKeySet) {
+		s.serve("a")
+		expect(t, keys, "b", ErrUnknownKey) // the first load began after the call
+		s.expectLoads(1)
+		expect(t, keys, "b", ErrUnknownKey) // and this one, for a kid that it lacked
+		s.expectLoads(1)
+		for i := range 1000 { // what was loaded before a call proves nothing about it
+			expect(t, keys, fmt.Sprint("b", i), ErrKeysUnavailable)
+		}
+		expect(t, keys, "a", nil)
+		s.expectLoads(0)
+		time.Sleep(30*time.Second - 200*time.Millisecond)
+		expect(t, keys, "b", ErrKeysUnavailable)
+		time.Sleep(200 * time.Millisecond)
+		expect(t, keys, "b", ErrUnknownKey)
+		s.expectLoads(1)
+	})
+}
+
+func TestNewKeyIsFound(t *testing.T) {
+	t.Parallel()
+	bubble(t, CacheConfig{}, func(t *testing.T, s *source, keys *CachedKeySet) {
+		s.serve("a")
+		expect(t, keys, "a", nil)
+		s.serve("a", "b")
+		var wg sync.WaitGroup
+		for range 50 {
+			wg.Go(func() { expect(t, keys, "b", nil) })
+		}
+		wg.Wait()
+		s.expectLoads(2)
+	})
+}
+
+// A load that was running when a verification began may find its key, but that
+// it lacks the key proves nothing.
+func TestRunningLoadProvesNothing(t *testing.T) {
+	t.Parallel()
+	bubble(t, CacheConfig{}, func(t *testing.T, s *source, keys *CachedKeySet) {
+		s.serve("a")
+		expect(t, keys, "a", nil)
+		s.serve("a", "b")
+		var wg sync.WaitGroup
+		wg.Go(func() { expect(t, keys, "x", ErrUnknownKey) }) // begins the load
+		time.Sleep(50 * time.Millisecond)                     // half of it
+		s.serve("a", "b", "c")
+		wg.Go(func() { expect(t, keys, "b", nil) })
+		wg.Go(func() { expect(t, keys, "c", ErrKeysUnavailable) })
+		wg.Wait()
+		s.expectLoads(2)
+	})
+}
+
+func TestUnavailableKeysProveNothing(t *testing.T) {
+	t.Parallel()
+	bubble(t, CacheConfig{}, func(t *testing.T, s *source, keys *CachedKeySet) {
+		s.fail()
+		var wg sync.WaitGroup
+		for i := range 50 {
+			wg.Go(func() { expect(t, keys, fmt.Sprint(i), ErrKeysUnavailable) })
+		}
+		wg.Wait()
+		expect(t, keys, "a", ErrKeysUnavailable)
+		s.expectLoads(1)
+		s.serve("a")
+		time.Sleep(retryInterval)
+		expect(t, keys, "a", nil)
+		expect(t, keys, "b", ErrUnknownKey)
+		s.expectLoads(2)
+		s.fail()
+		time.Sleep(30 * time.Second)
+		expect(t, keys, "b", ErrKeysUnavailable)
+		expect(t, keys, "a", nil)
+		s.expectLoads(1)
+	})
+}
+
+func TestOldKeys(t *testing.T) {
+	t.Parallel()
+	bubble(t, CacheConfig{}, func(t *testing.T, s *source, keys *CachedKeySet) {
+		s.serve("a")
+		expect(t, keys, "a", nil)
+		s.expectLoads(1)
+
+		s.serve("b")
+		time.Sleep(6 * time.Minute)
+		expect(t, keys, "a", nil) // nobody waits for the load that this begins
+		s.expectLoads(1)
+		time.Sleep(time.Second)
+		expect(t, keys, "a", ErrUnknownKey)
+		s.expectLoads(1)
+
+		s.serve("c")
+		time.Sleep(11 * time.Minute)
+		expect(t, keys, "b", ErrUnknownKey) // too old to be used without a try
+		expect(t, keys, "c", nil)
+		s.expectLoads(1)
+
+		s.fail()
+		time.Sleep(11 * time.Minute)
+		expect(t, keys, "c", nil)
+		s.expectLoads(1)
+		start := time.Now()
+		for range 10 { // no waiting while loads fail, and no hurry
+			expect(t, keys, "c", nil)
+		}
+		if waited := time.Since(start); waited > 0 {
+			t.Errorf("waited %s for loads that fail", waited)
+		}
+		s.expectLoads(0)
+
+		time.Sleep(24*time.Hour - 23*time.Minute)
+		expect(t, keys, "c", nil)
+		time.Sleep(time.Hour)
+		expect(t, keys, "c", ErrKeysUnavailable)
+		s.expectLoads(2)
+		s.serve("c")
+		time.Sleep(retryInterval)
+		expect(t, keys, "c", nil)
+	})
+}
+
+func TestPatienceProvesAtABoundedRate(t *testing.T) {
+	t.Parallel()
+	cfg := CacheConfig{Refetch: 50 * time.Millisecond, Patience: time.Second}
+	bubble(t, cfg, func(t *testing.T, s *source, keys *CachedKeySet) {
+		s.delay = time.Millisecond
+		s.serve("a")
+		expect(t, keys, "a", nil)
+		var wg sync.WaitGroup
+		for i := range 100 {
+			wg.Go(func() {
+				for j := range 20 {
+					expect(t, keys, fmt.Sprintf("%d-%d", i, j), ErrUnknownKey)
+				}
+			})
+		}
+		start := time.Now()
+		wg.Wait()
+		loads := int(time.Since(start)/(50*time.Millisecond)) + 1
+		s.expectLoads(1 + loads)
+		if loads > 25 {
+			t.Errorf("%d loads for 20 rounds of 100, want about 20", loads)
+		}
+	})
+}
+
+func TestLoadTimesOut(t *testing.T) {
+	t.Parallel()
+	bubble(t, CacheConfig{}, func(t *testing.T, s *source, keys *CachedKeySet) {
+		s.block = make(chan struct{})
+		start := time.Now()
+		_, err := keys.Key(t.Context(), "a", "RS256")
+		if !errors.Is(err, ErrKeysUnavailable) || !strings.Contains(err.Error(), "not done within 5s") {
+			t.Errorf("Key = %v, want %v with its cause", err, ErrKeysUnavailable)
+		}
+		if waited := time.Since(start); waited != 5*time.Second {
+			t.Errorf("waited %s, want 5s", waited)
+		}
+	})
+}
+
+// A caller that goes away neither waits on nor ends the load that others wait for.
+func TestCallerGoesAway(t *testing.T) {
+	t.Parallel()
+	bubble(t, CacheConfig{}, func(t *testing.T, s *source, keys *CachedKeySet) {
+		s.serve("a")
+		s.block = make(chan struct{})
+		ctx, cancel := context.WithCancel(t.Context())
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if _, err := keys.Key(ctx, "a", "RS256"); !errors.Is(err, ErrKeysUnavailable) || !errors.Is(err, context.Canceled) {
+				t.Errorf("Key = %v, want %v for its context", err, ErrKeysUnavailable)
+			}
+		})
+		synctest.Wait()
+		wg.Go(func() { expect(t, keys, "a", nil) })
+		synctest.Wait()
+		cancel()
+		synctest.Wait()
+		close(s.block)
+		wg.Wait()
+		s.expectLoads(1)
+	})
+}
+
+// What a load says about a document is never taken for a word on a token.
+func TestLoadErrorProvesNothing(t *testing.T) {
+	t.Parallel()
+	bubble(t, CacheConfig{}, func(t *testing.T, s *source, keys *CachedKeySet) {
+		s.set(ErrMalformed)
+		_, err := keys.Key(t.Context(), "a", "RS256")
+		if !errors.Is(err, ErrKeysUnavailable) || errors.Is(err, ErrInvalid) {
+			t.Errorf("Key = %v, want %v alone", err, ErrKeysUnavailable)
+		}
+		if got := Reason(err); got != "keys_unavailable" {
+			t.Errorf("Reason = %q", got)
+		}
+	})
+}
+
+func TestLogsChangesOnly(t *testing.T) {
+	t.Parallel()
+	var log bytes.Buffer
+	logger := slog.New(slog.NewTextHandler(&log, nil))
+	bubble(t, CacheConfig{Logger: logger}, func(t *testing.T, s *source, keys *CachedKeySet) {
+		for _, fail := range []bool{true, true, true, false, false, true, true, false} {
+			if fail {
+				s.fail()
+			} else {
+				s.serve("a")
+			}
+			time.Sleep(10 * time.Minute)
+			_, _ = keys.Current(t.Context())
+		}
+	})
+	if got := strings.Count(log.String(), "cannot be loaded"); got != 2 {
+		t.Errorf("%d lines about failing, want 2:\n%s", got, &log)
+	}
+	if got := strings.Count(log.String(), "can be loaded again"); got != 2 {
+		t.Errorf("%d lines about working again, want 2:\n%s", got, &log)
+	}
+}
