@@ -1,0 +1,391 @@
+package sts
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"log/slog"
+	"net/http"
+	"net/http/httptest"
+	"net/url"
+	"regexp"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/go-jose/go-jose/v4"
+	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/internal/authn"
+	"github.com/rescindhq/rescind/internal/pgtest"
+)
+
+type answer struct {
+	status int
+	header http.Header
+	body   string
+}
+
+func (a answer) decode(t testing.TB, into any) {
+	t.Helper()
+	if err := json.Unmarshal([]byte(a.body), into); err != nil {
+		t.Fatalf("body is %q: %v", a.body, err)
+	}
+}
+
+func do(s *Server, r *http.Request) answer {
+	router := chi.NewRouter()
+	s.Routes(router)
+	w := httptest.NewRecorder()
+	router.ServeHTTP(w, r)
+	return answer{w.Code, w.Header(), w.Body.String()}
+}
+
+func get(t testing.TB, s *Server, path string, header map[string]string) answer {
+	t.Helper()
+	r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, path, nil)
+	for name, value := range header {
+		r.Header.Set(name, value)
+	}
+	return do(s, r)
+}
+
+// The clients of the conformance cases.
+const (
+	basicAppOne = "Basic YXBwK29uZTpzM2NyJTNBdCUyQiUyRiUzRCUyNQ=="
+	basicApp2   = "Basic YXBwLTI6U2VjcmV0LTI="
+	basicFar    = "Basic ZmFyOlNlY3JldC1mYXI="
+)
+
+// conformance is a server before real clients.
+func conformance(t *testing.T) *Server {
+	t.Helper()
+	pool := pgtest.New(t)
+	key := masterKey(t, "a")
+	clients, err := authn.New(authn.Config{}, pool, []authn.MasterKey{key}, prometheus.NewRegistry(), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := New(t.Context(), Config{Issuer: iss}, pool, []authn.MasterKey{key}, clients, slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	const far = "https://far.example"
+	if _, err := RegisterIssuer(t.Context(), pool, Registration{Iss: far, Name: "Far", MaxTokenLifetime: time.Hour}); err != nil {
+		t.Fatal(err)
+	}
+	app, err := clients.CreateApplication(t.Context(), authn.Application{TenantID: revocation.SuperTenant.ID, Owner: "admin", Name: "app"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range []authn.Registration{
+		{ID: "app one", Issuer: iss, Secret: "s3cr:t+/=%", Scopes: []string{"read", "write"}, DefaultScopes: []string{"read", "write"},
+			Audience: []string{"https://api.example.com", "https://other.example.com/v1"}},
+		{ID: "app-2", Issuer: iss, AuthMethod: "client_secret_post", Secret: "Secret-2", TokenLifetime: 60},
+		{ID: "spa-1", Issuer: iss, AuthMethod: "none"},
+		{ID: "far", Issuer: far, Secret: "Secret-far"},
+	} {
+		r.ApplicationID = app.ID
+		if _, err := clients.CreateClient(t.Context(), r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return s
+}
+
+func TestTokenEndpoint(t *testing.T) {
+	t.Parallel()
+	s := conformance(t)
+	const (
+		api   = "https://api.example.com"
+		other = "https://other.example.com/v1"
+		grant = "grant_type=client_credentials"
+	)
+	resource := func(uri string) string { return "&resource=" + url.QueryEscape(uri) }
+	for _, tt := range []struct {
+		name, authorization, body string
+		status                    int
+		code                      string // of the error
+		scope                     string
+		audience                  []string
+		lifetime                  int64
+	}{
+		{"C048", basicAppOne, grant + "&scope=read", 200, "", "read", []string{api, other}, 900},
+		{"C049", basicAppOne, grant, 200, "", "read write", []string{api, other}, 900},
+		{"C050", basicAppOne, grant + "&scope=admin", 400, "invalid_scope", "", nil, 0},
+		{"C050 one of two", basicAppOne, grant + "&scope=read+admin", 400, "invalid_scope", "", nil, 0},
+		{"C050 other case", basicAppOne, grant + "&scope=Read", 400, "invalid_scope", "", nil, 0},
+		{"C050 tab", basicAppOne, grant + "&scope=read%09write", 400, "invalid_scope", "", nil, 0},
+		{"C050 nothing but space", basicAppOne, grant + "&scope=+", 400, "invalid_scope", "", nil, 0},
+		{"C051", basicAppOne, "grant_type=password&username=a&password=b", 400, "unsupported_grant_type", "", nil, 0},
+		{"C051 token exchange", basicAppOne, "grant_type=urn%3Aietf%3Aparams%3Aoauth%3Agrant-type%3Atoken-exchange", 400, "unsupported_grant_type", "", nil, 0},
+		{"C052", basicAppOne, "scope=read", 400, "invalid_request", "", nil, 0},
+		{"C052 empty", basicAppOne, "grant_type=&scope=read", 400, "invalid_request", "", nil, 0},
+		{"C053", "", grant + "&client_id=spa-1", 400, "unauthorized_client", "", nil, 0},
+		{"C054", basicAppOne, grant + "&scope=read&scope=write", 400, "invalid_request", "", nil, 0},
+		{"C060", basicAppOne, grant + resource("https://nope.example"), 400, "invalid_target", "", nil, 0},
+		{"C060 relative", basicAppOne, grant + resource("api"), 400, "invalid_target", "", nil, 0},
+		{"C060 fragment", basicAppOne, grant + resource(api+"#x"), 400, "invalid_target", "", nil, 0},
+		{"C060 one of two", basicAppOne, grant + resource(api) + resource("https://nope.example"), 400, "invalid_target", "", nil, 0},
+		{"one resource", basicAppOne, grant + resource(other), 200, "", "read write", []string{other}, 900},
+		{"two resources", basicAppOne, grant + resource(other) + resource(api), 200, "", "read write", []string{other, api}, 900},
+		{"empty resource", basicAppOne, grant + "&resource=", 200, "", "read write", []string{api, other}, 900},
+		{"scope twice", basicAppOne, grant + "&scope=write+read++write", 200, "", "write read", []string{api, other}, 900},
+		{"no scope, no audience, its own lifetime", basicApp2, grant, 200, "", "", []string{iss}, 60},
+		{"issued elsewhere", basicFar, grant, 400, "unauthorized_client", "", nil, 0},
+		{"wrong secret", "Basic YXBwLTI6d3Jvbmc=", grant, 401, "invalid_client", "", nil, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			r := httptest.NewRequestWithContext(t.Context(), http.MethodPost, tokenPath, strings.NewReader(tt.body))
+			r.Header.Set("Content-Type", "application/x-www-form-urlencoded")
+			if tt.authorization != "" {
+				r.Header.Set("Authorization", tt.authorization)
+			}
+			before := time.Now().Unix()
+			got := do(s, r)
+			if got.status != tt.status || got.header.Get("Cache-Control") != "no-store" || got.header.Get("Pragma") != "no-cache" ||
+				!strings.HasPrefix(got.header.Get("Content-Type"), "application/json") {
+				t.Fatalf("answer is %d %v %s, want %d, not cached, JSON", got.status, got.header, got.body, tt.status)
+			}
+			var members map[string]any
+			got.decode(t, &members)
+			if tt.code != "" {
+				if members["error"] != tt.code || members["error_description"] == nil || len(members) != 2 {
+					t.Errorf("body is %v, want error %s with a description", members, tt.code)
+				}
+				return
+			}
+			access, _ := members["access_token"].(string)
+			delete(members, "access_token")
+			want := map[string]any{"token_type": "Bearer", "expires_in": float64(tt.lifetime)}
+			if tt.scope != "" {
+				want["scope"] = tt.scope
+			}
+			if diff := cmp.Diff(want, members); diff != "" {
+				t.Errorf("body (-want +got):\n%s", diff)
+			}
+			checkClaims(t, s, access, before, tt.scope, tt.audience, tt.lifetime)
+		})
+	}
+}
+
+var uuid4 = regexp.MustCompile(`^[0-9a-f]{8}-[0-9a-f]{4}-4[0-9a-f]{3}-[89ab][0-9a-f]{3}-[0-9a-f]{12}$`)
+
+// checkClaims checks a token of RFC 9068 section 2 by an implementation that is not ours.
+func checkClaims(t *testing.T, s *Server, access string, before int64, scope string, wantAudience []string, lifetime int64) {
+	t.Helper()
+	verified, err := verify(t, s, access)
+	if err != nil {
+		t.Fatal(err)
+	}
+	jws, err := jose.ParseSigned(access, []jose.SignatureAlgorithm{jose.RS256})
+	if err != nil {
+		t.Fatal(err)
+	}
+	header := jws.Signatures[0].Protected
+	if header.KeyID == "" || header.ExtraHeaders[jose.HeaderType] != "at+jwt" {
+		t.Errorf("header is %+v, want a kid and typ at+jwt", header)
+	}
+	var claims map[string]any
+	if err := json.Unmarshal(jws.UnsafePayloadWithoutVerification(), &claims); err != nil {
+		t.Fatal(err)
+	}
+	iat, _ := claims["iat"].(float64)
+	if iat < float64(before) || iat > float64(time.Now().Unix()) {
+		t.Errorf("iat is %v, want now", claims["iat"])
+	}
+	if jti, _ := claims["jti"].(string); !uuid4.MatchString(jti) {
+		t.Errorf("jti is %v, want a UUID of version 4", claims["jti"])
+	}
+	sub, _ := claims["sub"].(string)
+	want := map[string]any{
+		"iss": iss, "sub": sub, "client_id": sub, "azp": sub, "iat": iat, "exp": iat + float64(lifetime), "jti": claims["jti"],
+		"aud": any(wantAudience[0]),
+	}
+	if len(wantAudience) > 1 {
+		want["aud"] = []any{wantAudience[0], wantAudience[1]}
+	}
+	if scope != "" {
+		want["scope"] = scope
+	}
+	if diff := cmp.Diff(want, claims); diff != "" {
+		t.Errorf("claims (-want +got):\n%s", diff)
+	}
+	if sub == "" || verified.ClientID != sub {
+		t.Errorf("sub is %q, want the client id", sub)
+	}
+}
+
+func TestTokenEndpointTakesPostOnly(t *testing.T) {
+	t.Parallel()
+	s := conformance(t)
+	for _, method := range []string{http.MethodGet, http.MethodHead, http.MethodPut, http.MethodOptions} {
+		got := do(s, httptest.NewRequestWithContext(t.Context(), method, tokenPath, nil))
+		if got.status != 405 || got.header.Get("Allow") != "POST" || got.header.Get("Cache-Control") != "no-store" {
+			t.Errorf("%s is answered %d %v", method, got.status, got.header)
+		}
+	}
+}
+
+func TestTooManySignatures(t *testing.T) {
+	t.Parallel()
+	s := start(t, pgtest.New(t), Config{MaxQueue: 2})
+	s.forms = fakeForms{authn.Client{ID: "c", Issuer: iss}, url.Values{"grant_type": {clientCredentials}}}
+	request := func(ctx context.Context) answer {
+		return do(s, httptest.NewRequestWithContext(ctx, http.MethodPost, tokenPath, nil))
+	}
+	if got := request(t.Context()); got.status != 200 {
+		t.Fatalf("answer is %+v, want 200", got)
+	}
+
+	s.queue <- struct{}{}
+	s.queue <- struct{}{}
+	got := request(t.Context())
+	if got.status != 503 || got.header.Get("Retry-After") != "1" || !strings.Contains(got.body, "temporarily_unavailable") {
+		t.Errorf("with a full queue the answer is %+v, want 503 with Retry-After", got)
+	}
+	<-s.queue
+	for range cap(s.signing) {
+		s.signing <- struct{}{}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if got := request(ctx); got.status != 503 {
+		t.Errorf("of a caller that went away the answer is %+v, want 503", got)
+	}
+	<-s.signing
+	if got := request(t.Context()); got.status != 200 {
+		t.Errorf("with a place free the answer is %+v, want 200", got)
+	}
+}
+
+func TestNoKeyToSignWith(t *testing.T) {
+	t.Parallel()
+	s := start(t, pgtest.New(t), Config{})
+	s.forms = fakeForms{authn.Client{ID: "c", Issuer: iss}, url.Values{"grant_type": {clientCredentials}}}
+	r := *s.ring.Load()
+	r.signers, r.sealed = nil, []error{errors.New("sealed under another master key")}
+	s.ring.Store(&r)
+	got := do(s, httptest.NewRequestWithContext(t.Context(), http.MethodPost, tokenPath, nil))
+	if got.status != 503 || got.header.Get("Retry-After") != "5" || strings.Contains(got.body, "sealed") {
+		t.Errorf("answer is %+v, want a 503 that does not say why", got)
+	}
+}
+
+func TestKeySet(t *testing.T) {
+	t.Parallel()
+	s := start(t, pgtest.New(t), Config{})
+	got := get(t, s, jwksPath, nil)
+	etag := got.header.Get("ETag")
+	for name, want := range map[string]string{
+		"Content-Type": "application/json", "Cache-Control": "public, max-age=300", "Access-Control-Allow-Origin": "*", "Vary": "Accept",
+	} {
+		if got.header.Get(name) != want {
+			t.Errorf("%s is %q, want %q", name, got.header.Get(name), want)
+		}
+	}
+	if got.status != 200 || !regexp.MustCompile(`^"[^"]+"$`).MatchString(etag) {
+		t.Errorf("C072: status %d, ETag %q, want 200 and a strong one", got.status, etag)
+	}
+	var set struct{ Keys []map[string]any }
+	got.decode(t, &set)
+	if len(set.Keys) != 1 {
+		t.Fatalf("C072: keys are %v, want one", set.Keys)
+	}
+	key := set.Keys[0]
+	if diff := cmp.Diff(map[string]any{
+		"kty": "RSA", "use": "sig", "alg": "RS256", "e": "AQAB", "kid": s.ring.Load().signers[0].kid, "n": key["n"],
+	}, key); diff != "" {
+		t.Errorf("C072: key (-want +got):\n%s", diff)
+	}
+
+	asked := get(t, s, jwksPath, map[string]string{"Accept": "text/html;q=0.5, application/jwk-set+json"})
+	if asked.header.Get("Content-Type") != "application/jwk-set+json" || asked.body != got.body || asked.header.Get("ETag") == etag {
+		t.Errorf("as application/jwk-set+json: %+v", asked)
+	}
+	for _, accept := range []string{"*/*", "application/*", "application/json", "application/jwk-set+json;q=0", "application/jwk-set+json; q=0.000, */*", "\x00;;"} {
+		if other := get(t, s, jwksPath, map[string]string{"Accept": accept}); other.header.Get("Content-Type") != "application/json" {
+			t.Errorf("Accept %q: Content-Type is %q", accept, other.header.Get("Content-Type"))
+		}
+	}
+
+	head := do(s, httptest.NewRequestWithContext(t.Context(), http.MethodHead, jwksPath, nil))
+	if head.status != 200 || head.body != "" || head.header.Get("ETag") != etag || head.header.Get("Content-Length") == "" {
+		t.Errorf("HEAD: %+v", head)
+	}
+	for condition, want := range map[string]int{
+		etag: 304, "W/" + etag: 304, `W/"x", ` + etag: 304, `"a,b",W/` + etag: 304, "*": 304, `"x"`: 200, strings.Trim(etag, `"`): 200,
+	} {
+		got := get(t, s, jwksPath, map[string]string{"If-None-Match": condition})
+		if got.status != want {
+			t.Errorf("C073: If-None-Match %s: status %d, want %d", condition, got.status, want)
+		}
+		if want == 304 && (got.body != "" || got.header.Get("ETag") != etag || got.header.Get("Cache-Control") == "" || got.header.Get("Access-Control-Allow-Origin") != "*") {
+			t.Errorf("C073: 304 is %+v", got)
+		}
+	}
+}
+
+func TestMetadata(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct{ issuer, path, token string }{
+		{iss, metadataPath, tokenPath},
+		{iss + "/t/t1", metadataPath + "/t/t1", "/t/t1" + tokenPath},
+	} {
+		t.Run(tt.path, func(t *testing.T) {
+			t.Parallel()
+			s := start(t, pgtest.New(t), Config{Issuer: tt.issuer})
+			got := get(t, s, tt.path, nil)
+			if got.status != 200 || got.header.Get("Content-Type") != "application/json" || got.header.Get("ETag") == "" ||
+				got.header.Get("Cache-Control") != "public, max-age=300" || got.header.Get("Access-Control-Allow-Origin") != "*" {
+				t.Errorf("answer is %d %v", got.status, got.header)
+			}
+			var members map[string]any
+			got.decode(t, &members)
+			want := map[string]any{
+				"issuer":                                tt.issuer,
+				"token_endpoint":                        tt.issuer + "/oauth2/token",
+				"jwks_uri":                              tt.issuer + "/oauth2/jwks",
+				"revocation_endpoint":                   tt.issuer + "/oauth2/revoke",
+				"grant_types_supported":                 []any{"client_credentials"},
+				"token_endpoint_auth_methods_supported": []any{"client_secret_basic", "client_secret_post"},
+				"revocation_endpoint_auth_methods_supported": []any{"client_secret_basic", "client_secret_post", "none"},
+			}
+			if diff := cmp.Diff(want, members); diff != "" {
+				t.Errorf("metadata (-want +got):\n%s", diff)
+			}
+			if again := get(t, s, tt.path, map[string]string{"If-None-Match": got.header.Get("ETag")}); again.status != 304 {
+				t.Errorf("a conditional GET is answered %d, want 304", again.status)
+			}
+			for _, prefix := range []string{"", strings.TrimPrefix(tt.issuer, iss)} {
+				if keys := get(t, s, prefix+jwksPath, nil); keys.status != 200 {
+					t.Errorf("%s is answered %d", prefix+jwksPath, keys.status)
+				}
+			}
+			if other := get(t, s, metadataPath+"/t/t9", nil); other.status != 404 {
+				t.Errorf("C071: the metadata of nobody is answered %d, want 404", other.status)
+			}
+		})
+	}
+}
+
+func BenchmarkToken(b *testing.B) {
+	for _, alg := range algorithms {
+		b.Run(alg, func(b *testing.B) {
+			s := start(b, pgtest.New(b), Config{Algorithm: alg})
+			s.forms = fakeForms{authn.Client{ID: "c", Issuer: iss}, url.Values{"grant_type": {clientCredentials}}}
+			r := httptest.NewRequestWithContext(b.Context(), http.MethodPost, tokenPath, nil)
+			for b.Loop() {
+				w := httptest.NewRecorder()
+				s.serveToken(w, r)
+				if w.Code != 200 {
+					b.Fatal(w.Body)
+				}
+			}
+		})
+	}
+}
