@@ -39,6 +39,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return runDev(ctx, args, stdout, stderr)
 	case "stack":
 		return runStack(ctx, args, stdout, stderr)
+	case serviceCommand:
+		return runService(ctx, stderr)
 	case "help":
 		fmt.Fprint(stdout, usage)
 		return 0

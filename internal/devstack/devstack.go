@@ -25,6 +25,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"sync"
 	"time"
@@ -51,7 +52,7 @@ type Config struct {
 	Without []Server
 	// Fresh empties Dir first.
 	Fresh bool
-	// Temporary lets [Stack.Stop] delete Dir.
+	// Temporary lets [Stack.Stop] delete Dir, after ending the servers without care for their data.
 	Temporary bool
 	// NoInstall makes a missing server an error that names the command to run, where it would otherwise be installed.
 	NoInstall bool
@@ -162,8 +163,14 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 	})
 }
 
+// LockFile is the name of a file that is in every data folder, and tells that it is one.
+const LockFile = "rescind.lock"
+
 // Remove deletes a data folder, and ends what a killed process has left running on it.
 func Remove(ctx context.Context, dir string) error {
+	if _, err := os.Stat(filepath.Join(dir, LockFile)); err != nil {
+		return fmt.Errorf("remove data folder: %w", err)
+	}
 	f, err := openUnused(ctx, dir)
 	if err != nil {
 		return err
@@ -204,7 +211,11 @@ func (s *Stack) Died() <-chan error { return s.died }
 func (s *Stack) Stop() error { return s.stop() }
 
 func (s *Stack) stopAll() error {
-	err := s.all((*control).stop)
+	end := (*control).stop
+	if s.temporary {
+		end = (*control).kill
+	}
+	err := s.all(end)
 	if s.guard != nil {
 		err = errors.Join(err, s.guard.Close())
 	}

@@ -16,7 +16,6 @@ import (
 
 const (
 	stateFile = "stack.json"
-	lockFile  = "lock"
 	logDir    = "log"
 )
 
@@ -45,12 +44,12 @@ func openFolder(ctx context.Context, dir string) (*folder, error) {
 	if err != nil {
 		return nil, err
 	}
-	f := &folder{base: base, servers: base}
+	f := &folder{base: base, servers: serversDir(base)}
 	if err := f.lockBase(ctx); err != nil {
 		return nil, fmt.Errorf("open data folder %s: %w", base, err)
 	}
 	err = f.loadState()
-	if err == nil && os.Geteuid() == 0 {
+	if err == nil {
 		err = f.openServers()
 	}
 	if err != nil {
@@ -74,7 +73,7 @@ func (f *folder) lockBase(ctx context.Context) error {
 		if err := os.Chmod(f.base, 0o700); err != nil {
 			return err
 		}
-		lock, err := os.OpenFile(f.path(lockFile), os.O_CREATE|os.O_RDWR, 0o600)
+		lock, err := os.OpenFile(f.path(LockFile), os.O_CREATE|os.O_RDWR, 0o600)
 		if errors.Is(err, os.ErrNotExist) {
 			continue
 		}
@@ -83,7 +82,7 @@ func (f *folder) lockBase(ctx context.Context) error {
 		}
 		switch err := syscall.Flock(int(lock.Fd()), syscall.LOCK_EX|syscall.LOCK_NB); {
 		case err == nil:
-			if isAt(lock, f.path(lockFile)) {
+			if isAt(lock, f.path(LockFile)) {
 				f.lock = lock
 				return nil
 			}
@@ -114,7 +113,7 @@ func checkOurs(base string) error {
 		return err
 	}
 	for _, e := range entries {
-		if e.Name() == lockFile {
+		if e.Name() == LockFile {
 			return nil
 		}
 	}
@@ -153,22 +152,39 @@ func (f *folder) saveState() error {
 	return os.Rename(f.path(stateFile+".new"), f.path(stateFile))
 }
 
-// openServers makes the folder that servers running as system users can enter, which base never is. Its place is
-// known, and anybody can make a folder below /var/tmp: only one that root owns will do.
+// serversDir is where servers that run as system users keep what is theirs: they cannot enter base.
+func serversDir(base string) string {
+	if os.Geteuid() != 0 {
+		return base
+	}
+	sum := sha256.Sum256([]byte(base))
+	return "/var/tmp/rescind-" + hex.EncodeToString(sum[:8])
+}
+
+// openServers makes the folder, which all users can enter. Its name is no secret, and anybody can make a folder below
+// /var/tmp: only one that is ours will do.
 func (f *folder) openServers() error {
-	sum := sha256.Sum256([]byte(f.base))
-	f.servers = "/var/tmp/rescind-" + hex.EncodeToString(sum[:8])
+	if f.servers == f.base {
+		return nil
+	}
 	if err := os.Mkdir(f.servers, 0o711); err != nil && !errors.Is(err, os.ErrExist) {
 		return err
 	}
-	info, err := os.Lstat(f.servers)
+	if err := checkOwner(f.servers, os.Geteuid()); err != nil {
+		return err
+	}
+	return os.Chmod(f.servers, 0o711) // whatever the umask
+}
+
+func checkOwner(dir string, uid int) error {
+	info, err := os.Lstat(dir)
 	if err != nil {
 		return err
 	}
-	if stat, ok := info.Sys().(*syscall.Stat_t); !ok || !info.IsDir() || stat.Uid != 0 {
-		return fmt.Errorf("%s, the place of the servers' data, is not a folder that root owns: remove it", f.servers)
+	if stat, ok := info.Sys().(*syscall.Stat_t); !ok || !info.IsDir() || int(stat.Uid) != uid {
+		return fmt.Errorf("%s, the place for the servers' data, is not a folder of user %d: remove it", dir, uid)
 	}
-	return os.Chmod(f.servers, 0o711) // whatever the umask
+	return nil
 }
 
 // discardStrangers removes servers' data that was made for an earlier base folder of this name: its passwords are
@@ -203,7 +219,7 @@ func (f *folder) clear() error {
 		return err
 	}
 	for _, e := range entries {
-		if e.Name() == lockFile { // we hold it
+		if e.Name() == LockFile { // we hold it
 			continue
 		}
 		if err := os.RemoveAll(f.path(e.Name())); err != nil {

@@ -51,7 +51,7 @@ func findOrInstall(ctx context.Context, cfg Config, wanted []Server) (programs, 
 	}
 	fmt.Fprintf(cfg.Log, "Installing %s with apt-get; this starts and enables no service ...\n", strings.Join(packages, " "))
 	began := time.Now()
-	if err := install(ctx, append(shell, packages...)); err != nil {
+	if err := install(ctx, append(shell, packages...), nil); err != nil {
 		return programs{}, fmt.Errorf("install %s: %w; by hand it is: %s", names, err, byHand)
 	}
 	fmt.Fprintf(cfg.Log, "Installed %s in %.0f s.\n", strings.Join(packages, " "), time.Since(began).Seconds())
@@ -103,10 +103,12 @@ func rootShell(ctx context.Context) []string {
 	return append([]string{"sudo", "-n"}, shell...)
 }
 
-func install(ctx context.Context, command []string) error {
+// install runs the script with command, and with env added to the environment.
+func install(ctx context.Context, command, env []string) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, installTimeout, fmt.Errorf("not done within %s", installTimeout))
 	defer cancel()
 	cmd := exec.CommandContext(ctx, command[0], command[1:]...)
+	cmd.Env = append(os.Environ(), env...)
 	var output bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(installScript), &output, &output
 	// To interrupt is what apt-get heeds while it downloads, and puts off while packages are half installed. The script

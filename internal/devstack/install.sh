@@ -1,12 +1,13 @@
-# Installs packages with apt-get so that no service is started, none is enabled that was not before, and Postgres gets
+# Installs the packages that are its arguments with apt-get so that no service is started, none is enabled that was not before, and Postgres gets
 # no cluster of its own. What it changes for that time it puts back, also when interrupted; after a SIGKILL the next run
 # does.
 set -eu
 
-policy=/usr/sbin/policy-rc.d
+root=${INSTALL_ROOT:-}
+policy=$root/usr/sbin/policy-rc.d
 aside=$policy.before-rescind
 mark='# made by rescind-dev, for as long as it installs packages'
-clusters=/etc/postgresql-common/createcluster.d
+clusters=$root/etc/postgresql-common/createcluster.d
 cluster=$clusters/rescind-dev.conf
 work=$(mktemp -d)
 
@@ -22,7 +23,7 @@ put_back() {
 
 # Unit files and init scripts: what can be enabled.
 services() {
-	for f in /lib/systemd/system/*.service /lib/systemd/system/*.socket /lib/systemd/system/*.timer /etc/init.d/*; do
+	for f in "$root"/lib/systemd/system/*.service "$root"/lib/systemd/system/*.socket "$root"/lib/systemd/system/*.timer "$root"/etc/init.d/*; do
 		if [ -f "$f" ]; then echo "$f"; fi
 	done | sort
 }
@@ -31,7 +32,7 @@ disable_new() {
 	services >"$work/after"
 	comm -13 "$work/before" "$work/after" | while read -r f; do
 		case $f in
-		/etc/init.d/*) update-rc.d "${f##*/}" disable ;;
+		"$root"/etc/init.d/*) update-rc.d "${f##*/}" disable ;;
 		*@.*) ;; # a template: enabled only by name
 		*) if command -v systemctl >/dev/null; then
 			systemctl disable "${f##*/}"
@@ -43,7 +44,7 @@ disable_new() {
 }
 
 # One at a time, or one would put back what another still needs.
-exec 9>/var/lock/rescind-dev-install
+exec 9>"$root/var/lock/rescind-dev-install"
 flock -w 300 9
 
 put_back

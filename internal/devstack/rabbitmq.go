@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"net"
 	"net/url"
+	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -97,7 +98,11 @@ func (r *rabbitMQ) start(ctx context.Context) (_ <-chan struct{}, err error) {
 	if err := r.epmd.await(ctx, r.epmdAnswers); err != nil {
 		return nil, fmt.Errorf("epmd: %w", err)
 	}
-	cmd = r.account.command(life, r.dir(), append(r.env(), epmdEnv...), r.found.rabbitMQ)
+	script, err := r.slimHome()
+	if err != nil {
+		return nil, err
+	}
+	cmd = r.account.command(life, r.dir(), append(r.env(), epmdEnv...), script)
 	if r.run, err = startProcess(cmd, rabbitMQPIDFile(r.folder), r.folder.logFile(RabbitMQ), syscall.SIGTERM); err != nil {
 		return nil, err
 	}
@@ -162,6 +167,48 @@ func (r *rabbitMQ) configure() error {
 		r.account.writeFile(r.path("enabled_plugins"), plugins),
 		r.account.writeFile(r.path("definitions.json"), definitions),
 	)
+}
+
+// slimHome makes a home folder with links to the installed one, all but the plugins that are not used, and returns the
+// script in it that starts the broker. Erlang looks for each of a thousand modules in every folder of plugins, which is a
+// third of the time that a start takes.
+func (r *rabbitMQ) slimHome() (string, error) {
+	installed, home := filepath.Dir(filepath.Dir(r.found.rabbitMQ)), r.path("home")
+	plugins, err := os.ReadDir(filepath.Join(installed, "plugins"))
+	if errors.Is(err, os.ErrNotExist) { // another layout than any we know
+		return r.found.rabbitMQ, nil
+	}
+	if err != nil {
+		return "", err
+	}
+	used := []string{"sbin", "escript"}
+	for _, p := range plugins {
+		app, _, _ := strings.Cut(p.Name(), "-")
+		switch app {
+		case "rabbitmq_prelaunch": // a part of the broker, whatever its name
+		case "rabbitmq_management", "rabbitmq_management_agent", "rabbitmq_web_dispatch":
+			if !r.management {
+				continue
+			}
+		default: // the broker, and libraries
+			if strings.HasPrefix(app, "rabbitmq_") {
+				continue
+			}
+		}
+		used = append(used, filepath.Join("plugins", p.Name()))
+	}
+	if err := os.RemoveAll(home); err != nil {
+		return "", err
+	}
+	if err := errors.Join(r.account.ownedDir(home), r.account.ownedDir(filepath.Join(home, "plugins"))); err != nil {
+		return "", err
+	}
+	for _, name := range used {
+		if err := os.Symlink(filepath.Join(installed, name), filepath.Join(home, name)); err != nil {
+			return "", err
+		}
+	}
+	return filepath.Join(home, "sbin", filepath.Base(r.found.rabbitMQ)), nil
 }
 
 func (r *rabbitMQ) definitions() (string, error) {

@@ -363,7 +363,7 @@ func (d *daemon) tryUse() (io.ReadCloser, error) {
 // start starts the daemon so that it outlives this process, and go test does not wait for it: in a session of its own,
 // with none of our files open.
 func (d *daemon) start(program string, args []string) error {
-	log, err := os.OpenFile(d.logFile, os.O_CREATE|os.O_TRUNC|os.O_WRONLY, 0o600)
+	log, err := os.OpenFile(d.logFile, os.O_CREATE|os.O_TRUNC|os.O_APPEND|os.O_WRONLY, 0o600)
 	if err != nil {
 		return err
 	}

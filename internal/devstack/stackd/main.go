@@ -74,7 +74,9 @@ func run(ctx context.Context, args []string, log *slog.Logger) error {
 	close(d.ready)
 	if d.failure == nil {
 		log.Info("ready", "seconds", time.Since(began).Seconds())
-		go sweepUnused(ctx, *sweep, log)
+		if *sweep != "" {
+			go sweepUnused(ctx, *sweep, log)
+		}
 		d.wait(ctx, served, log)
 	}
 	d.refuse()
@@ -261,7 +263,7 @@ func reply(w http.ResponseWriter, body any, err error) {
 // sweepUnused deletes what processes like this one have left in the folders below root because they were killed, or
 // because nobody tests that checkout any more.
 func sweepUnused(ctx context.Context, root string, log *slog.Logger) {
-	locks, err := filepath.Glob(filepath.Join(root, "*", "*", "lock"))
+	locks, err := filepath.Glob(filepath.Join(root, "*", "*", devstack.LockFile))
 	if err != nil {
 		log.Error("sweep", "root", root, "error", err)
 		return

@@ -1,0 +1,320 @@
+// Package app makes one process of the parts: it reads settings, wires ledger,
+// relay, sinks, token service and listeners, and owns the order in which they
+// start and stop. Apart from the commands it is the only place that sees both a
+// sink and the ledger.
+package app
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"slices"
+	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/internal/ledger"
+	"github.com/rescindhq/rescind/internal/obs"
+	"github.com/rescindhq/rescind/internal/relay"
+	"github.com/rescindhq/rescind/internal/sink"
+)
+
+// Addresses are where the process listens.
+type Addresses struct {
+	HTTP, Ops string
+}
+
+// The names of the sinks: their cursors and locks go by them.
+const (
+	sinkAMQP     = "amqp"
+	sinkAMQPWSO2 = "amqp-wso2"
+	sinkEtcd     = "etcd"
+)
+
+// lagWarning is how long an event may wait for a sink before /readyz warns.
+const lagWarning = 10 * time.Second
+
+// Serve runs the service until ctx ends and stops it in good order: what was
+// accepted is committed and answered. It calls ready once it takes requests. It
+// returns an error if it cannot start, or if going on would be wrong.
+func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Addresses)) error {
+	reg := obs.NewRegistry()
+	pool, err := openPool(ctx, cfg.Database)
+	if err != nil {
+		return err
+	}
+	defer pool.Close()
+	if err := checkSchema(ctx, pool, log); err != nil {
+		return err
+	}
+	ledgers, err := newLedger(cfg, pool, reg, log)
+	if err != nil {
+		return err
+	}
+	sinks, etcd, err := newSinks(cfg, ledgers, log)
+	if err != nil {
+		return err
+	}
+	if _, err := ledgers.Start(ctx, published(ctx, etcd, log)); err != nil {
+		return err
+	}
+	// Before the first request: every event is for every sink.
+	if err := ledgers.EnsureCursors(ctx, cfg.Sinks); err != nil {
+		return err
+	}
+	feeds, err := relay.New(relay.Config{Source: cfg.Issuer}, relayLog{ledgers}, sinks, reg, log)
+	if err != nil {
+		return err
+	}
+	handler, err := newHandler(ctx, cfg, pool, ledgers, reg, log)
+	if err != nil {
+		return err
+	}
+
+	ops, err := listen(cfg.OpsListen, "RESCIND_OPS_LISTEN")
+	if err != nil {
+		return err
+	}
+	defer ops.Close()
+	public, err := listen(cfg.HTTP.Listen, "RESCIND_LISTEN")
+	if err != nil {
+		return err
+	}
+	defer public.Close()
+	server, publicListener, err := newServer(cfg, handler, public, reg, log)
+	if err != nil {
+		return err
+	}
+	readiness := &obs.Readiness{Checks: readinessChecks(pool, feeds, etcd)}
+	opsServer := &http.Server{
+		Handler: obs.Handler(cfg.Obs, reg, readiness), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
+		ErrorLog: slog.NewLogLogger(log.With("component", "ops").Handler(), slog.LevelWarn),
+	}
+	grace := cfg.ShutdownGrace
+	parts := []part{
+		{"operators' listener", grace, func(ctx context.Context) error { return serveHTTP(ctx, opsServer, ops, grace) }},
+		{"ledger", cfg.CommitTimeout + grace, ledgers.Run},
+		{"relay", grace, feeds.Run},
+		{"listener", 2 * grace, func(ctx context.Context) error {
+			stopDrain := context.AfterFunc(ctx, readiness.Drain)
+			defer stopDrain()
+			return serveHTTP(ctx, server, publicListener, grace)
+		}},
+	}
+	at := Addresses{HTTP: public.Addr().String(), Ops: ops.Addr().String()}
+	log.Info("takes requests", "address", at.HTTP, "ops", at.Ops, "sinks", cfg.Sinks)
+	if ready != nil {
+		ready(at)
+	}
+	if err := runParts(ctx, parts); err != nil {
+		return err
+	}
+	log.Info("stopped")
+	return nil
+}
+
+// serveHTTP serves until ctx ends, then waits for open requests, at most grace.
+func serveHTTP(ctx context.Context, server *http.Server, on net.Listener, grace time.Duration) error {
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(on) }()
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
+	defer cancel()
+	if err := server.Shutdown(ctx); err != nil {
+		return errors.Join(fmt.Errorf("wait for open requests: %w", err), server.Close())
+	}
+	return nil
+}
+
+func listen(address, setting string) (net.Listener, error) {
+	l, err := net.Listen("tcp", address)
+	if err != nil {
+		return nil, fmt.Errorf("listen as %s says: %w; free the port or choose another", setting, err)
+	}
+	return l, nil
+}
+
+// openPool does not connect yet.
+func openPool(ctx context.Context, db Database) (*pgxpool.Pool, error) {
+	cfg, err := pgxpool.ParseConfig(string(db.URL))
+	if err != nil {
+		return nil, errors.New("RESCIND_DATABASE_URL cannot be read as a connection string")
+	}
+	cfg.MaxConns = int32(db.MaxConns)
+	cfg.ConnConfig.ConnectTimeout = 5 * time.Second
+	ledger.Session(cfg)
+	if err := db.secure(cfg.ConnConfig); err != nil {
+		return nil, err
+	}
+	return pgxpool.NewWithConfig(ctx, cfg)
+}
+
+func newLedger(cfg Config, pool *pgxpool.Pool, reg prometheus.Registerer, log *slog.Logger) (*ledger.Ledger, error) {
+	skew := cfg.ClockSkew
+	if skew == 0 {
+		skew = -1 // none, rather than the default
+	}
+	return ledger.New(ledger.Config{
+		MaxBatch: cfg.MaxBatch, QueueSize: cfg.QueueSize, CommitTimeout: cfg.CommitTimeout, ClockSkew: skew,
+		LogRetention: cfg.LogRetention, Source: cfg.Issuer,
+	}, pool, reg, log)
+}
+
+// newSinks makes the sinks that cfg names; etcd is also returned by itself, nil if
+// it is not among them.
+func newSinks(cfg Config, state *ledger.Ledger, log *slog.Logger) (named []relay.Named, etcd *sink.Etcd, err error) {
+	amqpTLS, err := cfg.AMQP.TLS.Config()
+	if err != nil {
+		return nil, nil, fmt.Errorf("read the TLS files of RabbitMQ: %w", err)
+	}
+	broker := sink.AMQPBroker{URL: string(cfg.AMQP.URL), TLS: amqpTLS, Window: cfg.AMQP.Window}
+	for _, name := range cfg.Sinks {
+		var s relay.Sink
+		switch name {
+		case sinkAMQP:
+			s, err = sink.NewAMQP(sink.AMQPConfig{AMQPBroker: broker, Name: name, Exchange: cfg.AMQP.Exchange})
+		case sinkAMQPWSO2:
+			s, err = sink.NewAMQPWSO2(sink.AMQPWSO2Config{
+				AMQPBroker: broker, Name: name, Exchange: cfg.AMQP.WSO2Exchange, RoutingKey: cfg.AMQP.WSO2RoutingKey,
+			})
+		case sinkEtcd:
+			etcd, err = newEtcd(cfg, state, log)
+			s = etcd
+		default:
+			err = fmt.Errorf("there is no sink %q", name)
+		}
+		if err != nil {
+			return nil, nil, err
+		}
+		named = append(named, relay.Named{Name: name, Sink: s})
+	}
+	return named, etcd, nil
+}
+
+func newEtcd(cfg Config, state *ledger.Ledger, log *slog.Logger) (*sink.Etcd, error) {
+	etcdTLS, err := cfg.Etcd.TLS.Config()
+	if err != nil {
+		return nil, fmt.Errorf("read the TLS files of etcd: %w", err)
+	}
+	return sink.NewEtcd(sink.EtcdConfig{
+		Endpoints: cfg.Etcd.Endpoints, TLS: etcdTLS, Username: cfg.Etcd.Username, Password: string(cfg.Etcd.Password),
+		Prefix: cfg.Etcd.Prefix, Source: cfg.Issuer, ReconcileEvery: cfg.Etcd.ReconcileInterval,
+	}, state, log)
+}
+
+// published asks etcd how far the log was once published, nil if that is not known.
+func published(ctx context.Context, etcd *sink.Etcd, log *slog.Logger) *revocation.Position {
+	if etcd == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
+	defer cancel()
+	p, err := etcd.Stream(ctx)
+	if err != nil {
+		log.Warn("etcd cannot be asked how far the log was published", "error", err)
+		return nil
+	}
+	if p.Epoch == "" {
+		return nil
+	}
+	return &p
+}
+
+// relayLog is the ledger as the relay sees it.
+type relayLog struct{ *ledger.Ledger }
+
+func (l relayLog) Lead(ctx context.Context, sink string) (relay.Lead, error) {
+	return l.Ledger.Lead(ctx, sink)
+}
+
+func readinessChecks(pool *pgxpool.Pool, feeds *relay.Relay, etcd *sink.Etcd) []obs.Check {
+	checks := []obs.Check{{Name: "postgres", Vital: true, Run: func(ctx context.Context) (obs.Status, string) {
+		if err := pool.Ping(ctx); err != nil {
+			return obs.Fail, "does not answer: revocations are refused with 503"
+		}
+		return obs.Pass, ""
+	}}}
+	for i, s := range feeds.Status() {
+		checks = append(checks, obs.Check{Name: "sink " + s.Name, Run: func(context.Context) (obs.Status, string) {
+			return sinkStatus(feeds.Status()[i])
+		}})
+	}
+	if etcd != nil {
+		checks = append(checks, obs.Check{Name: "etcd", Run: func(ctx context.Context) (obs.Status, string) {
+			if etcd.Check(ctx) != nil {
+				return obs.Warn, "does not answer or has raised an alarm: etcdctl alarm list tells"
+			}
+			return obs.Pass, ""
+		}})
+	}
+	return checks
+}
+
+func sinkStatus(s relay.Status) (obs.Status, string) {
+	detail := fmt.Sprintf("%s at seq %d, %d events behind", s.State, s.Seq, s.Behind)
+	if s.State == relay.Retrying || s.State == relay.Stopped || s.Lag > lagWarning {
+		return obs.Warn, fmt.Sprintf("%s, the oldest for %s", detail, s.Lag.Round(time.Second))
+	}
+	return obs.Pass, detail
+}
+
+// NewEpoch gives the log of a restored database a new identity and puts back the
+// live revocations that only etcd still has.
+func NewEpoch(ctx context.Context, cfg Config, log *slog.Logger) (EpochReport, error) {
+	var report EpochReport
+	pool, err := openPool(ctx, cfg.Database)
+	if err != nil {
+		return report, err
+	}
+	defer pool.Close()
+	l, err := newLedger(cfg, pool, prometheus.NewRegistry(), log)
+	if err != nil {
+		return report, err
+	}
+	if err := l.EnsureCursors(ctx, cfg.Sinks); err != nil {
+		return report, err
+	}
+	var live []revocation.Revocation
+	if slices.Contains(cfg.Sinks, sinkEtcd) {
+		etcd, err := newEtcd(cfg, l, log)
+		if err != nil {
+			return report, err
+		}
+		defer etcd.Close()
+		head, err := l.Head(ctx)
+		if err != nil {
+			return report, err
+		}
+		for r, err := range etcd.Live(ctx, head.Seq) {
+			if err != nil {
+				return report, fmt.Errorf("read what etcd still has: %w", err)
+			}
+			live = append(live, r)
+		}
+	}
+	if report.Before, err = l.NewEpoch(ctx, cfg.Sinks); err != nil {
+		return report, err
+	}
+	if err := l.Import(ctx, live); err != nil {
+		return report, err
+	}
+	if report.After, err = l.Head(ctx); err != nil {
+		return report, err
+	}
+	return report, nil
+}
+
+// EpochReport says what [NewEpoch] did: the log stood at Before in its new epoch,
+// and at After once what etcd still had was back.
+type EpochReport struct {
+	Before, After revocation.Position
+}

@@ -1,0 +1,30 @@
+package app
+
+import (
+	"crypto/tls"
+	"log/slog"
+	"net"
+	"net/http"
+
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/rescindhq/rescind/internal/httpapi"
+)
+
+func httpConfig(cfg Config) httpapi.Config {
+	return httpapi.Config{MaxInFlight: cfg.HTTP.MaxInFlight, MaxConnections: cfg.HTTP.MaxConnections}
+}
+
+// newServer returns the server of the public listener, and the listener with TLS if
+// there is a certificate.
+func newServer(cfg Config, handler http.Handler, on net.Listener, reg prometheus.Registerer, log *slog.Logger) (*http.Server, net.Listener, error) {
+	server, err := httpapi.NewServer(httpConfig(cfg), handler, reg, log)
+	if err != nil || cfg.HTTP.CertFile == "" {
+		return server, on, err
+	}
+	cert, err := newCertificate(cfg.HTTP.CertFile, cfg.HTTP.KeyFile, log)
+	if err != nil {
+		return nil, nil, err
+	}
+	return server, tls.NewListener(on, cert.config()), nil
+}
