@@ -369,12 +369,15 @@ func checkAMQPURL(s string) error {
 		strings.Count(u.EscapedPath(), "/") > 1)
 }
 
+var issuerPath = regexp.MustCompile(`^(/[A-Za-z0-9._~-]+)*$`)
+
 func issuerValue(p *string) value {
 	return value{rule: "an https URL of at most 255 bytes, without trailing slash, query, fragment or user", set: func(s string) error {
 		*p = s
 		u, err := url.Parse(s)
 		return ruleIf(err != nil || len(s) > 255 || u.Scheme != "https" && u.Scheme != "http" || u.Hostname() == "" || u.User != nil ||
-			strings.HasSuffix(s, "/") || strings.ContainsAny(s, "?#") || u.String() != s || u.Path != "" && path.Clean(u.Path) != u.Path)
+			strings.HasSuffix(s, "/") || strings.ContainsAny(s, "?#") || u.String() != s || !issuerPath.MatchString(u.EscapedPath()) ||
+			u.Path != "" && path.Clean(u.Path) != u.Path)
 	}}
 }
 

@@ -2,6 +2,8 @@ package app
 
 import (
 	"context"
+	"encoding/base64"
+	"errors"
 	"fmt"
 	"log/slog"
 	"net/http"
@@ -20,7 +22,11 @@ import (
 // newHandler makes what answers requests: authentication, our own issuer, the
 // verifier of its tokens and of other issuers', and the routes.
 func newHandler(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Ledger, reg prometheus.Registerer, log *slog.Logger) (http.Handler, error) {
-	master, err := authn.NewMasterKey([]byte(cfg.MasterKey))
+	raw, err := base64.StdEncoding.DecodeString(string(cfg.MasterKey))
+	if err != nil {
+		return nil, errors.New("RESCIND_MASTER_KEY is not base64")
+	}
+	master, err := authn.NewMasterKey(raw)
 	if err != nil {
 		return nil, err
 	}
