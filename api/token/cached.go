@@ -43,7 +43,8 @@ const retryInterval = 5 * time.Second
 // one load at a time; those who need it wait for it together, and each only as
 // long as its context lets it.
 //
-// A kid that is held costs no lock and no waiting, be its source reachable or not.
+// A kid that is held takes no lock while the keys are young, and no waiting while
+// their source is away.
 type CachedKeySet struct {
 	cfg  CacheConfig
 	load func(context.Context) (*StaticKeySet, error)

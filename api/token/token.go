@@ -8,10 +8,11 @@
 // # Decisions
 //
 // A verification ends in one of three ways: a [Token]; an error that is
-// [ErrInvalid], which proves that no trusted issuer made this string; or
-// [ErrKeysUnavailable], which proves nothing. Who revokes tokens must keep the
-// last two apart: to say "unknown, nothing to do" of a token whose keys could
-// not be fetched would leave a live token alive.
+// [ErrInvalid], which proves that this string is no sound token of a trusted
+// issuer; or [ErrKeysUnavailable], which proves nothing. Who revokes tokens must
+// keep the last two apart: to say "unknown, nothing to do" of a token whose keys
+// could not be fetched would leave a live token alive. Of the former, only what
+// is [ErrClaims] was signed by its issuer.
 //
 // JSON is checked by encoding/json and then taken apart here, because
 // encoding/json matches member names in any case and lets the last of two equal
@@ -37,8 +38,8 @@ const (
 	maxNumeric    = 1 << 53 // the largest integer that every JSON reader keeps exact
 )
 
-// ErrInvalid is what all errors are that prove that a string is no token of a
-// trusted issuer.
+// ErrInvalid is what all errors are that prove that a string is no sound token of
+// a trusted issuer.
 var ErrInvalid = errors.New("the token is not valid")
 
 // The ways in which a token is invalid; each is [ErrInvalid] too.

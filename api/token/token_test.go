@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"math/big"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -245,6 +246,15 @@ func TestECDSATwinHasOneIdentity(t *testing.T) {
 	twin, err := v.Verify(t.Context(), first.SigningInput+"."+base64.RawURLEncoding.EncodeToString(signature))
 	if err != nil {
 		t.Fatal(err)
+	}
+	for name, bad := range map[string][]byte{
+		"a zero between r and s": slices.Concat(signature[:32], []byte{0}, signature[32:]),
+		"short":                  signature[:63],
+	} {
+		_, err := v.Verify(t.Context(), first.SigningInput+"."+base64.RawURLEncoding.EncodeToString(bad))
+		if !errors.Is(err, ErrSignature) {
+			t.Errorf("signature with %s: %v, want %v", name, err, ErrSignature)
+		}
 	}
 	if twin.Signature == first.Signature || twin.SigningInput != first.SigningInput {
 		t.Errorf("twin has signature %s and input %s, want another and the same as %+v", twin.Signature, twin.SigningInput, first)

@@ -21,7 +21,7 @@
 // # Decisions
 //
 // Client secrets have 256 bits, so a fast HMAC is enough, which costs a request
-// less than a microsecond; it is keyed, so a stolen database is of no use
+// about a microsecond; it is keyed, so a stolen database is of no use
 // without the master key, and it covers the client id, so rows cannot be swapped.
 // Passwords that people choose take Argon2id.
 //

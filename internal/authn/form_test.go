@@ -34,6 +34,7 @@ func TestForm(t *testing.T) {
 		{"public with an empty secret", postForm("client_id=spa-1&client_secret="), 200, "", "spa-1"},
 		{"public with a secret", postForm("client_id=spa-1&client_secret=x"), 401, InvalidClient, ""},
 		{"public by basic", postForm("", "Authorization", basicOf("spa-1:")), 401, InvalidClient, ""},
+		{"public by a secret it once had", postForm("", "Authorization", basicOf("spa-2:left-over")), 401, InvalidClient, ""},
 		{"confidential without its secret", postForm("client_id=app-2"), 401, InvalidClient, ""},
 		{"unknown public", postForm("client_id=nobody"), 401, InvalidClient, ""},
 		{"unknown", postForm("", "Authorization", basicOf("nobody:x")), 401, InvalidClient, ""},

@@ -51,6 +51,7 @@ func newMemory(t testing.TB, cfg Config) *memory {
 	m.add("app one", methodBasic, "s3cr:t+/=%")
 	m.add("app-2", methodPost, "Secret-2")
 	m.add("spa-1", methodNone)
+	m.add("spa-2", methodNone, "left-over")
 	return m
 }
 

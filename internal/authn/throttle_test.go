@@ -89,6 +89,27 @@ func TestThrottleOfVolley(t *testing.T) {
 	})
 }
 
+// Who waited for a row while others guessed is not told that a secret is right.
+func TestThrottleAfterWait(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory(t, Config{CallerFailures: 1})
+		m.gate = make(chan struct{})
+		r := postForm("", "Authorization", basicTwo)
+		code := make(chan int, 1)
+		go func() {
+			w, _ := m.answer(r)
+			code <- w.Code
+		}()
+		synctest.Wait()
+		m.throttle.failed(caller{id: "app-2", from: bucket(m.Remote(r))})
+		close(m.gate)
+		if got := <-code; got != 429 {
+			t.Errorf("status %d, want 429", got)
+		}
+	})
+}
+
 func TestNoCredentialsAreNoGuess(t *testing.T) {
 	t.Parallel()
 	m := newMemory(t, Config{AddressFailures: 1})

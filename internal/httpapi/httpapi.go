@@ -53,13 +53,16 @@ type Config struct {
 
 func (c Config) withDefaults() (Config, error) {
 	var errs []error
+	check := func(ok bool, format string, args ...any) {
+		if !ok {
+			errs = append(errs, fmt.Errorf(format, args...))
+		}
+	}
 	number := func(name string, p *int, n, high int) {
 		if *p == 0 {
 			*p = n
 		}
-		if *p < 1 || *p > high {
-			errs = append(errs, fmt.Errorf("%s is %d, must be 1 to %d", name, *p, high))
-		}
+		check(1 <= *p && *p <= high, "%s is %d, must be 1 to %d", name, *p, high)
 	}
 	number("MaxInFlight", &c.MaxInFlight, 1024, 100000)
 	number("MaxConnections", &c.MaxConnections, 4096, 1000000)
@@ -67,9 +70,7 @@ func (c Config) withDefaults() (Config, error) {
 	if c.Timeout == 0 {
 		c.Timeout = 10 * time.Second
 	}
-	if c.Timeout < time.Second || c.Timeout > 25*time.Second {
-		errs = append(errs, fmt.Errorf("Timeout is %s, must be 1s to 25s", c.Timeout))
-	}
+	check(time.Second <= c.Timeout && c.Timeout <= 25*time.Second, "Timeout is %s, must be 1s to 25s", c.Timeout)
 	if err := errors.Join(errs...); err != nil {
 		return c, fmt.Errorf("configure HTTP: %w", err)
 	}

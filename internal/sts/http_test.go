@@ -182,7 +182,7 @@ func checkClaims(t *testing.T, s *Server, access string, before int64, scope str
 	if err != nil {
 		t.Fatal(err)
 	}
-	jws, err := jose.ParseSigned(access, []jose.SignatureAlgorithm{jose.RS256})
+	jws, err := jose.ParseSignedCompact(access, []jose.SignatureAlgorithm{jose.RS256})
 	if err != nil {
 		t.Fatal(err)
 	}
