@@ -10,6 +10,8 @@ import (
 	"strings"
 	"syscall"
 	"time"
+
+	"github.com/rescindhq/rescind/internal/devstack"
 )
 
 const usage = `Rescind-dev runs Rescind on this machine, on servers of its own.
@@ -21,6 +23,7 @@ Each takes --help. Ctrl-C ends everything that was started.
 `
 
 func main() {
+	devstack.Child()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	ctx = withGoRun(ctx)
 	code := run(ctx, os.Args[1:], os.Stdout, os.Stderr)

@@ -30,6 +30,10 @@ func runStack(ctx context.Context, args []string, stdout, stderr io.Writer) int 
 	cfg.Log = stderr
 	began := time.Now()
 	stack, err := devstack.Start(ctx, cfg)
+	if err != nil && ctx.Err() != nil {
+		fmt.Fprintln(stderr, "rescind-dev stack: interrupted before the servers were ready.")
+		return 1
+	}
 	if err != nil {
 		fmt.Fprintf(stderr, "rescind-dev stack: %v\n", err)
 		return 1

@@ -13,7 +13,7 @@ import (
 
 const aboutEpoch = `Gives the log a new identity after Postgres was restored to an older state, and
 puts back the live revocations that only etcd still has. Every gateway then
-starts again from a snapshot, and keeps the revocations it knows.
+starts again from the whole state.
 
 Stop every service process first. serve names this command when it is needed;
 otherwise leave it alone.`
@@ -28,7 +28,7 @@ func runEpoch(ctx context.Context, args []string, stdout, stderr io.Writer) int 
 	if len(inv.words) != 1 || inv.words[0] != "new" {
 		return inv.misused("the one thing to do is: rescind epoch new")
 	}
-	const question = "This makes every gateway start again from a snapshot. All service processes must be stopped."
+	const question = "This makes every gateway start again from the whole state. All service processes must be stopped."
 	if !*yes && !confirm(question, os.Stdin, stderr) {
 		return inv.failed(errors.New("not confirmed, nothing was changed"))
 	}

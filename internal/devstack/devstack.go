@@ -7,9 +7,12 @@
 //
 // # Decisions
 //
-// etcd is the library, inside this process: no distribution's package is needed, and its version is ours. Postgres
-// and RabbitMQ are child processes. When this process is killed the kernel signals them; a pid file with the start
-// time lets the next start find and end what is left.
+// etcd is the library, linked into this program: no distribution's package is needed, and its version is ours. It runs
+// in a child process all the same, which is this program once more ([Child]): so it can be killed, its memory is not
+// mistaken for the service's, and a stop does not wait for its clients.
+//
+// When this process is killed, the kernel signals the servers. Pid files, with the time that the process started at, let
+// the next start find and end what is left.
 //
 // A data folder has mode 0700. As root, Postgres and RabbitMQ run as their system users, who cannot enter it, so their
 // data then always lies in a folder below /var/tmp that is named after it, rather than sometimes.
@@ -141,7 +144,7 @@ func Start(ctx context.Context, cfg Config) (_ *Stack, err error) {
 		case RabbitMQ:
 			srv, err = newRabbitMQ(f, programs, cfg.Management)
 		case Etcd:
-			srv = &etcd{folder: f, noFsync: cfg.NoFsync}
+			srv, err = newEtcd(f, cfg.NoFsync)
 		}
 		if err != nil {
 			return nil, err
@@ -187,14 +190,16 @@ func openUnused(ctx context.Context, dir string) (*folder, error) {
 		return nil, err
 	}
 	var wait sync.WaitGroup
-	errs := make([]error, 2)
+	errs := make([]error, 3)
 	wait.Go(func() { errs[0] = endPostgresOrphans(f) })
 	wait.Go(func() { errs[1] = endRabbitMQOrphans(f) })
+	wait.Go(func() { errs[2] = endEtcdOrphans(f) })
 	wait.Wait()
 	err = errors.Join(errs...)
 	if err == nil {
 		err = f.discardStrangers()
 	}
+	sweepAbandoned()
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("clear up data folder %s: %w", f.base, err), f.close())
 	}
@@ -228,8 +233,7 @@ func (s *Stack) stopAll() error {
 // StopServer ends one server in good order. A server that is not running stays so.
 func (s *Stack) StopServer(name Server) error { return s.on(name, (*control).stop) }
 
-// KillServer ends one server as a crash would: Postgres and RabbitMQ by SIGKILL, etcd, which is a part of this process,
-// without closing its clients' requests in good order.
+// KillServer ends one server as a crash would.
 func (s *Stack) KillServer(name Server) error { return s.on(name, (*control).kill) }
 
 // WipeServer deletes all data of one server, which it kills if it is running.

@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"syscall"
 	"time"
 )
@@ -152,13 +153,15 @@ func (f *folder) saveState() error {
 	return os.Rename(f.path(stateFile+".new"), f.path(stateFile))
 }
 
+const serversPrefix = "/var/tmp/rescind-"
+
 // serversDir is where servers that run as system users keep what is theirs: they cannot enter base.
 func serversDir(base string) string {
 	if os.Geteuid() != 0 {
 		return base
 	}
 	sum := sha256.Sum256([]byte(base))
-	return "/var/tmp/rescind-" + hex.EncodeToString(sum[:8])
+	return serversPrefix + hex.EncodeToString(sum[:8])
 }
 
 // openServers makes the folder, which all users can enter. Its name is no secret, and anybody can make a folder below
@@ -187,17 +190,45 @@ func checkOwner(dir string, uid int) error {
 	return nil
 }
 
+// ownerFile, in servers, names the base folder that it belongs to, by its ID and its path.
+const ownerFile = "owner"
+
 // discardStrangers removes servers' data that was made for an earlier base folder of this name: its passwords are
 // lost. The servers themselves must have ended.
 func (f *folder) discardStrangers() error {
-	idFile := filepath.Join(f.servers, "id")
-	if id, err := os.ReadFile(idFile); err == nil && string(id) == f.ID || f.servers == f.base {
+	if f.servers == f.base {
+		return nil
+	}
+	owner := f.ID + "\n" + f.base
+	file := filepath.Join(f.servers, ownerFile)
+	if had, err := os.ReadFile(file); err == nil && string(had) == owner {
 		return nil
 	}
 	if err := f.clearServers(); err != nil {
 		return err
 	}
-	return os.WriteFile(idFile, []byte(f.ID), 0o600)
+	return os.WriteFile(file, []byte(owner), 0o600)
+}
+
+// sweepAbandoned removes servers' data whose base folder was deleted, as people do who know of no other. It is nobody's
+// trouble if that fails.
+func sweepAbandoned() {
+	files, _ := filepath.Glob(serversPrefix + "*/" + ownerFile)
+	for _, file := range files {
+		dir := filepath.Dir(file)
+		if checkOwner(dir, os.Geteuid()) != nil {
+			continue
+		}
+		owner, err := os.ReadFile(file)
+		if err != nil {
+			continue
+		}
+		_, base, _ := strings.Cut(string(owner), "\n")
+		if _, err := os.Stat(base); !errors.Is(err, os.ErrNotExist) || isRunning(dir) {
+			continue
+		}
+		_ = os.RemoveAll(dir)
+	}
 }
 
 func (f *folder) clearServers() error {

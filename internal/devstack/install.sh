@@ -1,9 +1,9 @@
-# Installs the packages that are its arguments with apt-get so that no service is started, none is enabled that was not before, and Postgres gets
-# no cluster of its own. What it changes for that time it puts back, also when interrupted; after a SIGKILL the next run
-# does.
+# Installs the packages that are its arguments with apt-get so that no service is started, none is enabled that was not
+# before, and Postgres gets no cluster of its own. What it changes for that time it puts back, also when interrupted;
+# after a SIGKILL the next run does.
 set -eu
 
-root=${INSTALL_ROOT:-}
+root=${RESCIND_INSTALL_ROOT:-}
 policy=$root/usr/sbin/policy-rc.d
 aside=$policy.before-rescind
 mark='# made by rescind-dev, for as long as it installs packages'
@@ -17,7 +17,7 @@ put_back() {
 	rm -f "$cluster"
 	if [ -e "$clusters.made-by-rescind" ]; then
 		rm -f "$clusters.made-by-rescind"
-		rmdir --ignore-fail-on-non-empty "$clusters"
+		rmdir -p --ignore-fail-on-non-empty "$clusters"
 	fi
 }
 

@@ -21,13 +21,13 @@ type fakeRoot struct {
 
 func newFakeRoot(t *testing.T, aptGet string) *fakeRoot {
 	dir := t.TempDir()
-	r := &fakeRoot{t: t, dir: dir, env: []string{"INSTALL_ROOT=" + dir, "PATH=" + dir + "/bin:" + os.Getenv("PATH")}}
+	r := &fakeRoot{t: t, dir: dir, env: []string{"RESCIND_INSTALL_ROOT=" + dir, "PATH=" + dir + "/bin:" + os.Getenv("PATH")}}
 	r.write("lib/systemd/system/old.service", "", 0o644)
 	r.write("var/lock/.keep", "", 0o644)
 	r.write("usr/sbin/.keep", "", 0o644)
 	r.write("bin/apt-get", "#!/bin/sh\n"+aptGet, 0o755)
 	for _, program := range []string{"systemctl", "update-rc.d"} {
-		r.write("bin/"+program, "#!/bin/sh\necho "+program+" \"$@\" >>\"$INSTALL_ROOT/calls\"\n", 0o755)
+		r.write("bin/"+program, "#!/bin/sh\necho "+program+" \"$@\" >>\"$RESCIND_INSTALL_ROOT/calls\"\n", 0o755)
 	}
 	return r
 }
@@ -58,11 +58,11 @@ func (r *fakeRoot) install(ctx context.Context) error {
 
 // installing stands for an apt-get that works: it says what the packages would find, and brings two services.
 const installing = `
-printf '%s; ' "$*" >>"$INSTALL_ROOT/calls"
-"$INSTALL_ROOT/usr/sbin/policy-rc.d" some-server start; echo "policy $?; $(cat "$INSTALL_ROOT"/etc/postgresql-common/createcluster.d/*)" >>"$INSTALL_ROOT/calls"
-mkdir -p "$INSTALL_ROOT/etc/init.d"
-: >"$INSTALL_ROOT/lib/systemd/system/new.service"
-: >"$INSTALL_ROOT/etc/init.d/new"
+printf '%s; ' "$*" >>"$RESCIND_INSTALL_ROOT/calls"
+"$RESCIND_INSTALL_ROOT/usr/sbin/policy-rc.d" some-server start; echo "policy $?; $(cat "$RESCIND_INSTALL_ROOT"/etc/postgresql-common/createcluster.d/*)" >>"$RESCIND_INSTALL_ROOT/calls"
+mkdir -p "$RESCIND_INSTALL_ROOT/etc/init.d"
+: >"$RESCIND_INSTALL_ROOT/lib/systemd/system/new.service"
+: >"$RESCIND_INSTALL_ROOT/etc/init.d/new"
 `
 
 const aptGetOptions = "-o DPkg::Lock::Timeout=300 -o Acquire::Retries=2 "
@@ -84,10 +84,10 @@ func TestInstallFetchesListsOnlyWhenNeeded(t *testing.T) {
 	t.Parallel()
 	r := newFakeRoot(t, `
 case "$*" in
-*update) : >"$INSTALL_ROOT/lists" ;;
-*) [ -e "$INSTALL_ROOT/lists" ] || { echo "Unable to locate package"; exit 100; } ;;
+*update) : >"$RESCIND_INSTALL_ROOT/lists" ;;
+*) [ -e "$RESCIND_INSTALL_ROOT/lists" ] || { echo "Unable to locate package"; exit 100; } ;;
 esac
-echo "${*##*Retries=2 }" >>"$INSTALL_ROOT/calls"
+echo "${*##*Retries=2 }" >>"$RESCIND_INSTALL_ROOT/calls"
 `)
 	if err := r.install(t.Context()); err != nil {
 		t.Fatal(err)
@@ -100,7 +100,7 @@ echo "${*##*Retries=2 }" >>"$INSTALL_ROOT/calls"
 
 func TestInstallPutsBackWhatWasThere(t *testing.T) {
 	t.Parallel()
-	const hang = "echo started >\"$INSTALL_ROOT/started\"; trap 'exit 1' INT; while :; do sleep 0.01; done\n"
+	const hang = "echo started >\"$RESCIND_INSTALL_ROOT/started\"; trap 'exit 1' INT; while :; do sleep 0.01; done\n"
 	tests := []struct {
 		name   string
 		policy string // the content of policy-rc.d before, none if empty

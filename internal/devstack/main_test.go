@@ -11,6 +11,7 @@ import (
 const childDir = "DEVSTACK_CHILD_DIR"
 
 func TestMain(m *testing.M) {
+	Child()
 	dir := os.Getenv(childDir)
 	if dir == "" {
 		os.Exit(m.Run())

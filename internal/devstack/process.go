@@ -10,6 +10,7 @@ import (
 	"os/user"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -195,20 +196,29 @@ func (p *process) end(endings ...ending) error {
 
 // endOrphan ends the process that an earlier run recorded in pidFile, if it still is that process.
 func endOrphan(pidFile string, endings ...ending) error {
-	record, err := os.ReadFile(pidFile)
-	if errors.Is(err, os.ErrNotExist) {
-		return nil
-	}
-	if err != nil {
-		return err
-	}
-	var id processID
-	if err := json.Unmarshal(record, &id); err == nil { // else we were killed while writing it: the death signal ended the process
+	if id := recorded(pidFile); id.alive() {
 		if err := endProcess(id, nil, endings...); err != nil {
 			return err
 		}
 	}
-	return os.Remove(pidFile)
+	return os.RemoveAll(pidFile)
+}
+
+// isRunning tells whether a pid file in dir is of a living process.
+func isRunning(dir string) bool {
+	files, _ := filepath.Glob(filepath.Join(dir, "*.pid"))
+	return slices.ContainsFunc(files, func(file string) bool { return recorded(file).alive() })
+}
+
+// recorded is the process that a pid file is of. If the file is not there, or not complete because its writer was killed
+// (whose death signal then ended the process), it is none.
+func recorded(pidFile string) processID {
+	var id processID
+	record, err := os.ReadFile(pidFile)
+	if err != nil || json.Unmarshal(record, &id) != nil {
+		return processID{}
+	}
+	return id
 }
 
 // await calls answers until it is true. It fails when ctx ends or the process does.
@@ -244,9 +254,7 @@ func logTail(file string) string {
 
 // searchPath is PATH and the usual folders of system programs, which the PATH of a plain user often lacks.
 func searchPath() string {
-	dirs := filepath.SplitList(os.Getenv("PATH"))
-	for _, dir := range []string{"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin", "/opt/homebrew/bin", "/opt/homebrew/sbin"} {
-		dirs = append(dirs, dir)
-	}
+	dirs := append(filepath.SplitList(os.Getenv("PATH")),
+		"/usr/local/sbin", "/usr/local/bin", "/usr/sbin", "/usr/bin", "/sbin", "/bin", "/opt/homebrew/bin", "/opt/homebrew/sbin")
 	return strings.Join(dirs, string(os.PathListSeparator))
 }

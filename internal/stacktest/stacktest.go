@@ -305,6 +305,10 @@ func (d *daemon) enter(ctx context.Context, h *home, name string, args []string)
 	if out, err := build.CombinedOutput(); err != nil {
 		return nil, fmt.Errorf("%s: %w\n%s", build, err, out)
 	}
+	now := time.Now() // an old program is deleted as one that nobody uses
+	if err := os.Chtimes(program, now, now); err != nil {
+		return nil, err
+	}
 	if err := d.start(program, args); err != nil {
 		return nil, err
 	}

@@ -15,6 +15,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strings"
 	"sync"
 	"syscall"
 	"time"
@@ -26,6 +27,7 @@ import (
 const firstUser = 30 * time.Second
 
 func main() {
+	devstack.Child()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
@@ -279,19 +281,28 @@ func sweepUnused(ctx context.Context, root string, log *slog.Logger) {
 		}
 		cancel()
 	}
-	programs, err := filepath.Glob(filepath.Join(root, "*", "stackd"))
-	if err != nil {
-		log.Error("sweep", "root", root, "error", err)
-		return
-	}
-	for _, program := range programs {
-		if age(program) < 24*time.Hour {
-			continue
+	// What is left then is small files, and programs that are built again when they are needed.
+	for pattern, old := range map[string]time.Duration{"stackd": 24 * time.Hour, "own-*.log": time.Hour, "own-*.sock": time.Hour} {
+		files, err := filepath.Glob(filepath.Join(root, "*", pattern))
+		if err != nil {
+			log.Error("sweep", "root", root, "error", err)
+			return
 		}
-		if err := os.Remove(program); err != nil { // who needs it builds it again
-			log.Error("sweep", "program", program, "error", err)
+		for _, file := range files {
+			if age(file) < old || isUsed(strings.TrimSuffix(file, filepath.Ext(file))) {
+				continue
+			}
+			if err := os.Remove(file); err != nil {
+				log.Error("sweep", "file", file, "error", err)
+			}
 		}
 	}
+}
+
+// isUsed tells whether a data folder is there. Those that are still there after a sweep have a process.
+func isUsed(dir string) bool {
+	info, err := os.Stat(dir)
+	return err == nil && info.IsDir()
 }
 
 func age(path string) time.Duration {
