@@ -167,7 +167,7 @@ func settings(c *Config) []setting {
 		{name: "COMMIT_TIMEOUT", use: ForServe, def: "5s", value: periodValue(&c.CommitTimeout, 100*time.Millisecond, time.Minute),
 			help: "How long one commit may take, also while stopping. Past it its callers get 503."},
 		{name: "LOG_RETENTION", use: ForServe, def: "72h", value: periodValue(&c.LogRetention, time.Hour, 10*365*24*time.Hour),
-			help: "How long the log keeps events. A reader that was away for longer starts again from a snapshot. What a sink still needs stays."},
+			help: "How long the log keeps events. A reader that was away for longer starts again from the whole state. What a sink still needs stays."},
 		{name: "LOG_LEVEL", use: forAll, def: "info", value: levelValue(&c.Obs.Level),
 			help: "The least severe lines that are logged."},
 		{name: "LOG_FORMAT", use: forAll, def: "json", value: formatValue(&c.Obs),

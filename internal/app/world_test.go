@@ -63,7 +63,6 @@ type world struct {
 	etcd        []string
 	prefix      string
 	issuers     string // the trusted issuers file
-	exchange    string
 	seeded      sync.Once
 }
 
@@ -296,6 +295,8 @@ func (w *world) spawn(extra ...string) *service {
 		s.base, s.ops = "http://"+at[0], "http://"+at[1]
 	case <-done:
 		w.t.Fatalf("the service has ended: %v\n%s", ended, s.logs)
+	case <-time.After(60 * time.Second):
+		w.t.Fatalf("the service takes no requests\n%s", s.logs)
 	}
 	w.seed()
 	return s

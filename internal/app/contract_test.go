@@ -1,0 +1,424 @@
+package app_test
+
+import (
+	"bytes"
+	"encoding/json"
+	"io"
+	"maps"
+	"net/http"
+	"os"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/getkin/kin-openapi/openapi3"
+	"github.com/getkin/kin-openapi/openapi3filter"
+	"github.com/getkin/kin-openapi/routers"
+	"github.com/google/go-cmp/cmp"
+	amqp "github.com/rabbitmq/amqp091-go"
+	"go.yaml.in/yaml/v3"
+
+	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/internal/app"
+	"github.com/rescindhq/rescind/internal/wso2"
+)
+
+const (
+	openAPIFile  = "../../api/openapi.yaml"
+	asyncAPIFile = "../../api/asyncapi.yaml"
+)
+
+func readOpenAPI(t *testing.T) *openapi3.T {
+	t.Helper()
+	doc, err := openapi3.NewLoader().LoadFromFile(openAPIFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return doc
+}
+
+func TestOpenAPI(t *testing.T) {
+	t.Parallel()
+	doc := readOpenAPI(t)
+	if err := doc.Validate(t.Context(), openapi3.EnableExamplesValidation()); err != nil {
+		t.Error(err)
+	}
+	var operations []string
+	for path, item := range doc.Paths.Map() {
+		for method, op := range item.Operations() {
+			operations = append(operations, method+" "+path)
+			for status, response := range op.Responses.Map() {
+				if response.Value.Headers["X-Request-Id"] == nil {
+					t.Errorf("%s %s %s has no X-Request-Id", method, path, status)
+				}
+			}
+		}
+	}
+	slices.Sort(operations)
+	want := []string{
+		"GET /.well-known/oauth-authorization-server", "GET /healthz", "GET /metrics", "GET /oauth2/jwks", "GET /readyz",
+		"POST /oauth2/revoke", "POST /oauth2/token", "POST /revoke",
+	}
+	if diff := cmp.Diff(want, operations); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// The running service answers as openapi.yaml says.
+func TestServiceKeepsOpenAPI(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	s := w.serve()
+	client := newHTTPClient(t)
+	doc := readOpenAPI(t)
+	own, idp := form(basic("own-1", clientSecret)), form(basic(clientID, clientSecret))
+	with := func(h http.Header, name, value string) http.Header {
+		h = h.Clone()
+		h.Set(name, value)
+		return h
+	}
+	none := http.Header{}
+	etag := func(path string) http.Header {
+		a, err := send(client, http.MethodGet, s.base+path, nil, "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		return http.Header{"If-None-Match": a.header["Etag"]}
+	}
+	const (
+		keys     = "/oauth2/jwks"
+		metadata = "/.well-known/oauth-authorization-server"
+	)
+	visited := make(map[string]bool)
+	for _, tt := range []struct {
+		method, path string
+		header       http.Header
+		body         string
+		status       int
+	}{
+		{"POST", "/oauth2/revoke", idp, "token=" + accessToken("at-1"), 200},
+		{"POST", "/revoke", idp, "token=" + accessToken("at-2"), 200},
+		{"POST", "/revoke", idp, "token=e30.e30.c2ln", 200},
+		{"POST", "/revoke", own, "token=" + accessToken("at-3"), 400},
+		{"POST", "/revoke", idp, "", 400},
+		{"POST", "/revoke", idp, "token=a&token=b", 400},
+		{"POST", "/revoke", with(idp, "Content-Type", "application/json"), "{}", 400},
+		{"POST", "/revoke", form(basic(clientID, "wrong")), "token=a", 401},
+		{"POST", "/revoke", idp, "token=" + strings.Repeat("a", 65536), 413},
+		{"POST", "/revoke", with(idp, "Content-Encoding", "gzip"), "token=a", 415},
+		{"POST", "/oauth2/token", own, "grant_type=client_credentials", 200},
+		{"POST", "/oauth2/token", own, "grant_type=client_credentials&scope=read+write&resource=https://api.example.com", 200},
+		{"POST", "/oauth2/token", own, "grant_type=password", 400},
+		{"POST", "/oauth2/token", own, "grant_type=client_credentials&scope=admin", 400},
+		{"POST", "/oauth2/token", own, "grant_type=client_credentials&resource=https://nope.example", 400},
+		{"POST", "/oauth2/token", idp, "grant_type=client_credentials", 400},
+		{"POST", "/oauth2/token", form(""), "grant_type=client_credentials", 401},
+		{"GET", keys, with(none, "X-Request-Id", "mine-1"), "", 200},
+		{"GET", keys, with(none, "Accept", "application/jwk-set+json"), "", 200},
+		{"GET", keys, etag(keys), "", 304},
+		{"GET", metadata, none, "", 200},
+		{"GET", metadata, etag(metadata), "", 304},
+		{"GET", "/healthz", none, "", 200},
+		{"GET", "/readyz", none, "", 200},
+		{"GET", "/readyz?verbose=1", none, "", 200},
+		{"GET", "/metrics", none, "", 200},
+	} {
+		path, _, _ := strings.Cut(tt.path, "?")
+		item := doc.Paths.Find(path)
+		base := s.base
+		if item.Servers != nil {
+			base = s.ops
+		}
+		a, err := send(client, tt.method, base+tt.path, tt.header, tt.body)
+		if err != nil || a.status != tt.status {
+			t.Errorf("%s %s: status %d, want %d, error %v: %s", tt.method, tt.path, a.status, tt.status, err, a.body)
+			continue
+		}
+		operation := item.GetOperation(tt.method)
+		visited[operation.OperationID] = true
+		request, err := http.NewRequest(tt.method, base+tt.path, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		err = openapi3filter.ValidateResponse(t.Context(), &openapi3filter.ResponseValidationInput{
+			RequestValidationInput: &openapi3filter.RequestValidationInput{
+				Request: request, Route: &routers.Route{Spec: doc, Path: path, PathItem: item, Method: tt.method, Operation: operation},
+			},
+			Status: a.status, Header: a.header, Body: io.NopCloser(strings.NewReader(a.body)),
+			Options: &openapi3filter.Options{IncludeResponseStatus: true, MultiError: true},
+		})
+		if err != nil {
+			t.Errorf("%s %s with %d: %v", tt.method, tt.path, tt.status, err)
+		}
+		if want := tt.header.Get("X-Request-Id"); want != "" && a.header.Get("X-Request-Id") != want {
+			t.Errorf("%s %s: request id %q, want %q", tt.method, tt.path, a.header.Get("X-Request-Id"), want)
+		}
+	}
+	for path, item := range doc.Paths.Map() {
+		for method, operation := range item.Operations() {
+			if !visited[operation.OperationID] {
+				t.Errorf("%s %s was not tried", method, path)
+			}
+		}
+	}
+}
+
+type asyncAPI struct {
+	AsyncAPI string `yaml:"asyncapi"`
+	Channels map[string]struct {
+		Address  string
+		Messages map[string]reference
+		Bindings struct {
+			AMQP struct {
+				Is       string
+				Exchange struct {
+					Name, Type string
+					Durable    bool
+				}
+			} `yaml:"amqp"`
+		}
+	}
+	Operations map[string]struct {
+		Action  string
+		Channel reference
+	}
+	Components struct {
+		Messages map[string]struct {
+			ContentType string `yaml:"contentType"`
+			Headers     reference
+			Payload     reference
+			Examples    []struct{ Payload any }
+		}
+		Schemas map[string]any
+	}
+}
+
+type reference struct {
+	Ref string `yaml:"$ref"`
+}
+
+// What we publish is what asyncapi.yaml says: it is our contract with gateways.
+func TestAsyncAPI(t *testing.T) {
+	t.Parallel()
+	var doc asyncAPI
+	var tree any
+	b, err := os.ReadFile(asyncAPIFile)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, into := range []any{&doc, &tree} {
+		if err := yaml.Unmarshal(b, into); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if !strings.HasPrefix(doc.AsyncAPI, "3.0.") {
+		t.Errorf("version %s", doc.AsyncAPI)
+	}
+	checkReferences(t, tree, tree)
+
+	defaults, err := app.ParseConfig(app.Input{Environ: []string{
+		"RESCIND_ISSUER=" + ourISS, "RESCIND_MASTER_KEY=" + masterKey, "RESCIND_DATABASE_URL=postgres://h/d", "RESCIND_SINKS=none",
+	}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	event := revocation.Event{Type: "revocation.{kind}", Tenant: revocation.Tenant{Domain: "{tenant}"}}
+	for name, want := range map[string][3]string{
+		"revocations":          {defaults.AMQP.Exchange, event.RoutingKey(), "revocation"},
+		"heartbeats":           {defaults.AMQP.Exchange, revocation.HeartbeatRoutingKey, "heartbeat"},
+		"wso2TokenRevocations": {defaults.AMQP.WSO2Exchange, defaults.AMQP.WSO2RoutingKey, "tokenRevocation"},
+	} {
+		c := doc.Channels[name]
+		got := [3]string{c.Bindings.AMQP.Exchange.Name, c.Address, strings.Join(slices.Collect(maps.Keys(c.Messages)), " ")}
+		if diff := cmp.Diff(want, got); diff != "" || c.Bindings.AMQP.Exchange.Type != "topic" || !c.Bindings.AMQP.Exchange.Durable {
+			t.Errorf("channel %s: %+v\n%s", name, c, diff)
+		}
+	}
+	if len(doc.Channels) != 3 || len(doc.Operations) != 3 {
+		t.Errorf("%d channels and %d operations", len(doc.Channels), len(doc.Operations))
+	}
+
+	contentTypes := map[string]string{"revocation": revocation.ContentType, "heartbeat": revocation.ContentType, "tokenRevocation": wso2.ContentType}
+	for name, message := range doc.Components.Messages {
+		if message.ContentType != contentTypes[name] {
+			t.Errorf("message %s: content type %q, want %q", name, message.ContentType, contentTypes[name])
+		}
+		schema := schemaOf(t, doc, message.Payload.Ref)
+		for _, e := range message.Examples {
+			conforms(t, schema, "the example of "+name, e.Payload)
+		}
+		for what, payload := range messagesByName(t)[name] {
+			conforms(t, schema, what, payload)
+		}
+	}
+	// A schema that takes everything would prove nothing.
+	revoked := schemaOf(t, doc, "#/components/schemas/RevocationEvent")
+	for _, change := range []func(event, data map[string]any){
+		func(e, _ map[string]any) { e["sequence"] = "7" },
+		func(e, _ map[string]any) { delete(e, "epoch") },
+		func(_, d map[string]any) { delete(d, "jti") },
+		func(_, d map[string]any) { d["kind"] = "subject" },
+		func(_, d map[string]any) { d["exp"] = "1795201400" },
+	} {
+		e := asJSON(t, messagesByName(t)["revocation"]["an event of kind token"]).(map[string]any)
+		change(e, e["data"].(map[string]any))
+		if err := revoked.VisitJSON(e); err == nil {
+			t.Errorf("the schema takes %v", e)
+		}
+	}
+}
+
+// What arrives from the broker is as asyncapi.yaml says, its properties and headers too.
+func TestServiceKeepsAsyncAPI(t *testing.T) {
+	t.Parallel()
+	var doc asyncAPI
+	b, err := os.ReadFile(asyncAPIFile)
+	if err == nil {
+		err = yaml.Unmarshal(b, &doc)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	w := newWorld(t)
+	s := w.serve()
+	inboxes := map[string]*consumer{
+		"revocation":      w.consume(w.amqpURL, "rescind.events", "revocation.#"),
+		"heartbeat":       w.consume(w.amqpURL, "rescind.events", revocation.HeartbeatRoutingKey),
+		"tokenRevocation": w.consume(w.amqpURL, "amq.topic", "tokenRevocation"),
+	}
+	s.mustRevoke(newHTTPClient(t), accessToken("at-1"))
+	for name, inbox := range inboxes {
+		var m amqp.Delivery
+		await(t, "a message "+name, func() bool {
+			inbox.mu.Lock()
+			defer inbox.mu.Unlock()
+			if len(inbox.messages) > 0 {
+				m = inbox.messages[0]
+			}
+			return len(inbox.messages) > 0
+		})
+		message := doc.Components.Messages[name]
+		conforms(t, schemaOf(t, doc, message.Payload.Ref), "the message "+name, m.Body)
+		if m.ContentType != message.ContentType || m.DeliveryMode != amqp.Persistent || m.MessageId == "" {
+			t.Errorf("%s: content type %q, delivery mode %d, id %q", name, m.ContentType, m.DeliveryMode, m.MessageId)
+		}
+		if message.Headers.Ref == "" {
+			if len(m.Headers) != 0 || !m.Timestamp.IsZero() {
+				t.Errorf("%s: headers %v and time %s, must have neither", name, m.Headers, m.Timestamp)
+			}
+			continue
+		}
+		conforms(t, schemaOf(t, doc, message.Headers.Ref), "the headers of "+name, m.Headers)
+		if m.AppId != "rescind" || m.Type != m.Headers["cloudEvents_type"] || m.MessageId != m.Headers["cloudEvents_id"] || m.Timestamp.IsZero() {
+			t.Errorf("%s: properties %+v", name, m)
+		}
+	}
+}
+
+// checkReferences finds references to what is not there.
+func checkReferences(t *testing.T, root, node any) {
+	t.Helper()
+	switch n := node.(type) {
+	case map[string]any:
+		if ref, ok := n["$ref"].(string); ok {
+			at := root
+			for _, step := range strings.Split(strings.TrimPrefix(ref, "#/"), "/") {
+				parent, _ := at.(map[string]any)
+				at = parent[step]
+			}
+			if at == nil {
+				t.Errorf("%s leads nowhere", ref)
+			}
+		}
+		for _, child := range n {
+			checkReferences(t, root, child)
+		}
+	case []any:
+		for _, child := range n {
+			checkReferences(t, root, child)
+		}
+	}
+}
+
+func schemaOf(t *testing.T, doc asyncAPI, ref string) *openapi3.Schema {
+	t.Helper()
+	b, err := json.Marshal(doc.Components.Schemas[strings.TrimPrefix(ref, "#/components/schemas/")])
+	if err != nil {
+		t.Fatal(err)
+	}
+	schema := openapi3.NewSchema()
+	if err := schema.UnmarshalJSON(b); err != nil {
+		t.Fatalf("schema %s: %v", ref, err)
+	}
+	if err := schema.Validate(t.Context()); err != nil {
+		t.Fatalf("schema %s: %v", ref, err)
+	}
+	return schema
+}
+
+func conforms(t *testing.T, schema *openapi3.Schema, what string, payload any) {
+	t.Helper()
+	if err := schema.VisitJSON(asJSON(t, payload), openapi3.MultiErrors()); err != nil {
+		t.Errorf("%s: %v", what, err)
+	}
+}
+
+// asJSON is payload as a reader of JSON has it.
+func asJSON(t *testing.T, payload any) (v any) {
+	t.Helper()
+	b, isBytes := payload.([]byte)
+	if !isBytes {
+		var err error
+		if b, err = json.Marshal(payload); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := json.NewDecoder(bytes.NewReader(b)).Decode(&v); err != nil {
+		t.Fatal(err)
+	}
+	return v
+}
+
+// messagesByName is what our own code makes, by message and by what it is.
+func messagesByName(t *testing.T) map[string]map[string]any {
+	t.Helper()
+	const (
+		iss   = "https://km.example.com"
+		epoch = "3b0d7c52-5d0e-4a2f-9a61-6c1f0a7f9d10"
+	)
+	now := time.Now()
+	out := map[string]map[string]any{"revocation": {}, "heartbeat": {}, "tokenRevocation": {}}
+	add := func(what string, r revocation.Revocation) {
+		r.ID, r.Tenant, r.Exp = "0193a2f4-7c11-7d02-9b1e-5f6a70c1d2e3", revocation.SuperTenant, now.Unix()+900
+		e, err := revocation.NewEvent(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		e.Position, e.Previous, e.Source, e.Time = revocation.Position{Epoch: epoch, Seq: 12}, 9, iss, now
+		e.Traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+		out["revocation"]["an event of "+what] = e
+		body, err := wso2.TokenRevocation(e, now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if body != nil {
+			out["tokenRevocation"]["a message of "+what] = body
+		}
+	}
+	for _, kind := range revocation.Kinds {
+		r := revocation.Revocation{Target: revocation.Target{Kind: kind, Iss: iss, ID: "x-1"}}
+		if kind == revocation.KindTenant {
+			r.Target.Iss, r.Target.ID = "", revocation.SuperTenant.Domain
+		}
+		if kind.HasTime() {
+			r.NotAfter = now.Unix()
+		}
+		add("kind "+string(kind), r)
+	}
+	add("a digest", revocation.Revocation{Target: revocation.DigestTarget(iss, "e30.e30"), Signature: "c2ln", ClientID: "app-2", Reason: "client"})
+	out["heartbeat"]["a heartbeat"] = revocation.Heartbeat{
+		Epoch: epoch, ID: epoch + ":hb:6f1d1e0c-8f0e-4f63-8f3e-1f0c3a2b4d5e", Source: iss, Time: now, Head: 12, Through: 12,
+	}
+	return out
+}
