@@ -16,6 +16,9 @@
 // Entries are sorted by their unique key before the statement: two batches with
 // the same targets would else deadlock.
 //
+// The events that this process committed last are kept in memory: sinks that keep
+// up cost the database no reads.
+//
 // A batch is safe to send twice, since a target that is stored already adds no
 // event. So a lost connection is retried once without asking whether the commit
 // went through.
@@ -128,6 +131,7 @@ type Ledger struct {
 	metrics *metrics
 	queue   *queue
 	grown   broadcast
+	tail    tail
 
 	mu   sync.Mutex
 	seen revocation.Position // the furthest head that this process knows to be committed
@@ -175,6 +179,9 @@ func (l *Ledger) Run(ctx context.Context) error {
 func (l *Ledger) saw(p revocation.Position) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	if p.Epoch != l.seen.Epoch {
+		l.tail.forget(p.Epoch)
+	}
 	if p.Epoch != l.seen.Epoch || p.Seq > l.seen.Seq {
 		l.seen = p
 	}

@@ -375,6 +375,7 @@ func TestTrimLogKeepsWhatIsNeeded(t *testing.T) {
 	if oldest, err := l.Oldest(t.Context()); oldest != 5 || err != nil {
 		t.Errorf("oldest is %d, %v; want 5", oldest, err)
 	}
+	l = open(t, pool, Config{}) // one that committed none of them
 	if _, err := l.After(t.Context(), 3, 10); !errors.Is(err, ErrSeqGone) {
 		t.Errorf("After a removed event: %v, want ErrSeqGone", err)
 	}
@@ -662,6 +663,43 @@ func TestGrownAcrossProcesses(t *testing.T) {
 	case <-grown:
 	case <-t.Context().Done():
 		t.Fatal("not woken")
+	}
+}
+
+// What a process has in memory is what the database has, also where others commit in between.
+func TestTailIsTheLog(t *testing.T) {
+	t.Parallel()
+	pool := pgtest.New(t)
+	ledgers := []*Ledger{open(t, pool, Config{}), open(t, pool, Config{})}
+	n := 0
+	for _, who := range []int{0, 0, 1, 1, 0, 1, 0, 0} {
+		batch := []Request{request(fmt.Sprint(n)), request(fmt.Sprint(n + 1)), request(fmt.Sprint(n))}
+		if _, err := ledgers[who].commit(t.Context(), batch); err != nil {
+			t.Fatal(err)
+		}
+		n += 2
+	}
+	want := allEvents(t, open(t, pool, Config{}))
+	if len(want) != n {
+		t.Fatalf("%d events, want %d", len(want), n)
+	}
+	for i, l := range ledgers {
+		for from := range n {
+			got, err := l.After(t.Context(), revocation.Seq(from), 5)
+			if err != nil || len(got) == 0 {
+				t.Fatalf("ledger %d after %d: %d events, %v", i, from, len(got), err)
+			}
+			if diff := cmp.Diff(want[from:from+len(got)], got); diff != "" {
+				t.Errorf("ledger %d after %d: %s", i, from, diff)
+			}
+		}
+	}
+	if in := len(ledgers[0].tail.after(revocation.Seq(n-4), 10)); in != 4 {
+		t.Errorf("the last process to commit has %d of its last 4 events in memory", in)
+	}
+	ledgers[0].saw(revocation.Position{Epoch: "another", Seq: 1})
+	if left := ledgers[0].tail.after(revocation.Seq(n-4), 10); len(left) != 0 {
+		t.Errorf("%d events of an epoch that is over are left", len(left))
 	}
 }
 

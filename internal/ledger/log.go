@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
+	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -35,6 +37,9 @@ WHERE l.seq > $1 ORDER BY l.seq LIMIT $2`
 // none when the log ends at seq. It returns [ErrSeqGone] if retention has removed
 // the next one.
 func (l *Ledger) After(ctx context.Context, seq revocation.Seq, limit int) ([]revocation.Event, error) {
+	if events := l.tail.after(seq, limit); len(events) > 0 {
+		return events, nil
+	}
 	rows, err := l.pool.Query(ctx, afterSQL, int64(seq), limit)
 	if err != nil {
 		return nil, fmt.Errorf("read log after %d: %w", seq, err)
@@ -54,6 +59,60 @@ func (l *Ledger) After(ctx context.Context, seq revocation.Seq, limit int) ([]re
 		}
 	}
 	return events, nil
+}
+
+// tail holds the newest events, as far as this process committed them without
+// another one in between.
+type tail struct {
+	mu     sync.Mutex
+	events []revocation.Event
+}
+
+// tailSize is a few megabytes, and what a sink may fall behind before it reads
+// from the database.
+const tailSize = 4096
+
+// add is called with the events of one commit, not always in the order of commits.
+func (t *tail) add(events []revocation.Event) {
+	if len(events) == 0 {
+		return
+	}
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if n := len(t.events); n > 0 {
+		last, first := t.events[n-1].Position, events[0].Position
+		switch {
+		case first.Epoch == last.Epoch && first.Seq <= last.Seq:
+			return
+		case first.Epoch != last.Epoch || first.Seq > last.Seq+1:
+			t.events = nil
+		}
+	}
+	if t.events = append(t.events, events...); len(t.events) > 2*tailSize {
+		t.events = slices.Clone(t.events[len(t.events)-tailSize:]) // readers have parts of the old one
+	}
+}
+
+// forget drops what is of another epoch than the one that the log is in now.
+func (t *tail) forget(now revocation.Epoch) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.events) > 0 && t.events[0].Epoch != now {
+		t.events = nil
+	}
+}
+
+func (t *tail) after(seq revocation.Seq, limit int) []revocation.Event {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if len(t.events) == 0 {
+		return nil
+	}
+	from := int(seq + 1 - t.events[0].Seq)
+	if from < 0 || from >= len(t.events) {
+		return nil
+	}
+	return slices.Clip(t.events[from:min(from+limit, len(t.events))])
 }
 
 // Oldest returns the lowest seq that the log still has, the head's successor if none.

@@ -14,6 +14,7 @@ import (
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgconn"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/rescindhq/rescind/api/revocation"
 )
@@ -234,10 +235,10 @@ func (l *Ledger) commit(ctx context.Context, requests []Request) ([]Result, erro
 		for i := range entries {
 			entries[i].seq, entries[i].added = 0, false
 		}
-		err = pgx.BeginFunc(ctx, l.pool, func(tx pgx.Tx) error {
-			head, err = l.write(ctx, tx, entries)
-			return err
-		})
+		var events []revocation.Event
+		if head, events, err = l.transact(ctx, entries); err == nil {
+			l.tail.add(events)
+		}
 		if err == nil || ctx.Err() != nil || !mayRetry(err, attempt) {
 			break
 		}
@@ -358,11 +359,15 @@ const raiseSQL = `UPDATE rescind.log_head SET seq = seq + $1 RETURNING epoch::te
 
 // appendSQL runs under the head's lock, in a statement of its own so that it sees
 // what the last holder of the lock wrote. Its parts see the tenants' heads as
-// they were before it.
+// they were before it. A head that was, in epoch $8, below $9 yields a NULL seq,
+// which the table refuses: the log went back.
 const appendSQL = `
-WITH e AS (
-    SELECT $1::bigint + n AS seq, tenant_id, tenant, entity_id, type, subject, traceparent, data
-    FROM unnest($2::integer[], $3::text[], $4::uuid[], $5::text[], $6::text[], $7::text[], $8::text[])
+WITH head AS (
+    SELECT CASE WHEN epoch <> $8::uuid OR seq - cardinality($1::integer[]) >= $9 THEN seq - cardinality($1::integer[]) END AS base
+    FROM rescind.log_head
+), e AS (
+    SELECT head.base + n AS seq, n, tenant_id, tenant, entity_id, type, subject, traceparent, data
+    FROM head, unnest($1::integer[], $2::text[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[])
         WITH ORDINALITY AS e (tenant_id, tenant, entity_id, type, subject, traceparent, data, n)
 ), heads AS (
     INSERT INTO rescind.tenant_heads AS h (tenant_id, seq)
@@ -370,58 +375,79 @@ WITH e AS (
     ON CONFLICT (tenant_id) DO UPDATE SET seq = excluded.seq
 )
 INSERT INTO rescind.log (seq, previous, tenant_id, tenant, entity_id, type, subject, at, traceparent, data)
-SELECT e.seq, coalesce(lag(e.seq) OVER (PARTITION BY e.tenant_id ORDER BY e.seq), h.seq, 0),
+SELECT e.seq, coalesce(lag(e.seq) OVER (PARTITION BY e.tenant_id ORDER BY e.n), h.seq, 0),
     e.tenant_id, e.tenant, e.entity_id, e.type, e.subject, now.at, e.traceparent, e.data
-FROM e LEFT JOIN rescind.tenant_heads h USING (tenant_id), (SELECT clock_timestamp() AS at OFFSET 0) AS now`
+FROM e LEFT JOIN rescind.tenant_heads h USING (tenant_id), (SELECT clock_timestamp() AS at OFFSET 0) AS now
+RETURNING seq, previous, at`
 
 const notifySQL = `SELECT pg_notify('rescind_log', '')`
 
-// write does all of a batch but the commit, sets seq and added of entries, and
-// returns the head as it will be.
-func (l *Ledger) write(ctx context.Context, tx pgx.Tx, entries []entry) (revocation.Position, error) {
-	stored, err := l.upsert(ctx, tx, entries)
+// transact writes entries in one transaction of two round trips, so that the head
+// stays locked for no longer than the server needs. It sets seq and added of
+// entries and returns the head and the new events.
+func (l *Ledger) transact(ctx context.Context, entries []entry) (head revocation.Position, events []revocation.Event, err error) {
+	conn, err := l.pool.Acquire(ctx)
 	if err != nil {
-		return revocation.Position{}, err
+		return head, nil, err
 	}
-	var head revocation.Position
+	defer conn.Release() // ends the connection if the transaction is still open
+	stored, err := l.upsert(ctx, conn, entries)
+	if err != nil {
+		return head, nil, err
+	}
+	var b pgx.Batch
+	readHead := func(row pgx.Row) error { return row.Scan(&head.Epoch, &head.Seq) }
 	if len(stored) == 0 {
-		err := tx.QueryRow(ctx, headSQL).Scan(&head.Epoch, &head.Seq)
-		return head, err
+		b.Queue(headSQL).QueryRow(readHead)
+		b.Queue("COMMIT")
+		return head, nil, conn.SendBatch(ctx, &b).Close()
 	}
-	events := eventColumns{}
-	audit := auditColumns{}
-	for _, s := range stored {
+	events = make([]revocation.Event, len(stored))
+	var audit auditColumns
+	var log eventColumns
+	for i, s := range stored {
 		e := &entries[s.entry]
-		event, err := revocation.NewEvent(s.Revocation)
-		if err != nil {
-			return head, err
+		if events[i], err = revocation.NewEvent(s.Revocation); err != nil {
+			return head, nil, err
 		}
-		events.add(event, s.ID, e.Traceparent)
+		events[i].Source, events[i].Traceparent = l.cfg.Source, e.Traceparent
+		log.add(events[i], s.ID)
 		audit.add(AuditEntry{
 			Tenant: e.Tenant, Action: e.Action, EntityID: s.ID, Iss: e.Target.Iss, Subject: e.Target.ID, Reason: e.Reason, Actor: e.Actor,
 		})
 	}
-	var b pgx.Batch
+	seen := l.lastSeen()
+	seenEpoch := cmp.Or(seen.Epoch, noEpoch)
 	audit.queue(&b)
 	b.Queue(notifySQL)
-	b.Queue(raiseSQL, len(stored)).QueryRow(func(row pgx.Row) error {
-		return row.Scan(&head.Epoch, &head.Seq)
+	b.Queue(raiseSQL, len(stored)).QueryRow(readHead)
+	log.queue(&b, seenEpoch, seen.Seq).Query(func(rows pgx.Rows) error {
+		var seq, previous revocation.Seq
+		var at time.Time
+		_, err := pgx.ForEachRow(rows, []any{&seq, &previous, &at}, func() error {
+			e := &events[seq-head.Seq+revocation.Seq(len(events))-1]
+			e.Position, e.Previous, e.Time = revocation.Position{Epoch: head.Epoch, Seq: seq}, previous, at
+			return nil
+		})
+		return err
 	})
-	if err := tx.SendBatch(ctx, &b).Close(); err != nil {
-		return head, err
-	}
+	b.Queue("COMMIT")
+	err = conn.SendBatch(ctx, &b).Close()
 	base := head.Seq - revocation.Seq(len(stored))
-	if err := notBehind(revocation.Position{Epoch: head.Epoch, Seq: base}, l.lastSeen()); err != nil {
-		return head, err
+	if behind := notBehind(revocation.Position{Epoch: head.Epoch, Seq: base}, seen); err != nil && behind != nil {
+		return head, nil, behind
 	}
-	if err := events.insert(ctx, tx, base); err != nil {
-		return head, err
+	if err != nil {
+		return head, nil, err
 	}
 	for i, s := range stored {
 		entries[s.entry].seq, entries[s.entry].added = base+revocation.Seq(i)+1, true
 	}
-	return head, nil
+	return head, events, nil
 }
+
+// noEpoch is the epoch of no log.
+const noEpoch revocation.Epoch = "00000000-0000-0000-0000-000000000000"
 
 // stored is a row that an entry changed.
 type stored struct {
@@ -429,7 +455,8 @@ type stored struct {
 	entry int
 }
 
-func (l *Ledger) upsert(ctx context.Context, tx pgx.Tx, entries []entry) ([]stored, error) {
+// upsert begins the transaction and writes the state rows.
+func (l *Ledger) upsert(ctx context.Context, conn *pgxpool.Conn, entries []entry) (changed []stored, err error) {
 	n := len(entries)
 	ids, tenants, kinds, iss := make([]string, n), make([]int32, n), make([]string, n), make([]string, n)
 	idents, digests, exps, timed := make([]string, n), make([]bool, n), make([]int64, n), make([]bool, n)
@@ -447,19 +474,22 @@ func (l *Ledger) upsert(ctx context.Context, tx pgx.Tx, entries []entry) ([]stor
 		notAfter[i] = e.notAfter
 		byTarget[e.Target] = i
 	}
-	rows, err := tx.Query(ctx, upsertSQL, ids, tenants, kinds, iss, idents, digests, exps, timed,
-		clients, signatures, reasons, order, notAfter, int64(l.cfg.ClockSkew/time.Second))
-	if err != nil {
-		return nil, err
-	}
-	return pgx.CollectRows(rows, func(row pgx.CollectableRow) (stored, error) {
-		var s stored
-		t := &s.Target
-		err := row.Scan(&s.ID, &t.Kind, &t.Iss, &t.ID, &t.Digest, &s.Exp, &s.NotAfter, &s.ClientID, &s.Signature, &s.Reason)
-		s.entry = byTarget[*t]
-		s.Tenant = entries[s.entry].Tenant
-		return s, err
+	var b pgx.Batch
+	b.Queue("BEGIN")
+	b.Queue(upsertSQL, ids, tenants, kinds, iss, idents, digests, exps, timed,
+		clients, signatures, reasons, order, notAfter, int64(l.cfg.ClockSkew/time.Second)).Query(func(rows pgx.Rows) error {
+		changed, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (stored, error) {
+			var s stored
+			t := &s.Target
+			err := row.Scan(&s.ID, &t.Kind, &t.Iss, &t.ID, &t.Digest, &s.Exp, &s.NotAfter, &s.ClientID, &s.Signature, &s.Reason)
+			s.entry = byTarget[*t]
+			s.Tenant = entries[s.entry].Tenant
+			return s, err
+		})
+		return err
 	})
+	err = conn.SendBatch(ctx, &b).Close()
+	return changed, err
 }
 
 type eventColumns struct {
@@ -467,17 +497,16 @@ type eventColumns struct {
 	tenants, entityIDs, types, subjects, traceparents, data []string
 }
 
-func (c *eventColumns) add(e revocation.Event, entityID, traceparent string) {
+func (c *eventColumns) add(e revocation.Event, entityID string) {
 	c.tenantIDs = append(c.tenantIDs, e.Tenant.ID)
 	c.tenants = append(c.tenants, e.Tenant.Domain)
 	c.entityIDs = append(c.entityIDs, entityID)
 	c.types = append(c.types, e.Type)
 	c.subjects = append(c.subjects, e.Subject)
-	c.traceparents = append(c.traceparents, traceparent)
+	c.traceparents = append(c.traceparents, e.Traceparent)
 	c.data = append(c.data, string(e.Data))
 }
 
-func (c *eventColumns) insert(ctx context.Context, tx pgx.Tx, base revocation.Seq) error {
-	_, err := tx.Exec(ctx, appendSQL, int64(base), c.tenantIDs, c.tenants, c.entityIDs, c.types, c.subjects, c.traceparents, c.data)
-	return err
+func (c *eventColumns) queue(b *pgx.Batch, epoch revocation.Epoch, seen revocation.Seq) *pgx.QueuedQuery {
+	return b.Queue(appendSQL, c.tenantIDs, c.tenants, c.entityIDs, c.types, c.subjects, c.traceparents, c.data, string(epoch), int64(seen))
 }

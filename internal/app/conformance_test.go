@@ -1,12 +1,9 @@
-package httpapi
+package app_test
 
 import (
 	"bytes"
-	"crypto"
-	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
-	"crypto/rsa"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/json"
@@ -17,18 +14,18 @@ import (
 	"net/url"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
+	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/rescindhq/rescind/internal/authn"
 )
 
-// The cases of the revocation endpoint. They know the service by HTTP and by
-// what it has recorded, and nothing of this package.
-
-// conformanceIssuer is the issuer of the cases' tokens and of their clients' keys.
-const conformanceIssuer = "https://km.example.com"
+// The cases of the revocation endpoint, on the real services. C031 to C033, which
+// take a server away, are [TestPostgresAway], [TestRabbitMQAwayThenWiped] and
+// [TestEtcdAwayThenWiped]; there is no CORS for C042 and C043.
 
 // conformanceClients are to be registered for one application each.
 var conformanceClients = []authn.Registration{
@@ -38,15 +35,6 @@ var conformanceClients = []authn.Registration{
 	{ID: "spa-1", AuthMethod: "none"},
 	{ID: "app-quota", Secret: "Secret-3", RevokeQuota: 100},
 	{ID: "app-jti", Secret: "Secret-4", RevokeByJTI: true},
-}
-
-// conformanceStand is a service that the cases run against.
-type conformanceStand struct {
-	url    string
-	minter *minter
-	// recorded are the identifiers (jti or digest) of all revocations, one for each
-	// event, and the actions in the audit.
-	recorded func(t *testing.T) (revoked, audited []string)
 }
 
 // conformanceStep is a request and what must come of it. In body and header,
@@ -77,9 +65,7 @@ const (
 	formType = "Content-Type: application/x-www-form-urlencoded"
 )
 
-func basicOf(id, secret string) string {
-	return "Authorization: Basic " + base64.StdEncoding.EncodeToString([]byte(url.QueryEscape(id)+":"+url.QueryEscape(secret)))
-}
+func basicHeader(id, secret string) string { return "Authorization: " + basic(id, secret) }
 
 func conformanceCases() []conformanceCase {
 	header := func(lines ...string) []string { return lines }
@@ -143,7 +129,7 @@ func conformanceCases() []conformanceCase {
 		}},
 		{"C044", []conformanceStep{bad(400, "invalid_request", header(basicOne, basicTwo), "token={T1}")}},
 		{"C045", []conformanceStep{{
-			header: header(basicOf("app-quota", "Secret-3")), body: "token=x", repeat: 100,
+			header: header(basicHeader("app-quota", "Secret-3")), body: "token=x", repeat: 100,
 			status: 429, code: "temporarily_unavailable", want: header("Retry-After: 1"),
 		}}},
 		{"C046", []conformanceStep{ok(one, "token={T1}&foo=1&foo=2", "{T1.jti}")}},
@@ -151,27 +137,53 @@ func conformanceCases() []conformanceCase {
 		{"C137", []conformanceStep{ok(one, "token={TJ}", "{TJ.digest}"), ok(one, "token={TJ.twin}", "")}},
 		{"C138", []conformanceStep{
 			ok(one, "token={T1.jti}", ""),
-			{header: header(basicOf("app-jti", "Secret-4")), body: "token={T1.jti}", status: 200, adds: "{T1.jti}", audited: "revoke_by_jti"},
+			{header: header(basicHeader("app-jti", "Secret-4")), body: "token={T1.jti}", status: 200, adds: "{T1.jti}", audited: "revoke_by_jti"},
 		}},
 	}
 }
 
-// runConformance runs the cases one after another. Each has tokens of its own,
-// so that their order is of no importance.
-func runConformance(t *testing.T, s conformanceStand) {
+// recorded returns the identifiers (jti or digest) of all revocations, one for each
+// event, and the actions in the audit.
+func recorded(t *testing.T, pool *pgxpool.Pool) (revoked, audited []string) {
+	t.Helper()
+	for _, q := range []struct {
+		sql string
+		out *[]string
+	}{{`SELECT subject FROM rescind.log ORDER BY seq`, &revoked}, {`SELECT action FROM rescind.audit ORDER BY id`, &audited}} {
+		rows, err := pool.Query(t.Context(), q.sql)
+		if err == nil {
+			*q.out, err = pgx.CollectRows(rows, pgx.RowTo[string])
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	return revoked, audited
+}
+
+// Each case has tokens of its own, so that their order is of no importance.
+func TestConformance(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	s := w.serve()
+	for _, r := range conformanceClients {
+		r.Issuer = idpISS
+		w.client(r)
+	}
+	pool := w.pool()
 	for _, c := range conformanceCases() {
 		t.Run(c.id, func(t *testing.T) {
-			words := s.minter.words(t)
+			words := newWords(t)
 			for i, step := range c.steps {
 				for range step.repeat {
-					if res, _ := step.send(t, s.url, words); res.StatusCode != http.StatusOK {
+					if res, _ := step.send(t, s.base, words); res.StatusCode != http.StatusOK {
 						t.Fatalf("step %d: status %d before the last repetition", i+1, res.StatusCode)
 					}
 				}
-				revoked, audited := s.recorded(t)
-				res, body := step.send(t, s.url, words)
+				revoked, audited := recorded(t, pool)
+				res, body := step.send(t, s.base, words)
 				step.check(t, res, body)
-				revokedNow, auditedNow := s.recorded(t)
+				revokedNow, auditedNow := recorded(t, pool)
 				added := revokedNow[len(revoked):]
 				if want := words.fill(step.adds); want == "" && len(added) > 0 || want != "" && !slices.Equal(added, []string{want}) {
 					t.Errorf("step %d: revoked %q, want %q", i+1, added, want)
@@ -182,6 +194,74 @@ func runConformance(t *testing.T, s conformanceStand) {
 			}
 		})
 	}
+
+	t.Run("both paths", func(t *testing.T) {
+		step := conformanceStep{target: "/revoke", header: []string{basicOne}, body: "token={T1}", status: 200}
+		res, body := step.send(t, s.base, newWords(t))
+		step.check(t, res, body)
+	})
+
+	// Whatever became of the token, a 200 looks the same.
+	t.Run("headers of 200", func(t *testing.T) {
+		words := newWords(t)
+		var want http.Header
+		for _, body := range []string{"token={T1}", "token={T1}", "token=opaque", "token={TX}", "token={TF}", "token={TN}", "token=a.b.c"} {
+			res, _ := conformanceStep{header: []string{basicOne}, body: body}.send(t, s.base, words)
+			for _, name := range []string{"X-Request-Id", "Date"} {
+				if res.Header.Get(name) == "" {
+					t.Errorf("no %s", name)
+				}
+				res.Header.Del(name)
+			}
+			if want == nil {
+				want = res.Header
+			}
+			if diff := cmp.Diff(want, res.Header); diff != "" {
+				t.Errorf("%s (-first +this):\n%s", body, diff)
+			}
+		}
+	})
+
+	t.Run("nothing secret in the log", func(t *testing.T) {
+		logged := s.logs.String()
+		if !strings.Contains(logged, `"client":"app one"`) {
+			t.Error("the log does not name the client")
+		}
+		secrets := []string{"opaque-unknown-123", "pkg.cb", "eyJ"} // the last begins every JWT
+		for _, r := range conformanceClients {
+			if r.Secret != "" {
+				secrets = append(secrets, r.Secret, url.QueryEscape(r.Secret))
+			}
+		}
+		for _, secret := range secrets {
+			if strings.Contains(logged, secret) {
+				t.Errorf("the log has %q", secret)
+			}
+		}
+	})
+
+	// An unusable traceparent is not continued, a good one is.
+	t.Run("C113", func(t *testing.T) {
+		const good = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+		for _, parent := range []string{
+			good, "00-00000000000000000000000000000000-00f067aa0ba902b7-01", "00-4BF92F3577B34DA6A3CE929D0E0E4736-00f067aa0ba902b7-01",
+			"ff-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01",
+		} {
+			words := newWords(t)
+			step := conformanceStep{header: []string{basicOne, "traceparent: " + parent}, body: "token={T1}", status: 200}
+			res, body := step.send(t, s.base, words)
+			step.check(t, res, body)
+			var stored string
+			err := pool.QueryRow(t.Context(), `SELECT traceparent FROM rescind.log WHERE subject = $1`, words.fill("{T1.jti}")).Scan(&stored)
+			if err != nil {
+				t.Fatal(err)
+			}
+			continued := len(stored) == len(good) && stored[:35] == good[:35]
+			if len(stored) != len(good) || continued != (parent == good) {
+				t.Errorf("traceparent %s became %s", parent, stored)
+			}
+		}
+	})
 }
 
 func count(all []string, s string) int {
@@ -293,132 +373,37 @@ type words struct{ *strings.Replacer }
 
 func (w words) fill(s string) string { return w.Replace(s) }
 
-// minter makes tokens of conformanceIssuer.
-type minter struct {
-	rs, forger *rsa.PrivateKey
-	es         *ecdsa.PrivateKey
-
-	mu   sync.Mutex
-	made []string
-}
-
-const (
-	rsKid = "rs-1"
-	esKid = "es-1"
-)
-
-func newMinter(t testing.TB) *minter {
+// newWords mints the tokens of one case.
+func newWords(t *testing.T) words {
 	t.Helper()
-	var m minter
-	var err error
-	for _, key := range []**rsa.PrivateKey{&m.rs, &m.forger} {
-		if *key, err = rsa.GenerateKey(rand.Reader, 2048); err != nil {
-			t.Fatal(err)
-		}
+	of := func(client, jti string, changes ...map[string]any) map[string]any {
+		changes = append([]map[string]any{{"sub": client, "azp": nil, "client_id": client}}, changes...)
+		return claims(jti, changes...)
 	}
-	if m.es, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
-		t.Fatal(err)
-	}
-	return &m
-}
-
-var b64 = base64.RawURLEncoding
-
-// jwks is the issuer's key set.
-func (m *minter) jwks(t testing.TB) []byte {
-	t.Helper()
-	point, err := m.es.PublicKey.Bytes()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return fmt.Appendf(nil, `{"keys":[{"kty":"RSA","use":"sig","alg":"RS256","kid":%q,"n":%q,"e":"AQAB"},`+
-		`{"kty":"EC","use":"sig","alg":"ES256","crv":"P-256","kid":%q,"x":%q,"y":%q}]}`,
-		rsKid, b64.EncodeToString(m.rs.N.Bytes()), esKid, b64.EncodeToString(point[1:33]), b64.EncodeToString(point[33:]))
-}
-
-type object = map[string]any
-
-// sign makes a token with the claims, by RS256 and as at+jwt unless header says
-// otherwise.
-func (m *minter) sign(t testing.TB, key crypto.Signer, header, claims object) string {
-	t.Helper()
-	h := object{"alg": "RS256", "kid": rsKid, "typ": "at+jwt"}
-	for name, value := range header {
-		if h[name] = value; value == nil {
-			delete(h, name)
-		}
-	}
-	segment := func(o object) string {
-		b, err := json.Marshal(o)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return b64.EncodeToString(b)
-	}
-	input := segment(h) + "." + segment(claims)
-	sum := sha256.Sum256([]byte(input))
-	var signature []byte
-	var err error
-	switch key := key.(type) {
-	case *rsa.PrivateKey:
-		signature, err = rsa.SignPKCS1v15(nil, key, crypto.SHA256, sum[:])
-	case *ecdsa.PrivateKey:
-		var r, s *big.Int
-		r, s, err = ecdsa.Sign(rand.Reader, key, sum[:])
-		if err == nil {
-			signature = append(r.FillBytes(make([]byte, 32)), s.FillBytes(make([]byte, 32))...)
-		}
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	tok := input + "." + b64.EncodeToString(signature)
-	m.mu.Lock()
-	defer m.mu.Unlock()
-	m.made = append(m.made, tok)
-	return tok
-}
-
-// claims are those of a live access token of the client.
-func claims(clientID, jti string) object {
-	now := time.Now().Unix()
-	return object{
-		"iss": conformanceIssuer, "sub": clientID, "client_id": clientID, "aud": "https://api.example.com",
-		"iat": now, "exp": now + 600, "jti": jti,
-	}
-}
-
-func with(o object, name string, value any) object {
-	o[name] = value
-	if value == nil {
-		delete(o, name)
-	}
-	return o
-}
-
-// words mints the tokens of one case.
-func (m *minter) words(t *testing.T) words {
-	t.Helper()
+	live := func(client, jti string) string { return mint("RS256", nil, of(client, jti)) }
 	one, two, three := rand.Text(), rand.Text(), rand.Text()
-	t1 := m.sign(t, m.rs, nil, claims("app one", one))
+	t1 := live("app one", one)
 	_, payload, _ := strings.Cut(t1, ".")
 	payload, _, _ = strings.Cut(payload, ".")
-	tj := m.sign(t, m.es, object{"alg": "ES256", "kid": esKid}, with(claims("app one", ""), "jti", nil))
+	forged := t1[:strings.LastIndexByte(t1, '.')+1] + b64.EncodeToString(bytes.Repeat([]byte{1}, 256))
+	tj := mint("ES256", nil, of("app one", "", map[string]any{"jti": nil}))
 	input := tj[:strings.LastIndexByte(tj, '.')]
 	return words{strings.NewReplacer(
 		"{T1}", t1, "{T1.jti}", one,
-		"{T2}", m.sign(t, m.rs, nil, claims("app-2", two)), "{T2.jti}", two,
-		"{T3}", m.sign(t, m.rs, nil, claims("spa-1", three)), "{T3.jti}", three,
-		"{TX}", m.sign(t, m.rs, nil, with(claims("app one", rand.Text()), "exp", time.Now().Unix()-3600)),
-		"{TF}", m.sign(t, m.forger, nil, claims("app one", one)),
+		"{T2}", live("app-2", two), "{T2.jti}", two,
+		"{T3}", live("spa-1", three), "{T3.jti}", three,
+		"{TX}", mint("RS256", nil, of("app one", rand.Text(), map[string]any{"exp": time.Now().Unix() - 3600})),
+		"{TF}", forged,
 		"{TN}", b64.EncodeToString([]byte(`{"alg":"none","typ":"at+jwt"}`))+"."+payload+".",
-		"{TS}", m.sign(t, m.rs, object{"typ": "secevent+jwt"}, object{
-			"iss": conformanceIssuer, "iat": time.Now().Unix(), "jti": rand.Text(), "events": object{},
+		"{TS}", mint("RS256", map[string]any{"typ": "secevent+jwt"}, map[string]any{
+			"iss": idpISS, "iat": time.Now().Unix(), "jti": rand.Text(), "events": map[string]any{},
 		}),
-		"{TE}", m.sign(t, m.rs, nil, with(claims("app one", rand.Text()), "exp", nil)),
+		"{TE}", mint("RS256", nil, of("app one", rand.Text(), map[string]any{"exp": nil})),
 		"{TJ}", tj, "{TJ.digest}", fmt.Sprintf("%x", sha256.Sum256([]byte(input))), "{TJ.twin}", input+"."+twin(t, tj[len(input)+1:]),
 	)}
 }
+
+var b64 = base64.RawURLEncoding
 
 // twin is the other ES256 signature that is valid wherever this one is.
 func twin(t *testing.T, signature string) string {
@@ -430,4 +415,27 @@ func twin(t *testing.T, signature string) string {
 	s := new(big.Int).Sub(elliptic.P256().Params().N, new(big.Int).SetBytes(b[32:]))
 	other := append(bytes.Clone(b[:32]), s.FillBytes(make([]byte, 32))...)
 	return b64.EncodeToString(other)
+}
+
+func TestOnlyAccessTokensAreRevoked(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	s := w.serve()
+	client := newHTTPClient(t)
+	for i, tt := range []struct {
+		typ    any
+		claim  string
+		status int
+	}{
+		{nil, "x", 200}, {"JWT", "x", 200}, {"application/at+jwt", "x", 200}, {"AT+JWT", "nonce", 200},
+		{nil, "nonce", 400}, {"JWT", "at_hash", 400}, {"JWT", "c_hash", 400}, {nil, "s_hash", 400},
+		{"logout+jwt", "x", 400}, {"statuslist+jwt", "x", 400}, {"at", "x", 400},
+	} {
+		before := w.events()
+		token := mint("ES256", map[string]any{"typ": tt.typ}, claims(fmt.Sprint(i), map[string]any{tt.claim: "v"}))
+		a, err := s.revoke(client, token)
+		if added := w.events() - before; err != nil || a.status != tt.status || (added == 1) != (tt.status == 200) {
+			t.Errorf("typ %v with %s: %+v, %v and %d events; want %d", tt.typ, tt.claim, a, err, added, tt.status)
+		}
+	}
 }
