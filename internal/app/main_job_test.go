@@ -105,3 +105,40 @@ func TestMainJob(t *testing.T) {
 		t.Error("a token or a secret is in the log")
 	}
 }
+
+// An issuer may have a path; what its metadata names is there.
+func TestIssuerWithPath(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.iss = ourISS + "/sts"
+	s := w.serve()
+	client := newHTTPClient(t)
+	got, err := send(client, http.MethodGet, s.base+"/.well-known/oauth-authorization-server/sts", nil, "")
+	if err != nil || got.status != http.StatusOK {
+		t.Fatalf("metadata: %+v, %v", got, err)
+	}
+	var metadata struct {
+		Issuer     string `json:"issuer"`
+		Token      string `json:"token_endpoint"`
+		Revocation string `json:"revocation_endpoint"`
+		JWKS       string `json:"jwks_uri"`
+	}
+	if err := json.Unmarshal([]byte(got.body), &metadata); err != nil || metadata.Issuer != w.iss {
+		t.Fatalf("%s: %v", got.body, err)
+	}
+	for _, tt := range []struct {
+		method, url, body string
+		status            int
+	}{
+		{http.MethodPost, metadata.Token, "grant_type=client_credentials", http.StatusOK},
+		{http.MethodPost, metadata.Revocation, "token=opaque", http.StatusOK},
+		{http.MethodPost, metadata.Revocation, "", http.StatusBadRequest},
+		{http.MethodGet, metadata.JWKS, "", http.StatusOK},
+	} {
+		at := strings.Replace(tt.url, ourISS, s.base, 1)
+		got, err := send(client, tt.method, at, form(basic("own-1", clientSecret)), tt.body)
+		if err != nil || got.status != tt.status {
+			t.Errorf("%s %s: %+v, %v; want %d", tt.method, tt.url, got, err, tt.status)
+		}
+	}
+}

@@ -97,7 +97,7 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 	}
 	grace := cfg.ShutdownGrace
 	parts := []part{
-		{"operators' listener", grace, func(ctx context.Context) error { return serveHTTP(ctx, opsServer, ops, grace) }},
+		{"operators' listener", grace, func(ctx context.Context) error { return serveHTTP(ctx, opsServer, ops, time.Second) }},
 		{"ledger", cfg.CommitTimeout + grace, ledgers.Run},
 		{"relay", grace, feeds.Run},
 		{"listener", 2 * grace, func(ctx context.Context) error {

@@ -5,6 +5,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"net/url"
 
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -12,7 +13,11 @@ import (
 )
 
 func httpConfig(cfg Config) httpapi.Config {
-	return httpapi.Config{MaxInFlight: cfg.HTTP.MaxInFlight, MaxConnections: cfg.HTTP.MaxConnections}
+	c := httpapi.Config{MaxInFlight: cfg.HTTP.MaxInFlight, MaxConnections: cfg.HTTP.MaxConnections}
+	if u, err := url.Parse(cfg.Issuer); err == nil {
+		c.IssuerPath = u.Path
+	}
+	return c
 }
 
 // newServer returns the server of the public listener, and the listener with TLS if

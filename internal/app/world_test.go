@@ -62,6 +62,7 @@ type world struct {
 	gatewayAMQP string
 	etcd        []string
 	prefix      string
+	iss         string // our own issuer
 	issuers     string // the trusted issuers file
 	seeded      sync.Once
 }
@@ -72,7 +73,7 @@ func newWorld(t testing.TB) *world {
 	v := stacktest.NewVhost(t)
 	w := &world{
 		t: t, db: pgtest.Create(t), amqpURL: v.AMQPURL, gatewayAMQP: v.GatewayAMQPURL,
-		etcd: stacktest.Shared(t).EtcdEndpoints, prefix: stacktest.EtcdPrefix(t),
+		etcd: stacktest.Shared(t).EtcdEndpoints, prefix: stacktest.EtcdPrefix(t), iss: ourISS,
 	}
 	w.issuers = w.writeIssuers(map[string]any{"jwks_file": writeJSON(t, "jwks.json", idp().public)})
 	return w
@@ -121,7 +122,7 @@ func (w *world) environ(extra ...string) []string {
 	settings := map[string]string{
 		"RESCIND_DATABASE_URL": w.db.ServiceURL, "RESCIND_MIGRATE_DATABASE_URL": w.db.OwnerURL,
 		"RESCIND_AMQP_URL": w.amqpURL, "RESCIND_ETCD_ENDPOINTS": strings.Join(w.etcd, ","), "RESCIND_ETCD_PREFIX": w.prefix,
-		"RESCIND_MASTER_KEY": masterKey, "RESCIND_ISSUER": ourISS, "RESCIND_TRUSTED_ISSUERS_FILE": w.issuers,
+		"RESCIND_MASTER_KEY": masterKey, "RESCIND_ISSUER": w.iss, "RESCIND_TRUSTED_ISSUERS_FILE": w.issuers,
 		"RESCIND_LISTEN": "127.0.0.1:0", "RESCIND_OPS_LISTEN": "127.0.0.1:0", "RESCIND_DATABASE_MAX_CONNS": "8",
 	}
 	for _, kv := range extra {
@@ -317,7 +318,7 @@ func (w *world) seed() {
 	w.seeded.Do(func() {
 		w.client(authn.Registration{ID: clientID, Secret: clientSecret, Issuer: idpISS, RevokeByJTI: true})
 		w.client(authn.Registration{
-			ID: "own-1", Secret: clientSecret, Issuer: ourISS, Scopes: []string{"read", "write"}, DefaultScopes: []string{"read"},
+			ID: "own-1", Secret: clientSecret, Issuer: w.iss, Scopes: []string{"read", "write"}, DefaultScopes: []string{"read"},
 			Audience: []string{"https://api.example.com"}, RevokeByJTI: true,
 		})
 	})

@@ -25,6 +25,8 @@ import (
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"slices"
+	"strings"
 	"time"
 
 	"github.com/go-chi/chi/v5"
@@ -49,6 +51,9 @@ type Config struct {
 	// verified: a bare jti, or an opaque token. For this process. Default 100, 1 to
 	// 100000.
 	UnverifiedPerSecond int
+	// IssuerPath is the path of our issuer's URL, empty for most: the endpoints that
+	// its metadata names lie below it.
+	IssuerPath string
 }
 
 func (c Config) withDefaults() (Config, error) {
@@ -95,6 +100,10 @@ var formPaths = map[string]bool{
 	"/revoke": true, "/oauth2/revoke": true, "/oauth2/token": true, "/oauth2/introspect": true,
 }
 
+func (a *api) isForm(path string) bool {
+	return formPaths[strings.TrimPrefix(path, a.cfg.IssuerPath)]
+}
+
 // revokePaths are the endpoint of RFC 7009 and its alias.
 var revokePaths = []string{"/revoke", "/oauth2/revoke"}
 
@@ -125,19 +134,23 @@ func New(cfg Config, deps Deps) (http.Handler, error) {
 	a.router.NotFound(a.notFound)
 	a.router.MethodNotAllowed(a.methodNotAllowed)
 	revoke := newRevoker(cfg, deps)
-	for _, path := range revokePaths {
+	paths := revokePaths
+	if cfg.IssuerPath != "" {
+		paths = append(slices.Clone(paths), cfg.IssuerPath+"/oauth2/revoke")
+	}
+	for _, path := range paths {
 		a.router.Handle(path, revoke) // every method: the endpoint refuses in its own form
 	}
 	for _, add := range deps.Routes {
 		add(a.router)
 	}
-	return a.router, a.metrics.prepare(a.router)
+	return a.router, a.metrics.prepare(a.router, a.isForm)
 }
 
 // admit bounds the requests in flight.
 func (a *api) admit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if formPaths[r.URL.Path] {
+		if a.isForm(r.URL.Path) {
 			readAhead(r)
 		}
 		select {

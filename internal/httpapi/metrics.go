@@ -42,7 +42,7 @@ func newMetrics(reg prometheus.Registerer, slots chan struct{}) *metrics {
 var formCodes = []int{200, 400, 401, 413, 415, 429, 500, 503}
 
 // prepare makes every route's metrics, so that rates begin at zero.
-func (m *metrics) prepare(router chi.Routes) error {
+func (m *metrics) prepare(router chi.Routes, isForm func(path string) bool) error {
 	add := func(route, method string, codes ...int) {
 		m.seconds.WithLabelValues(route)
 		for _, code := range codes {
@@ -52,7 +52,7 @@ func (m *metrics) prepare(router chi.Routes) error {
 	add(unmatched, http.MethodGet, http.StatusNotFound)
 	return chi.Walk(router, func(method, route string, _ http.Handler, _ ...func(http.Handler) http.Handler) error {
 		switch {
-		case !formPaths[route]:
+		case !isForm(route):
 			add(route, method, 200, 500, 503)
 		case method == http.MethodPost:
 			add(route, method, formCodes...)

@@ -51,7 +51,7 @@ func (a *api) notFound(w http.ResponseWriter, r *http.Request) {
 }
 
 func (a *api) methodNotAllowed(w http.ResponseWriter, r *http.Request) {
-	if formPaths[r.URL.Path] {
+	if a.isForm(r.URL.Path) {
 		authn.WriteError(w, &authn.OAuthError{
 			Status: http.StatusMethodNotAllowed, Code: authn.InvalidRequest, Description: "Only POST is allowed here.",
 		})

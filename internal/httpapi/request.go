@@ -126,7 +126,7 @@ func (a *api) finish(x *exchange, r *http.Request, took time.Duration) {
 
 // fail answers for the whole service rather than for one endpoint.
 func (a *api) fail(w http.ResponseWriter, r *http.Request, err error) {
-	if formPaths[r.URL.Path] {
+	if a.isForm(r.URL.Path) {
 		authn.WriteError(w, err)
 		return
 	}

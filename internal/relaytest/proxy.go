@@ -70,8 +70,8 @@ func (p *Proxy) CutAfter(n int) {
 	p.budget = n
 }
 
-// Stall keeps connections, and accepts new ones, but lets nothing through until
-// [Proxy.Heal]. The channel that it returns is closed when bytes for the target
+// Stall keeps connections, and accepts new ones, but lets nothing through, not
+// even that the other side has closed, until [Proxy.Heal]. The channel that it returns is closed when bytes for the target
 // wait.
 func (p *Proxy) Stall() (held <-chan struct{}) {
 	p.mu.Lock()
@@ -178,6 +178,7 @@ func (p *Proxy) pipe(dst, src net.Conn, toTarget bool) {
 			}
 		}
 		if err != nil {
+			p.admit(0, false)
 			return
 		}
 	}

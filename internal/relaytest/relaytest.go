@@ -20,9 +20,13 @@ import (
 // Epoch is that of [Events].
 const Epoch revocation.Epoch = "3b0d7c52-5d0e-4a2f-9a61-6c1f0a7f9d10"
 
-// limit bounds each wait. A sink under test has longer limits of its own, so
-// what ends sooner was ended by what the test did.
-const limit = 30 * time.Second
+const (
+	// limit bounds each wait for what must come.
+	limit = 30 * time.Second
+	// soon bounds what must end with its context. It is less than clients' own
+	// limits for a silent peer, which would end it as well.
+	soon = 10 * time.Second
+)
 
 // Far is a sink and the far side that it feeds, both of one test's own and empty.
 type Far struct {
@@ -282,12 +286,11 @@ func (d *drive) cancelled(held <-chan struct{}, f func(context.Context) error) {
 	defer cancel()
 	result := make(chan error, 1)
 	go func() { result <- f(ctx) }()
-	bound := time.After(limit)
 	select {
 	case <-held:
 	case err := <-result:
 		d.t.Fatalf("returned before anything was sent: %v", err)
-	case <-bound:
+	case <-time.After(limit):
 		d.t.Fatal("nothing was sent")
 	}
 	cancel()
@@ -296,7 +299,7 @@ func (d *drive) cancelled(held <-chan struct{}, f func(context.Context) error) {
 		if err == nil {
 			d.t.Fatal("no error although nothing can have arrived")
 		}
-	case <-bound:
+	case <-time.After(soon):
 		d.t.Fatal("still running after its context ended")
 	}
 }

@@ -102,22 +102,21 @@ func (s *AMQP) Close() { s.publisher.close() }
 // to AMQP 0-9-1. Readers trust the body; headers are copies for routing. They are
 // those of s, good until the next message.
 func (s *AMQP) message(id, typ string, e revocation.Event, body []byte) amqp.Publishing {
-	clear(s.headers)
-	for name, value := range map[string]string{
-		"cloudEvents_specversion": "1.0",
-		"cloudEvents_id":          id,
-		"cloudEvents_source":      e.Source,
-		"cloudEvents_type":        typ,
-		"cloudEvents_time":        e.TimeString(),
-		"cloudEvents_subject":     e.Subject,
-		"traceparent":             e.Traceparent,
-	} {
-		if value != "" {
-			s.headers[name] = value
-		}
+	h := s.headers
+	clear(h)
+	h["cloudEvents_specversion"] = "1.0"
+	h["cloudEvents_id"] = id
+	h["cloudEvents_source"] = e.Source
+	h["cloudEvents_type"] = typ
+	h["cloudEvents_time"] = e.TimeString()
+	if e.Subject != "" {
+		h["cloudEvents_subject"] = e.Subject
+	}
+	if e.Traceparent != "" {
+		h["traceparent"] = e.Traceparent
 	}
 	return amqp.Publishing{
-		Headers: s.headers, ContentType: revocation.ContentType, DeliveryMode: amqp.Transient, MessageId: id,
+		Headers: h, ContentType: revocation.ContentType, DeliveryMode: amqp.Persistent, MessageId: id,
 		Timestamp: e.Time, Type: typ, AppId: amqpAppID, Body: body,
 	}
 }

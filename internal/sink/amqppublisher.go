@@ -193,7 +193,6 @@ func (p *amqpPublisher) close() {
 	}
 	bound := time.AfterFunc(amqpGoodbye, func() { l.abort(nil) })
 	defer bound.Stop()
-	_ = l.socket.pass()
 	_ = l.conn.Close() // nothing that matters was left to be said
 	l.abort(nil)
 }
@@ -214,16 +213,15 @@ func (p *amqpPublisher) publish(ctx context.Context, fill func(amqpSend) error) 
 	b.stall = time.AfterFunc(p.broker.ConfirmTimeout, func() { l.abort(l.stalled(p.broker.ConfirmTimeout)) })
 	defer b.stall.Stop()
 
-	l.socket.gather()
 	err := fill(b.send)
 	if err == nil {
 		err = b.wait(b.sent)
 	}
+	_ = l.socket.pass() // also when there was nothing to wait for
 	if err != nil {
 		p.close()
 		return fmt.Errorf("publish to exchange %s at %s: %w", p.exchange, p.address, err)
 	}
-	_ = l.socket.pass() // all are confirmed: a broken socket shows when there is more to send
 	return nil
 }
 
@@ -243,6 +241,7 @@ func (b *amqpBatch) send(key string, m amqp.Publishing) error {
 	if err := b.wait(b.sent - len(b.publisher.pending) + 1); err != nil {
 		return err
 	}
+	b.link.socket.gather()
 	d, err := b.link.channel.PublishWithDeferredConfirm(b.publisher.exchange, key, false, false, m)
 	if err != nil {
 		return b.link.explain(err)
@@ -261,7 +260,7 @@ func (b *amqpBatch) wait(n int) error {
 		if b.confirmed >= min(n, b.sent) {
 			return nil
 		}
-		if err := b.link.socket.flush(); err != nil {
+		if err := b.link.socket.pass(); err != nil {
 			return b.link.explain(err)
 		}
 		select {
@@ -289,7 +288,7 @@ func (b *amqpBatch) reap() error {
 	return nil
 }
 
-var errNack = errors.New("the broker refused a message")
+var errNack = errors.New("the broker refused a message: a queue that is bound to the exchange is full or fails")
 
 // explain finds the reason behind err, which a call on l returned.
 func (l *amqpLink) explain(err error) error {
@@ -320,7 +319,8 @@ func (l *amqpLink) stalled(limit time.Duration) error {
 }
 
 // amqpSocket can gather what is written to it. The library writes to the socket
-// once for each message, which costs the broker more than the message does.
+// once for each message, which costs a fast broker more than the message does.
+// It must not gather while nobody publishes: heartbeats go this way too.
 type amqpSocket struct {
 	net.Conn
 
@@ -342,31 +342,26 @@ func (s *amqpSocket) Write(b []byte) (int, error) {
 	if len(s.buf) < amqpGathered {
 		return len(b), nil
 	}
-	return len(b), s.flushLocked()
+	return len(b), s.flush()
 }
 
+// gather keeps what is written from now on until pass is called, or it is much.
 func (s *amqpSocket) gather() {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.gathering = true
 }
 
-// flush writes what was gathered, and goes on gathering.
-func (s *amqpSocket) flush() error {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	return s.flushLocked()
-}
-
-// pass writes what was gathered, and ends gathering.
+// pass lets through what was gathered and what is written from now on.
 func (s *amqpSocket) pass() error {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.gathering = false
-	return s.flushLocked()
+	return s.flush()
 }
 
-func (s *amqpSocket) flushLocked() error {
+// flush needs s.mu.
+func (s *amqpSocket) flush() error {
 	if len(s.buf) == 0 {
 		return nil
 	}

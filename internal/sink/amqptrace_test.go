@@ -47,10 +47,11 @@ func TestPublicationID(t *testing.T) {
 	at := revocation.Position{Epoch: "3b0d7c52-5d0e-4a2f-9a61-6c1f0a7f9d10", Seq: 1}
 	next := at
 	next.Seq++
-	if publicationID("amqp", at) != publicationID("amqp", at) {
-		t.Error("a repeat has another id")
+	first := publicationID("amqp", at)
+	if again := publicationID("amqp", at); again != first {
+		t.Errorf("a repeat has id %x, the first %x", again, first)
 	}
-	if publicationID("amqp", at) == publicationID("amqp-west", at) || publicationID("amqp", at) == publicationID("amqp", next) {
+	if first == publicationID("amqp-west", at) || first == publicationID("amqp", next) {
 		t.Error("two publications have one id")
 	}
 }

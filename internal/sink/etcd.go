@@ -138,6 +138,9 @@ type State interface {
 //
 // # Decisions
 //
+// Alone among the sinks it asks the database, to build the directory and to mend
+// it; what it delivers comes from the events alone.
+//
 // One process writes at a time. Each of its transactions compares the revision
 // at which it last wrote the stream key, and [Etcd.Open] writes that key anew, so
 // a leader that does not know that it is none can change nothing, nor can a
@@ -216,12 +219,16 @@ func (e *Etcd) connect(ctx context.Context) (*clientv3.Client, error) {
 		DialTimeout:          e.cfg.RequestTimeout,
 		DialKeepAliveTime:    10 * time.Second,
 		DialKeepAliveTimeout: 3 * time.Second,
+		MaxUnaryRetries:      3,            // reads, and whatever needs a new token; the relay does the rest
 		Logger:               zap.NewNop(), // what matters comes back as an error
-		DialOptions: []grpc.DialOption{grpc.WithConnectParams(grpc.ConnectParams{
-			// gRPC would wait for up to two minutes, also when etcd has long been back.
-			Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
-			MinConnectTimeout: e.cfg.RequestTimeout,
-		})},
+		DialOptions: []grpc.DialOption{
+			grpc.WithConnectParams(grpc.ConnectParams{
+				// gRPC would wait for up to two minutes, also when etcd has long been back.
+				Backoff:           backoff.Config{BaseDelay: 100 * time.Millisecond, Multiplier: 1.6, Jitter: 0.2, MaxDelay: 2 * time.Second},
+				MinConnectTimeout: e.cfg.RequestTimeout,
+			}),
+			grpc.WithChainUnaryInterceptor(etcdFailFast),
+		},
 	})
 	if !unbind() && err == nil {
 		err = errors.Join(context.Cause(ctx), c.Close())
@@ -234,6 +241,12 @@ func (e *Etcd) connect(ctx context.Context) (*clientv3.Client, error) {
 	return c, nil
 }
 
+// etcdFailFast makes a request fail at once, with the reason, while there is no
+// connection. The client's own way is to wait, and then to say only that it did.
+func etcdFailFast(ctx context.Context, method string, req, reply any, cc *grpc.ClientConn, invoke grpc.UnaryInvoker, opts ...grpc.CallOption) error {
+	return invoke(ctx, method, req, reply, cc, append(opts, grpc.WaitForReady(false))...)
+}
+
 // etcdCall bounds one request, and says in its error which one failed and how.
 func etcdCall[T any](ctx context.Context, limit time.Duration, what string, request func(context.Context) (T, error)) (T, error) {
 	ctx, cancel := context.WithTimeoutCause(ctx, limit, fmt.Errorf("no answer within %s", limit))
@@ -242,7 +255,7 @@ func etcdCall[T any](ctx context.Context, limit time.Duration, what string, requ
 	if err == nil {
 		return resp, nil
 	}
-	if cause := context.Cause(ctx); cause != nil && cause != err {
+	if cause := context.Cause(ctx); cause != nil && !errors.Is(err, cause) {
 		err = fmt.Errorf("%w (%w)", cause, err)
 	}
 	return resp, fmt.Errorf("%s: %w", what, err)

@@ -16,7 +16,7 @@ import (
 
 // etcdPage is how many entries are read, compared and written in one go. A
 // delivery waits for one such page of the reconciler at most.
-const etcdPage = 1000
+const etcdPage = 500
 
 func (t *etcdTerm) rebuildKey() string { return t.cfg.Prefix + "/rescind/rebuild" }
 
@@ -145,11 +145,7 @@ func (t *etcdTerm) importMissing(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("import from the etcd directory: %w", err)
 		}
-		targets := make([]revocation.Target, len(page))
-		for i, e := range page {
-			targets[i] = e.Target
-		}
-		stored, err := t.lookup(ctx, targets)
+		stored, err := t.lookup(ctx, page)
 		if err != nil {
 			return fmt.Errorf("import from the etcd directory: %w", err)
 		}
@@ -175,20 +171,24 @@ func etcdRevocation(e directory.Entry) revocation.Revocation {
 	return revocation.Revocation{Target: e.Target, Exp: e.Exp, NotAfter: e.NotAfter}
 }
 
-// lookup finds what the state has of targets.
-func (t *etcdTerm) lookup(ctx context.Context, targets []revocation.Target) (map[revocation.Target]directory.Stored, error) {
-	if len(targets) == 0 {
+// lookup finds what the state has of entries.
+func (t *etcdTerm) lookup(ctx context.Context, entries []directory.Entry) (map[revocation.Target]directory.Stored, error) {
+	if len(entries) == 0 {
 		return nil, nil
+	}
+	targets := make([]revocation.Target, len(entries))
+	for i, e := range entries {
+		targets[i] = e.Target
 	}
 	rows, err := t.state.Lookup(ctx, targets)
 	if err != nil {
 		return nil, err
 	}
-	byTarget := make(map[revocation.Target]directory.Stored, len(rows))
+	stored := make(map[revocation.Target]directory.Stored, len(rows))
 	for _, s := range rows {
-		byTarget[s.Target] = s
+		stored[s.Target] = s
 	}
-	return byTarget, nil
+	return stored, nil
 }
 
 // livePages reads all live entries. It needs no right to write.
@@ -201,10 +201,11 @@ func (t *etcdTerm) livePages(ctx context.Context) iter.Seq2[[]directory.Entry, e
 				return
 			}
 			now := time.Now()
+			farthest := now.Add(revocation.MaxExpiryAhead).Unix() // beyond it lies no entry of ours
 			var page []directory.Entry
 			for _, kv := range kvs {
 				e, err := directory.Parse(t.cfg.Prefix, t.cfg.Source, string(kv.Key), kv.Value)
-				if err == nil && !etcdDead(e.Exp, now) {
+				if err == nil && !etcdDead(e.Exp, now) && e.Exp <= farthest {
 					page = append(page, e)
 				}
 			}

@@ -2,18 +2,20 @@ package sink
 
 import (
 	"bytes"
-	"cmp"
 	"context"
 	"fmt"
 	"log/slog"
 	"maps"
+	"math"
 	"slices"
+	"sort"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
-	gocmp "github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp"
 	clientv3 "go.etcd.io/etcd/client/v3"
 	"go.uber.org/zap"
 
@@ -38,10 +40,13 @@ type fakeLog struct {
 	epoch  revocation.Epoch
 	events []revocation.Event
 	rows   map[revocation.Target]fakeRow
+	byID   []revocation.Target // also those that are no longer in rows
 	oldest revocation.Seq
 	// onPage, if set, is called before each page is read.
 	onPage   func()
+	onLookup func() // the same for what is looked up
 	imported []revocation.Target
+	fail     atomic.Pointer[error] // of reading pages
 }
 
 type fakeRow struct {
@@ -63,7 +68,8 @@ func (l *fakeLog) revoke(rs ...revocation.Revocation) []revocation.Event {
 		seq := revocation.Seq(len(l.events)) + 1
 		row, ok := l.rows[r.Target]
 		if !ok {
-			r.ID = fmt.Sprintf("0193a2f4-7c11-7d02-9b1e-%012x", len(l.rows))
+			r.ID = fakeID(len(l.byID))
+			l.byID = append(l.byID, r.Target)
 			r.Tenant = revocation.SuperTenant
 			if r.Target.Kind == revocation.KindTenant {
 				r.Tenant = revocation.Tenant{ID: 7, Domain: r.Target.ID}
@@ -109,28 +115,40 @@ func (l *fakeLog) Oldest(context.Context) (revocation.Seq, error) {
 	return l.oldest, nil
 }
 
-func (l *fakeLog) live() []directory.Stored {
-	var live []directory.Stored
-	for _, r := range l.rows {
-		if !etcdDead(r.Exp, time.Now()) {
-			live = append(live, r.Stored)
-		}
-	}
-	slices.SortFunc(live, func(a, b directory.Stored) int { return cmp.Compare(a.ID, b.ID) })
-	return live
-}
-
 func (l *fakeLog) Page(ctx context.Context, after string, limit int) ([]directory.Stored, error) {
 	if l.onPage != nil {
 		l.onPage()
 	}
+	if err := l.fail.Load(); err != nil {
+		return nil, *err
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	rows := slices.DeleteFunc(l.live(), func(s directory.Stored) bool { return s.ID <= after })
-	return rows[:min(limit, len(rows))], ctx.Err()
+	return l.live(after, limit), ctx.Err()
 }
 
+// live needs l.mu.
+func (l *fakeLog) live(after string, limit int) []directory.Stored {
+	var live []directory.Stored
+	first := sort.Search(len(l.byID), func(i int) bool { return fakeID(i) > after })
+	for i, target := range l.byID[first:] {
+		r, ok := l.rows[target]
+		if ok && r.ID == fakeID(first+i) && !etcdDead(r.Exp, time.Now()) {
+			live = append(live, r.Stored)
+		}
+		if len(live) == limit {
+			break
+		}
+	}
+	return live
+}
+
+func fakeID(n int) string { return fmt.Sprintf("0193a2f4-7c11-7d02-9b1e-%012x", n) }
+
 func (l *fakeLog) Lookup(ctx context.Context, targets []revocation.Target) ([]directory.Stored, error) {
+	if l.onLookup != nil {
+		l.onLookup()
+	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	var found []directory.Stored
@@ -293,7 +311,7 @@ func (et *etcdTest) stream() revocation.Position {
 func (et *etcdTest) problems() []string {
 	et.Helper()
 	et.log.mu.Lock()
-	live := et.log.live()
+	live := et.log.live("", math.MaxInt)
 	rows, head := maps.Clone(et.log.rows), revocation.Seq(len(et.log.events))
 	et.log.mu.Unlock()
 	missing := make(map[string]fakeRow)
@@ -379,7 +397,7 @@ func (et *etcdTest) await(what string, done func() bool, detail func() string) {
 
 func (et *etcdTest) wantStream(want revocation.Position) {
 	et.Helper()
-	if diff := gocmp.Diff(want, et.stream()); diff != "" {
+	if diff := cmp.Diff(want, et.stream()); diff != "" {
 		et.Fatalf("stream key (-want +got):\n%s", diff)
 	}
 }

@@ -13,7 +13,6 @@ import (
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/rescindhq/rescind/api/directory"
-	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/relay"
 )
 
@@ -117,48 +116,50 @@ func (t *etcdTerm) sweepPage(ctx context.Context, c *etcdCursor) (removed int, e
 		return 0, err
 	}
 	now := time.Now()
-	var extra, keys []string
-	var targets []revocation.Target
-	over := 0
+	var foreign, keys []string
+	var entries []directory.Entry
 	for _, kv := range kvs {
 		e, err := directory.Parse(t.cfg.Prefix, t.cfg.Source, string(kv.Key), kv.Value)
 		switch {
-		case err != nil:
-			if kv.ModRevision <= c.since {
-				extra = append(extra, string(kv.Key))
-			}
-		case !etcdDead(e.Exp, now):
-			targets, keys = append(targets, e.Target), append(keys, string(kv.Key))
-		case kv.Lease == 0 || etcdDead(e.Exp+2*etcdBucket, now): // else its lease is about to end
-			extra = append(extra, string(kv.Key))
-			over++
+		case err == nil && kv.Lease != 0 && etcdDead(e.Exp-etcdBucket, now) && !etcdDead(e.Exp+2*etcdBucket, now):
+			// Its end is near, or has just been: left to the lease. Clocks differ, and
+			// the state may think it over before it is.
+		case err == nil:
+			entries, keys = append(entries, e), append(keys, string(kv.Key))
+		case kv.ModRevision <= c.since:
+			foreign = append(foreign, string(kv.Key))
 		}
 	}
-	stored, err := t.lookup(ctx, targets)
+	stored, err := t.lookup(ctx, entries)
 	if err != nil {
 		return 0, err
 	}
 	if _, err := t.head(ctx); err != nil {
 		return 0, err
 	}
-	for i, target := range targets {
-		if _, ok := stored[target]; !ok {
-			extra = append(extra, keys[i])
+	removed = len(foreign)
+	for i, e := range entries {
+		if _, ok := stored[e.Target]; ok {
+			continue
+		}
+		foreign = append(foreign, keys[i])
+		if !etcdDead(e.Exp, now) {
+			removed++
 		}
 	}
-	for rest := extra; len(rest) > 0; {
-		n := min(len(rest), t.cfg.MaxTxnOps)
+	for len(foreign) > 0 {
+		n := min(len(foreign), t.cfg.MaxTxnOps)
 		ops := make([]clientv3.Op, n)
-		for i, key := range rest[:n] {
+		for i, key := range foreign[:n] {
 			ops[i] = clientv3.OpDelete(key)
 		}
 		if _, err := t.commit(ctx, ops...); err != nil {
 			return 0, err
 		}
-		rest = rest[n:]
+		foreign = foreign[n:]
 	}
 	*c = next
-	return len(extra) - over, nil
+	return removed, nil
 }
 
 // startReconciler compares the directory with the state now and then, until halt
@@ -192,7 +193,8 @@ func (e *Etcd) reconcileLoop(ctx context.Context, t *etcdTerm, built bool) {
 			return // the relay has the reason, or gets it with its next call
 		case err != nil:
 			wait /= 10
-			e.log.Warn("comparison of the etcd directory with the database failed, it is tried again", "error", err, "in", wait)
+			e.log.Warn("comparison of the etcd directory with the database failed, it is tried again",
+				"error", err, "in", wait, "put", put, "removed", removed)
 		case put+removed > 0:
 			e.log.Warn("repaired the etcd directory: somebody else has changed it, or etcd has lost data",
 				"put", put, "removed", removed)
@@ -233,7 +235,7 @@ func (e *Etcd) reconcile(ctx context.Context, t *etcdTerm) (put, removed int, er
 	after := ""
 	for more := true; more; {
 		var suspects []*etcdPut
-		err := e.step(ctx, t, func(ctx context.Context) error {
+		err := e.step(ctx, t, func(ctx context.Context) (err error) {
 			var puts []*etcdPut
 			if puts, after, more, err = t.page(ctx, after); err != nil {
 				return err
@@ -270,9 +272,9 @@ const etcdBehindPoll = 50 * time.Millisecond
 // repair puts suspects right. Their events may only be on the way, so it waits
 // for these, and looks again.
 func (e *Etcd) repair(ctx context.Context, t *etcdTerm, suspects []*etcdPut, ends etcdLeaseEnds) (put int, err error) {
-	targets := make([]revocation.Target, len(suspects))
+	entries := make([]directory.Entry, len(suspects))
 	for i, p := range suspects {
-		targets[i] = p.entry.Target
+		entries[i] = p.entry
 	}
 	seenAt := suspects[0].entry.Seq
 	for done := false; !done; {
@@ -281,7 +283,7 @@ func (e *Etcd) repair(ctx context.Context, t *etcdTerm, suspects []*etcdPut, end
 				return nil
 			}
 			done = true
-			stored, err := t.lookup(ctx, targets)
+			stored, err := t.lookup(ctx, entries)
 			if err != nil {
 				return err
 			}

@@ -6,13 +6,12 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
+	"io"
 	"mime"
 	"net/http"
 	"strconv"
 	"strings"
 	"time"
-
-	"github.com/rescindhq/rescind/internal/authn"
 )
 
 const (
@@ -81,7 +80,8 @@ func (s *Server) serveMetadata(w http.ResponseWriter, r *http.Request) { s.metad
 func (s *Server) serveKeys(w http.ResponseWriter, r *http.Request) {
 	keys, err := s.currentKeys(r.Context())
 	if err != nil {
-		authn.WriteError(w, authn.Unavailable(storageRetry, err))
+		s.log.Warn("the key set cannot be served", "error", err)
+		writeUnavailable(w)
 		return
 	}
 	w.Header().Add("Vary", "Accept")
@@ -92,6 +92,16 @@ func (s *Server) serveKeys(w http.ResponseWriter, r *http.Request) {
 		}
 	}
 	keys.documents[0].serve(w, r)
+}
+
+// writeUnavailable answers in the form of RFC 9457: a key set is no OAuth endpoint.
+func writeUnavailable(w http.ResponseWriter) {
+	h := w.Header()
+	h.Set("Content-Type", "application/problem+json")
+	h.Set("Cache-Control", "no-store")
+	h.Set("Retry-After", strconv.Itoa(int(storageRetry/time.Second)))
+	w.WriteHeader(http.StatusServiceUnavailable)
+	_, _ = io.WriteString(w, `{"type":"about:blank","title":"Service Unavailable","status":503}`) // a caller that is gone does not read it
 }
 
 // accepts reports whether the caller names the media type itself; a wildcard is
