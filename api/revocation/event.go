@@ -89,20 +89,54 @@ type wireEvent struct {
 	Data            json.RawMessage `json:"data"`
 }
 
-// MarshalJSON writes e as a structured CloudEvent of less than 64 KiB.
+// MarshalJSON writes e as a structured CloudEvent of less than 64 KiB. Data goes in
+// as it is.
 func (e Event) MarshalJSON() ([]byte, error) {
-	b, err := marshal(wireEvent{
-		SpecVersion: "1.0", ID: e.String(), Source: e.Source, Type: e.CloudType(), Subject: e.Subject,
-		Time: e.TimeString(), DataContentType: "application/json", DataSchema: schemaPrefix + e.Type + ".v1.json",
-		Sequence: padded(e.Seq), Previous: padded(e.Previous), Epoch: e.Epoch, Traceparent: e.Traceparent, Data: e.Data,
-	})
-	if err != nil {
-		return nil, fmt.Errorf("encode event %s: %w", e.Position, err)
+	b := make([]byte, 0, 640+len(e.Data))
+	b = append(b, `{"specversion":"1.0","id":"`...)
+	b = append(append(b, e.Epoch...), ':')
+	b = strconv.AppendInt(b, int64(e.Seq), 10)
+	b = appendString(append(b, `","source":`...), e.Source)
+	b = append(append(append(append(b, `,"type":"`...), typePrefix...), e.Type...), typeSuffix...)
+	b = append(b, '"')
+	if e.Subject != "" {
+		b = appendString(append(b, `,"subject":`...), e.Subject)
 	}
+	b = e.Time.UTC().AppendFormat(append(b, `,"time":"`...), timeForm)
+	b = append(append(b, `","datacontenttype":"application/json","dataschema":"`...), schemaPrefix...)
+	b = append(append(append(b, e.Type...), typeSuffix...), `.json","sequence":"`...)
+	b = append(appendPadded(b, e.Seq), `","previous":"`...)
+	b = append(appendPadded(b, e.Previous), `","epoch":"`...)
+	b = append(append(b, e.Epoch...), '"')
+	if e.Traceparent != "" {
+		b = appendString(append(b, `,"traceparent":`...), e.Traceparent)
+	}
+	b = append(append(append(b, `,"data":`...), e.Data...), '}')
 	if len(b) >= maxEventBytes {
 		return nil, fmt.Errorf("encode event %s: %d bytes, must be below %d", e.Position, len(b), maxEventBytes)
 	}
 	return b, nil
+}
+
+// appendString appends s as a JSON string.
+func appendString(b []byte, s string) []byte {
+	for i := range len(s) {
+		if c := s[i]; c < ' ' || c > '~' || c == '"' || c == '\\' {
+			quoted, err := marshal(s)
+			if err != nil {
+				panic(err) // every string can be encoded
+			}
+			return append(b, quoted...)
+		}
+	}
+	return append(append(append(b, '"'), s...), '"')
+}
+
+// appendPadded appends the form in which text order is number order.
+func appendPadded(b []byte, s Seq) []byte {
+	var digits [20]byte
+	n := strconv.AppendInt(digits[:0], int64(s), 10)
+	return append(append(b, "00000000000000000000"[len(n):]...), n...)
 }
 
 // marshal leaves <, > and & as they are: events are not HTML, and every byte counts.
@@ -115,9 +149,6 @@ func marshal(v any) ([]byte, error) {
 	}
 	return bytes.TrimSuffix(b.Bytes(), []byte("\n")), nil
 }
-
-// padded is the form in which text order is number order.
-func padded(s Seq) string { return fmt.Sprintf("%020d", s) }
 
 // ParseEvent reads a structured CloudEvent of ours. Unknown members are ignored.
 // Its error is an [InvalidError].
@@ -183,7 +214,7 @@ func parseEnvelope(b []byte) (wireEvent, error) {
 func cutType(s string) (string, bool) {
 	s, okPrefix := strings.CutPrefix(s, typePrefix)
 	s, okSuffix := strings.CutSuffix(s, typeSuffix)
-	return s, okPrefix && okSuffix && s != ""
+	return s, okPrefix && okSuffix && s != "" && strings.Trim(s, "abcdefghijklmnopqrstuvwxyz0123456789._") == ""
 }
 
 func parseSeq(name, s string) (Seq, error) {

@@ -225,6 +225,19 @@ func (p *amqpPublisher) publish(ctx context.Context, fill func(amqpSend) error) 
 	return nil
 }
 
+// check returns an error, and drops the link, if it was lost since it was used.
+func (p *amqpPublisher) check() error {
+	if p.link != nil && !p.link.channel.IsClosed() {
+		return nil
+	}
+	err := errors.New("not open")
+	if p.link != nil {
+		err = p.link.explain(amqp.ErrClosed)
+		p.close()
+	}
+	return fmt.Errorf("look after exchange %s at %s: %w", p.exchange, p.address, err)
+}
+
 // amqpBatch is the messages of one call of publish.
 type amqpBatch struct {
 	publisher       *amqpPublisher

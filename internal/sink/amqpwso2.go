@@ -29,7 +29,7 @@ type AMQPWSO2Config struct {
 }
 
 // AMQPWSO2 publishes what WSO2's gateways understand of the events, in their
-// words. They get no heartbeats: they have no word for one.
+// words.
 type AMQPWSO2 struct {
 	publisher *amqpPublisher
 	key       string
@@ -37,6 +37,7 @@ type AMQPWSO2 struct {
 
 var (
 	_ relay.Opener = (*AMQPWSO2)(nil)
+	_ relay.Beater = (*AMQPWSO2)(nil)
 	_ relay.Closer = (*AMQPWSO2)(nil)
 )
 
@@ -86,6 +87,10 @@ func (s *AMQPWSO2) Deliver(ctx context.Context, events []revocation.Event) error
 		return nil
 	})
 }
+
+// Beat implements [relay.Beater]. WSO2 has no word for a heartbeat: it only notices
+// a connection that was lost while there was nothing to deliver.
+func (s *AMQPWSO2) Beat(context.Context, revocation.Heartbeat) error { return s.publisher.check() }
 
 // Close implements [relay.Closer].
 func (s *AMQPWSO2) Close() { s.publisher.close() }

@@ -233,3 +233,30 @@ func TestNewAMQPWSO2Checks(t *testing.T) {
 }
 
 var _ relay.Sink = (*AMQPWSO2)(nil)
+
+// A broker that is gone shows at the next heartbeat, though there is nothing to deliver.
+func TestAMQPWSO2NoticesALostBroker(t *testing.T) {
+	t.Parallel()
+	u, proxy := proxied(t, stacktest.NewVhost(t).AMQPURL)
+	s := openedAMQPWSO2(t, AMQPWSO2Config{AMQPBroker: patient(u)})
+	if err := s.Beat(t.Context(), revocation.Heartbeat{}); err != nil {
+		t.Fatalf("a heartbeat while all is well: %v", err)
+	}
+	proxy.Cut()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for s.Beat(t.Context(), revocation.Heartbeat{}) == nil {
+		select {
+		case <-tick.C:
+		case <-t.Context().Done():
+			t.Fatal("the lost connection goes unnoticed")
+		}
+	}
+	if err := s.Beat(t.Context(), revocation.Heartbeat{}); err == nil {
+		t.Error("a heartbeat without a connection succeeds")
+	}
+	mustOpen(t, s, 0)
+	if err := s.Beat(t.Context(), revocation.Heartbeat{}); err != nil {
+		t.Errorf("a heartbeat after the sink was opened again: %v", err)
+	}
+}

@@ -4,8 +4,9 @@
 //
 // # Decisions
 //
-// A sink is a pure function of the events: it never asks the database, and after
-// any error it drops its connection and starts again in Open. What was under way
+// What a sink delivers is a pure function of the events; only to build and repair
+// its directory does the etcd sink read the state. After any error a sink drops its
+// connection and starts again in Open. What was under way
 // is then sent again, because a repeat changes nothing for a reader and a loss
 // would spare a revoked token.
 package sink
