@@ -136,7 +136,8 @@ CREATE TABLE rescind.log_head (
     seq               bigint NOT NULL DEFAULT 0,
     epoch             uuid,   -- set by the first process that starts
     system_identifier bigint, -- of the server that the epoch was last seen on
-    timeline_id       integer
+    timeline_id       integer,
+    restored          boolean NOT NULL DEFAULT false -- the log went back: it needs a new epoch
 ) WITH (fillfactor = 10, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_scale_factor = 0);
 INSERT INTO rescind.log_head DEFAULT VALUES;
 

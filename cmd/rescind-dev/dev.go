@@ -325,7 +325,7 @@ func (d *dev) environ() []string {
 	}
 	environ := []string{"RESCIND_LOG_FORMAT=text", "RESCIND_LOG_LEVEL=" + d.logLevel}
 	for _, kv := range os.Environ() {
-		if name, _, _ := strings.Cut(kv, "="); fixed[name] == "" {
+		if name, _, _ := strings.Cut(kv, "="); fixed[strings.TrimSuffix(name, "_FILE")] == "" {
 			environ = append(environ, kv)
 		}
 	}

@@ -74,6 +74,7 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 	if err := ledgers.EnsureCursors(ctx, cfg.Sinks); err != nil {
 		return err
 	}
+	warnOfStrangers(ctx, ledgers, cfg.Sinks, log)
 	feeds, err := relay.New(relay.Config{Source: cfg.Issuer}, relayLog{ledgers}, sinks, reg, log)
 	if err != nil {
 		return err
@@ -123,6 +124,21 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 	}
 	log.Info("stopped")
 	return nil
+}
+
+// warnOfStrangers names sinks that the log keeps its events for and that this process
+// does not feed.
+func warnOfStrangers(ctx context.Context, l *ledger.Ledger, own []string, log *slog.Logger) {
+	cursors, err := l.Cursors(ctx)
+	if err != nil {
+		return // the next use of the database tells
+	}
+	for name, seq := range cursors {
+		if !slices.Contains(own, name) {
+			log.Warn("the log keeps everything since for a sink that this process does not feed; "+
+				"if no process does, the owner of the schema can delete it from rescind.sink_cursors", "sink", name, "seq", seq)
+		}
+	}
 }
 
 // serveHTTP serves until ctx ends, then waits for open requests, at most grace.
@@ -257,8 +273,8 @@ func readinessChecks(pool *pgxpool.Pool, feeds *relay.Relay, etcd *sink.Etcd) []
 	}
 	if etcd != nil {
 		checks = append(checks, obs.Check{Name: "etcd", Run: func(ctx context.Context) (obs.Status, string) {
-			if etcd.Check(ctx) != nil {
-				return obs.Warn, "does not answer or has raised an alarm: etcdctl alarm list tells"
+			if err := etcd.Check(ctx); err != nil {
+				return obs.Warn, err.Error() // names no host
 			}
 			return obs.Pass, ""
 		}})
@@ -285,9 +301,6 @@ func NewEpoch(ctx context.Context, cfg Config, log *slog.Logger) (EpochReport, e
 	defer pool.Close()
 	l, err := newLedger(cfg, pool, prometheus.NewRegistry(), log)
 	if err != nil {
-		return report, err
-	}
-	if err := l.EnsureCursors(ctx, cfg.Sinks); err != nil {
 		return report, err
 	}
 	var live []revocation.Revocation

@@ -4,7 +4,7 @@ import (
 	"context"
 	"fmt"
 	"hash/crc32"
-	"net"
+	"math/rand/v2"
 	"sync"
 	"time"
 
@@ -18,25 +18,23 @@ const lockClass = 0x52736364
 
 func lockKey(sink string) int32 { return int32(crc32.ChecksumIEEE([]byte(sink))) }
 
-// pingEvery and pingTimeout find a dead connection from this side; the server
-// finds it by TCP keepalives within 5 + 3*2 seconds. Together they bound how long
-// a sink is without a leader when a host dies without a word.
+// A lead's session is used every pingEvery. The server ends it, and with it the
+// lock, when it has heard nothing for idleTimeout, whatever has become of the
+// process or its host. Together with tryEvery this bounds how long a sink is without
+// a leader.
 const (
 	pingEvery   = time.Second
 	pingTimeout = 3 * time.Second
+	idleTimeout = "10s"
+	tryEvery    = time.Second
 )
 
 // connect opens a connection of its own that must not pass a transaction pooler:
 // locks and LISTEN belong to it.
 func (l *Ledger) connect(ctx context.Context, name string) (*pgx.Conn, error) {
 	cfg := l.pool.Config().ConnConfig.Copy()
-	p := cfg.RuntimeParams
-	p["application_name"] = name
-	p["tcp_keepalives_idle"], p["tcp_keepalives_interval"], p["tcp_keepalives_count"] = "5", "2", "3"
-	dialer := net.Dialer{KeepAliveConfig: net.KeepAliveConfig{
-		Enable: true, Idle: 5 * time.Second, Interval: 2 * time.Second, Count: 3,
-	}}
-	cfg.DialFunc = dialer.DialContext
+	cfg.RuntimeParams["application_name"] = name
+	keepAlive(cfg)
 	ctx, cancel := context.WithTimeout(ctx, 5*time.Second)
 	defer cancel()
 	return pgx.ConnectConfig(ctx, cfg)
@@ -67,9 +65,15 @@ func (l *Ledger) Lead(ctx context.Context, sink string) (*Lead, error) {
 		return nil, fmt.Errorf("connect to lead sink %s: %w", sink, err)
 	}
 	// Cursors may be lost in a crash: what they cover is then delivered again.
-	_, err = conn.Exec(ctx, `SELECT set_config('lock_timeout', '0', false), set_config('synchronous_commit', 'off', false)`)
-	if err == nil {
-		_, err = conn.Exec(ctx, `SELECT pg_advisory_lock($1, $2)`, lockClass, lockKey(sink))
+	_, err = conn.Exec(ctx, `SELECT set_config('synchronous_commit', 'off', false), set_config('idle_session_timeout', $1, false)`, idleTimeout)
+	// Asking again and again, because a statement that waits for the lock would keep
+	// vacuum from all that dies meanwhile in the database.
+	for held := false; err == nil && !held; {
+		if err = conn.QueryRow(ctx, `SELECT pg_try_advisory_lock($1, $2)`, lockClass, lockKey(sink)).Scan(&held); err == nil && !held {
+			if !pause(ctx, tryEvery+rand.N(tryEvery/2)) {
+				err = ctx.Err()
+			}
+		}
 	}
 	if err != nil {
 		closeConn(conn)

@@ -29,9 +29,13 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net"
 	"sync"
 	"time"
 
+	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sync/errgroup"
@@ -113,8 +117,19 @@ func (c Config) withDefaults() (Config, error) {
 func Session(cfg *pgxpool.Config) {
 	p := cfg.ConnConfig.RuntimeParams
 	p["synchronous_commit"] = "on" // whatever the server's default: an answer promises durability
+	p["statement_timeout"] = "0"   // contexts bound everything; this would end a commit's wait for its standby with success
 	p["lock_timeout"] = "5s"
 	p["idle_in_transaction_session_timeout"] = "15s"
+	keepAlive(cfg.ConnConfig)
+	onNotice := cfg.ConnConfig.OnNotice
+	cfg.ConnConfig.OnNotice = func(c *pgconn.PgConn, n *pgconn.Notice) {
+		if n.SeverityUnlocalized == "WARNING" {
+			c.CustomData()[warned] = n.Message
+		}
+		if onNotice != nil {
+			onNotice(c, n)
+		}
+	}
 	p["search_path"] = "pg_catalog"
 	p["timezone"] = "UTC"
 	if _, ok := p["application_name"]; !ok {
@@ -122,16 +137,33 @@ func Session(cfg *pgxpool.Config) {
 	}
 }
 
+// warned is where a connection keeps the last warning of the server. A commit whose
+// wait for a synchronous standby was cut short is reported as done, with a warning.
+const warned = "rescind.warned"
+
+// keepAlive makes both sides find out within about ten seconds that the other has
+// gone without a word: it may hold the head's lock.
+func keepAlive(cfg *pgx.ConnConfig) {
+	p := cfg.RuntimeParams
+	p["tcp_keepalives_idle"], p["tcp_keepalives_interval"], p["tcp_keepalives_count"] = "5", "2", "3"
+	p["tcp_user_timeout"] = "10000"
+	dialer := net.Dialer{KeepAliveConfig: net.KeepAliveConfig{
+		Enable: true, Idle: 5 * time.Second, Interval: 2 * time.Second, Count: 3,
+	}}
+	cfg.DialFunc = dialer.DialContext
+}
+
 // Ledger records revocations and reads the log. Its methods may be called from
 // any goroutine.
 type Ledger struct {
-	cfg     Config
-	pool    *pgxpool.Pool
-	log     *slog.Logger
-	metrics *metrics
-	queue   *queue
-	grown   broadcast
-	tail    tail
+	cfg      Config
+	pool     *pgxpool.Pool
+	log      *slog.Logger
+	instance string // tells our own notifications from those of others
+	metrics  *metrics
+	queue    *queue
+	grown    broadcast
+	tail     tail
 
 	mu   sync.Mutex
 	seen revocation.Position // the furthest head that this process knows to be committed
@@ -147,11 +179,12 @@ func New(cfg Config, pool *pgxpool.Pool, reg prometheus.Registerer, log *slog.Lo
 		return nil, fmt.Errorf("configure ledger: %w", err)
 	}
 	l := &Ledger{
-		cfg:   cfg,
-		pool:  pool,
-		log:   log.With("component", "ledger"),
-		queue: newQueue(cfg.QueueSize),
-		fatal: make(chan error, 1),
+		cfg:      cfg,
+		pool:     pool,
+		log:      log.With("component", "ledger"),
+		instance: uuid.NewString(),
+		queue:    newQueue(cfg.QueueSize),
+		fatal:    make(chan error, 1),
 	}
 	l.metrics = newMetrics(reg, l)
 	return l, nil
@@ -201,10 +234,19 @@ func (l *Ledger) lastSeen() revocation.Position {
 	return l.seen
 }
 
-func (l *Ledger) fail(err error) {
+// restored ends Run with err, which says that the log went back, and marks the log,
+// so that no process starts on it before it has a new epoch.
+func (l *Ledger) restored(err error) {
+	l.tail.forget(noEpoch)
 	select {
 	case l.fatal <- err:
 	default:
+		return // it was done before
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), l.cfg.CommitTimeout)
+	defer cancel()
+	if _, markErr := l.pool.Exec(ctx, `UPDATE rescind.log_head SET restored = true WHERE epoch = $1::uuid`, string(l.lastSeen().Epoch)); markErr != nil {
+		l.log.Error("the restored log could not be marked; run rescind epoch new before any process is started", "error", markErr)
 	}
 }
 

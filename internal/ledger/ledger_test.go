@@ -409,8 +409,13 @@ func TestTrimRevocationsIsNeverEarly(t *testing.T) {
 		t.Errorf("removed %d, %v %s", removed, err, diff)
 	}
 	page, err := l.Page(t.Context(), "", 10)
-	if err != nil || len(page) != 2 {
-		t.Errorf("%d live entries, %v; want those a gateway may still accept, 2", len(page), err)
+	if err != nil || len(page) != 3 {
+		t.Errorf("%d entries for others, %v; want all that are left, 3", len(page), err)
+	}
+	for name, want := range map[string]bool{"live": true, "within leeway": true, "within a snapshot period": false} {
+		if _, known, err := l.Known(t.Context(), request(name).Target); known != want || err != nil {
+			t.Errorf("%s: known %t, %v", name, known, err)
+		}
 	}
 }
 
@@ -468,11 +473,11 @@ func TestLeadIsOneAtATime(t *testing.T) {
 		}
 		second <- lead
 	}()
-	await(t, func() bool {
-		var waiting int
-		err := pool.QueryRow(t.Context(), `SELECT count(*) FROM pg_locks WHERE locktype = 'advisory' AND NOT granted
-			AND database = (SELECT oid FROM pg_database WHERE datname = current_database())`).Scan(&waiting)
-		return err == nil && waiting == 1
+	await(t, func() bool { // the second has asked, in vain
+		var asked int
+		err := pool.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity WHERE datname = current_database()
+			AND application_name = 'rescind sink etcd' AND query LIKE '%pg_try_advisory_lock%' AND state = 'idle' AND backend_xmin IS NULL`).Scan(&asked)
+		return err == nil && asked == 1
 	})
 	select {
 	case <-second:
@@ -541,9 +546,33 @@ func TestStartTellsRestoreFromFailover(t *testing.T) {
 	if err := start(at(3)); !errors.Is(err, ErrRestored) {
 		t.Errorf("timeline changed and etcd is ahead: %v, want ErrRestored", err)
 	}
+	if err := start(at(1)); !errors.Is(err, ErrIdentity) {
+		t.Errorf("timeline changed and etcd is behind: %v, want ErrIdentity", err)
+	}
 	if err := errors.Join(start(at(2)), start(nil)); err != nil {
 		t.Errorf("a fail-over that lost nothing: %v", err)
 	}
+}
+
+// A process that lives through a fail-over knows that the log lost nothing.
+func TestFailoverWhileRunning(t *testing.T) {
+	t.Parallel()
+	pool := pgtest.New(t)
+	l := open(t, pool, Config{})
+	run(t, l)
+	mustRevoke(t, l, request("a"))
+	if _, err := pool.Exec(t.Context(), `UPDATE rescind.log_head SET timeline_id = timeline_id - 1`); err != nil {
+		t.Fatal(err)
+	}
+	await(t, func() bool { // it listens; now it loses its connections, as in a fail-over
+		tag, err := pool.Exec(t.Context(), `SELECT pg_terminate_backend(pid) FROM pg_stat_activity
+			WHERE datname = current_database() AND application_name = 'rescind listen'`)
+		return err == nil && tag.RowsAffected() == 1
+	})
+	await(t, func() bool {
+		_, err := open2(t, pool).Start(t.Context(), nil)
+		return err == nil
+	})
 }
 
 func open2(t *testing.T, pool *pgxpool.Pool) *Ledger {
@@ -572,6 +601,53 @@ func TestLogThatGoesBackStopsTheProcess(t *testing.T) {
 	}
 	if err := <-done; !errors.Is(err, ErrRestored) {
 		t.Errorf("Run: %v, want ErrRestored", err)
+	}
+	// No other process starts on it, though nothing else tells that it was restored.
+	if _, err := open2(t, pool).Start(t.Context(), nil); !errors.Is(err, ErrRestored) {
+		t.Errorf("Start: %v, want ErrRestored", err)
+	}
+	if err := l.EnsureCursors(t.Context(), []string{"amqp"}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pool.Exec(t.Context(), `UPDATE rescind.sink_cursors SET seq = 3`); err != nil { // saved before it was noticed
+		t.Fatal(err)
+	}
+	if _, err := open2(t, pool).NewEpoch(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	next := open(t, pool, Config{})
+	if cursors, err := next.Cursors(t.Context()); err != nil || cursors["amqp"] != 1 {
+		t.Errorf("cursors %v, %v in the new epoch; its head is 1", cursors, err)
+	}
+}
+
+// The server says of a commit that its standby may lack it.
+func TestWarnedCommitIsNoSuccess(t *testing.T) {
+	t.Parallel()
+	pool := pgtest.New(t)
+	cfg := pool.Config()
+	Session(cfg)
+	sessions, err := pgxpool.NewWithConfig(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer sessions.Close()
+	conn, err := sessions.Acquire(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Release()
+	if err := undoubted(conn.Conn().PgConn()); err != nil {
+		t.Errorf("before: %v", err)
+	}
+	if _, err := conn.Exec(t.Context(), `DO $$ BEGIN RAISE WARNING 'canceling wait for synchronous replication'; END $$`); err != nil {
+		t.Fatal(err)
+	}
+	if err := undoubted(conn.Conn().PgConn()); err == nil {
+		t.Error("a warning is overlooked")
+	}
+	if err := undoubted(conn.Conn().PgConn()); err != nil {
+		t.Errorf("the warning comes twice: %v", err)
 	}
 }
 

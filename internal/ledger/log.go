@@ -21,7 +21,7 @@ func (l *Ledger) Head(ctx context.Context) (revocation.Position, error) {
 		return p, fmt.Errorf("read log head: %w", err)
 	}
 	if err := notBehind(p, seen); err != nil {
-		l.fail(err)
+		l.restored(err)
 		return p, err
 	}
 	l.saw(p)
@@ -153,12 +153,18 @@ func (l *Ledger) listenOnce(ctx context.Context) error {
 	if _, err := conn.Exec(ctx, `LISTEN rescind_log`); err != nil {
 		return err
 	}
+	if err := l.keepIdentity(ctx); err != nil {
+		return err
+	}
 	l.grown.send()
 	for {
-		if _, err := conn.WaitForNotification(ctx); err != nil {
+		n, err := conn.WaitForNotification(ctx)
+		if err != nil {
 			return err
 		}
-		l.grown.send()
+		if n.Payload != l.instance { // own commits have been told
+			l.grown.send()
+		}
 	}
 }
 
@@ -207,10 +213,15 @@ func (l *Ledger) trim(ctx context.Context) error {
 // trimChunk rows take a few milliseconds to remove.
 const trimChunk = 1000
 
+const trimTimeout = 10 * time.Second
+
 func (l *Ledger) trimAll(ctx context.Context, count interface{ Add(float64) }, sql string, args ...any) error {
 	for {
 		var n int
-		if err := l.pool.QueryRow(ctx, sql, args...).Scan(&n); err != nil {
+		tctx, cancel := context.WithTimeout(ctx, trimTimeout)
+		err := l.pool.QueryRow(tctx, sql, args...).Scan(&n)
+		cancel()
+		if err != nil {
 			return fmt.Errorf("%s: %w", sql, err)
 		}
 		count.Add(float64(n))

@@ -207,7 +207,7 @@ func (l *Ledger) asUnavailable(err error) error {
 	l.metrics.failed.Inc()
 	l.log.Warn("commit failed", "error", err)
 	if errors.Is(err, ErrRestored) {
-		l.fail(err)
+		l.restored(err)
 	}
 	return fmt.Errorf("%w: %w", ErrUnavailable, err)
 }
@@ -380,7 +380,7 @@ SELECT e.seq, coalesce(lag(e.seq) OVER (PARTITION BY e.tenant_id ORDER BY e.n), 
 FROM e LEFT JOIN rescind.tenant_heads h USING (tenant_id), (SELECT clock_timestamp() AS at OFFSET 0) AS now
 RETURNING seq, previous, at`
 
-const notifySQL = `SELECT pg_notify('rescind_log', '')`
+const notifySQL = `SELECT pg_notify('rescind_log', $1)`
 
 // transact writes entries in one transaction of two round trips, so that the head
 // stays locked for no longer than the server needs. It sets seq and added of
@@ -400,7 +400,10 @@ func (l *Ledger) transact(ctx context.Context, entries []entry) (head revocation
 	if len(stored) == 0 {
 		b.Queue(headSQL).QueryRow(readHead)
 		b.Queue("COMMIT")
-		return head, nil, conn.SendBatch(ctx, &b).Close()
+		if err := conn.SendBatch(ctx, &b).Close(); err != nil {
+			return head, nil, err
+		}
+		return head, nil, undoubted(conn.Conn().PgConn())
 	}
 	events = make([]revocation.Event, len(stored))
 	var audit auditColumns
@@ -419,7 +422,7 @@ func (l *Ledger) transact(ctx context.Context, entries []entry) (head revocation
 	seen := l.lastSeen()
 	seenEpoch := cmp.Or(seen.Epoch, noEpoch)
 	audit.queue(&b)
-	b.Queue(notifySQL)
+	b.Queue(notifySQL, l.instance)
 	b.Queue(raiseSQL, len(stored)).QueryRow(readHead)
 	log.queue(&b, seenEpoch, seen.Seq).Query(func(rows pgx.Rows) error {
 		var seq, previous revocation.Seq
@@ -437,6 +440,9 @@ func (l *Ledger) transact(ctx context.Context, entries []entry) (head revocation
 	if behind := notBehind(revocation.Position{Epoch: head.Epoch, Seq: base}, seen); err != nil && behind != nil {
 		return head, nil, behind
 	}
+	if err == nil {
+		err = undoubted(conn.Conn().PgConn())
+	}
 	if err != nil {
 		return head, nil, err
 	}
@@ -444,6 +450,16 @@ func (l *Ledger) transact(ctx context.Context, entries []entry) (head revocation
 		entries[s.entry].seq, entries[s.entry].added = base+revocation.Seq(i)+1, true
 	}
 	return head, events, nil
+}
+
+// undoubted returns an error if the server warned on c, and forgets the warning.
+func undoubted(c *pgconn.PgConn) error {
+	warning, ok := c.CustomData()[warned]
+	if !ok {
+		return nil
+	}
+	delete(c.CustomData(), warned)
+	return fmt.Errorf("the server committed with a warning, a standby may lack it: %v", warning)
 }
 
 // noEpoch is the epoch of no log.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"time"
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
@@ -13,11 +14,12 @@ import (
 	"github.com/rescindhq/rescind/api/revocation"
 )
 
-// An entry is live until no gateway can accept its tokens any more.
+// Another holder is told of a revocation until trim_revocations may remove it, long
+// after it is over: its clock may be behind the database's.
 const (
 	storedColumns = `r.id::text, r.tenant_id, t.domain, r.kind, r.iss, r.ident, r.digest, r.exp, r.not_after,
 		r.client_id, r.signature, r.reason, r.revoked_at`
-	liveSQL = `r.exp + 120 > extract(epoch FROM clock_timestamp())`
+	liveSQL = `r.exp + 720 > extract(epoch FROM clock_timestamp())`
 
 	pageSQL = `
 SELECT ` + storedColumns + ` FROM rescind.revocations r JOIN rescind.tenants t ON t.id = r.tenant_id
@@ -38,7 +40,7 @@ func scanStored(row pgx.CollectableRow) (directory.Stored, error) {
 	return s, err
 }
 
-// Page returns up to limit live revocations by ascending id, from the first after
+// Page returns up to limit revocations that are live, or were until lately, by ascending id, from the first after
 // the id after; "" begins.
 func (l *Ledger) Page(ctx context.Context, after string, limit int) ([]directory.Stored, error) {
 	if after == "" {
@@ -55,7 +57,7 @@ func (l *Ledger) Page(ctx context.Context, after string, limit int) ([]directory
 	return page, nil
 }
 
-// Lookup returns those of targets that are revoked and live, in any order.
+// Lookup returns those of targets whose revocations are live, or were until lately, in any order.
 func (l *Ledger) Lookup(ctx context.Context, targets []revocation.Target) ([]directory.Stored, error) {
 	n := len(targets)
 	iss, idents, kinds, digests := make([]string, n), make([]string, n), make([]string, n), make([]bool, n)
@@ -79,7 +81,7 @@ func (l *Ledger) Known(ctx context.Context, target revocation.Target) (revocatio
 	if err != nil {
 		return revocation.Revocation{}, false, fmt.Errorf("%w: %w", ErrUnavailable, err)
 	}
-	if len(found) == 0 {
+	if len(found) == 0 || time.Now().After(time.Unix(found[0].Exp, 0).Add(revocation.MaxLeeway)) {
 		return revocation.Revocation{}, false, nil
 	}
 	return found[0].Revocation, true, nil
@@ -154,15 +156,15 @@ func (l *Ledger) tenants(ctx context.Context) (tenantIndex, error) {
 
 // ErrIdentity means that the database is not the one that the epoch was last seen
 // on, and that nothing at hand proves that it lost no event.
-var ErrIdentity = errors.New("the database server or its timeline has changed, by a fail-over or a restore, and etcd cannot " +
-	"tell which; make etcd reachable and start again, or, if the database was restored, stop all processes and run: rescind epoch new")
+var ErrIdentity = errors.New("the database server or its timeline has changed while no process ran, by a fail-over or a restore, " +
+	"and etcd does not stand at the log's end, which would tell; make etcd reachable and start again, or run: rescind epoch new")
 
 // identitySQL reads the server's identity and the timeline that it writes to.
 const identitySQL = `
 SELECT (SELECT system_identifier FROM pg_control_system()), ('x' || substr(pg_walfile_name(pg_current_wal_lsn()), 1, 8))::bit(32)::integer`
 
 const storeIdentitySQL = `
-UPDATE rescind.log_head SET epoch = $1::uuid, system_identifier = $2, timeline_id = $3
+UPDATE rescind.log_head SET epoch = $1::uuid, system_identifier = $2, timeline_id = $3, restored = false
 RETURNING epoch::text, seq`
 
 // Start compares the database with what was last seen of it, and with published,
@@ -175,8 +177,9 @@ func (l *Ledger) Start(ctx context.Context, published *revocation.Position) (rev
 		var epoch *string
 		var system, storedSystem *int64
 		var timeline, storedTimeline *int32
-		err := tx.QueryRow(ctx, `SELECT epoch::text, seq, system_identifier, timeline_id FROM rescind.log_head FOR UPDATE`).
-			Scan(&epoch, &head.Seq, &storedSystem, &storedTimeline)
+		var restored bool
+		err := tx.QueryRow(ctx, `SELECT epoch::text, seq, system_identifier, timeline_id, restored FROM rescind.log_head FOR UPDATE`).
+			Scan(&epoch, &head.Seq, &storedSystem, &storedTimeline, &restored)
 		if err != nil {
 			return err
 		}
@@ -190,12 +193,14 @@ func (l *Ledger) Start(ctx context.Context, published *revocation.Position) (rev
 		same := storedSystem != nil && *storedSystem == *system && storedTimeline != nil && *storedTimeline == *timeline
 		comparable := published != nil && published.Epoch == head.Epoch
 		switch {
+		case restored:
+			return fmt.Errorf("a process saw the log go back: %w", ErrRestored)
 		case comparable && published.Seq > head.Seq:
 			return fmt.Errorf("the log ends at %d, etcd stands at %d: %w", head.Seq, published.Seq, ErrRestored)
 		case same:
 			return nil
-		case !comparable:
-			return ErrIdentity
+		case !comparable || published.Seq < head.Seq:
+			return ErrIdentity // another sink may have been further than etcd, and further than the log is now
 		}
 		l.log.Warn("the database server or its timeline has changed, and the log lost nothing", "head", head.Seq)
 		return tx.QueryRow(ctx, storeIdentitySQL, head.Epoch, system, timeline).Scan(&head.Epoch, &head.Seq)
@@ -205,6 +210,24 @@ func (l *Ledger) Start(ctx context.Context, published *revocation.Position) (rev
 	}
 	l.saw(head)
 	return head, nil
+}
+
+// keepIdentity stores the identity of the server after a fail-over that this process
+// has lived through, and so knows to have lost nothing.
+func (l *Ledger) keepIdentity(ctx context.Context) error {
+	seen := l.lastSeen()
+	head, err := l.Head(ctx)
+	if err != nil || seen.Epoch != head.Epoch {
+		return err
+	}
+	tag, err := l.pool.Exec(ctx, `
+		UPDATE rescind.log_head h SET system_identifier = i.system_identifier, timeline_id = i.timeline_id
+		FROM (`+identitySQL+`) AS i (system_identifier, timeline_id)
+		WHERE h.epoch = $1::uuid AND (h.system_identifier, h.timeline_id) <> (i.system_identifier, i.timeline_id)`, string(head.Epoch))
+	if err == nil && tag.RowsAffected() > 0 {
+		l.log.Warn("the database server or its timeline has changed, and the log lost nothing", "head", head.Seq)
+	}
+	return err
 }
 
 // NewEpoch gives the log a new identity, so that every consumer starts again from
@@ -230,7 +253,12 @@ func (l *Ledger) NewEpoch(ctx context.Context, sinks []string) (revocation.Posit
 		if err := tx.QueryRow(ctx, identitySQL).Scan(&system, &timeline); err != nil {
 			return err
 		}
-		return tx.QueryRow(ctx, storeIdentitySQL, uuid.NewString(), system, timeline).Scan(&head.Epoch, &head.Seq)
+		if err := tx.QueryRow(ctx, storeIdentitySQL, uuid.NewString(), system, timeline).Scan(&head.Epoch, &head.Seq); err != nil {
+			return err
+		}
+		// A process may have saved a cursor from before the restore.
+		_, err := tx.Exec(ctx, `UPDATE rescind.sink_cursors SET seq = least(seq, $1)`, int64(head.Seq))
+		return err
 	})
 	if err != nil {
 		return head, fmt.Errorf("make a new epoch: %w", err)

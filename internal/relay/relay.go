@@ -279,19 +279,25 @@ func (r *Relay) lead(ctx context.Context, f *feed, led func()) error {
 	}
 }
 
-// feed opens the sink and delivers until something fails. It calls up after each
-// success at the far side.
+// feed opens the sink and delivers until something fails. It calls up when something
+// has got through to the far side; that Open succeeded does not say so.
 func (r *Relay) feed(ctx context.Context, lead Lead, f *feed, up func()) error {
 	cursor, err := lead.Cursor()
 	if err != nil {
 		return err
+	}
+	head, err := r.events.Head(ctx)
+	if err != nil {
+		return err
+	}
+	if head.Epoch == cursor.Epoch && head.Seq < cursor.Seq {
+		return fmt.Errorf("the cursor is at %d, the log ends at %d: %w", cursor.Seq, head.Seq, ErrRestored)
 	}
 	at := cursor.Seq
 	if o, ok := f.sink.(Opener); ok {
 		if at, err = o.Open(ctx, cursor); err != nil {
 			return err
 		}
-		up()
 	}
 	beat := time.NewTicker(r.cfg.BeatEvery)
 	defer beat.Stop()
@@ -304,7 +310,8 @@ func (r *Relay) feed(ctx context.Context, lead Lead, f *feed, up func()) error {
 		}
 		more := len(events) == r.cfg.Batch
 		if len(events) > 0 {
-			f.at(at, events[len(events)-1].Seq, events[0].Time)
+			last := events[len(events)-1]
+			f.at(at, max(head.Seq, last.Seq), events[0].Time)
 			if err := f.sink.Deliver(ctx, events); err != nil {
 				if at > saved {
 					_ = lead.Save(at) // only spares repeats
@@ -313,8 +320,12 @@ func (r *Relay) feed(ctx context.Context, lead Lead, f *feed, up func()) error {
 			}
 			up()
 			f.metrics.delivered(events)
-			at = events[len(events)-1].Seq
-			f.at(at, at, time.Time{})
+			at = last.Seq
+			if at < head.Seq {
+				f.at(at, head.Seq, last.Time) // the next one is not much younger
+			} else {
+				f.at(at, at, time.Time{})
+			}
 		}
 		if at > saved && (!more || time.Since(savedAt) >= r.cfg.SaveEvery) {
 			if err := lead.Save(at); err != nil {
@@ -325,9 +336,13 @@ func (r *Relay) feed(ctx context.Context, lead Lead, f *feed, up func()) error {
 		if due, err := r.idle(ctx, more, grown, beat.C); err != nil {
 			return err
 		} else if due {
-			if err := r.beat(ctx, f, at, up); err != nil {
+			if head, err = r.events.Head(ctx); err != nil {
 				return err
 			}
+			if err := r.beat(ctx, f, head, at); err != nil {
+				return err
+			}
+			up()
 		}
 	}
 }
@@ -353,23 +368,15 @@ func (r *Relay) idle(ctx context.Context, more bool, grown <-chan struct{}, beat
 	}
 }
 
-func (r *Relay) beat(ctx context.Context, f *feed, at revocation.Seq, up func()) error {
-	head, err := r.events.Head(ctx)
-	if err != nil {
-		return err
-	}
+func (r *Relay) beat(ctx context.Context, f *feed, head revocation.Position, at revocation.Seq) error {
 	b, ok := f.sink.(Beater)
 	if !ok {
 		return nil
 	}
-	err = b.Beat(ctx, revocation.Heartbeat{
+	return b.Beat(ctx, revocation.Heartbeat{
 		Epoch: head.Epoch, ID: fmt.Sprintf("%s:hb:%s", head.Epoch, uuid.New()), Source: r.cfg.Source, Time: time.Now(),
 		Head: head.Seq, Through: min(at, head.Seq),
 	})
-	if err == nil {
-		up()
-	}
-	return err
 }
 
 // watchOthers keeps the lag true of sinks that are slow here, are down, or are fed by
@@ -387,28 +394,38 @@ func (r *Relay) watchOthers(ctx context.Context) {
 		if len(idle) == 0 {
 			continue
 		}
-		head, err := r.events.Head(ctx)
-		if err != nil {
-			continue // the ledger tells
-		}
-		cursors, err := r.events.Cursors(ctx)
-		if err != nil {
-			continue
-		}
-		for _, f := range idle {
-			seq := cursors[f.name]
-			var oldest time.Time
-			if seq < head.Seq {
-				if next, err := r.events.After(ctx, seq, 1); err == nil && len(next) > 0 {
-					oldest = next[0].Time
-				}
+		r.look(ctx, idle)
+	}
+}
+
+// look asks the database where sinks stand. What fails is tried again soon, and told
+// by the ledger.
+func (r *Relay) look(ctx context.Context, sinks []*feed) {
+	ctx, cancel := context.WithTimeout(ctx, lookTimeout)
+	defer cancel()
+	head, err := r.events.Head(ctx)
+	if err != nil {
+		return
+	}
+	cursors, err := r.events.Cursors(ctx)
+	if err != nil {
+		return
+	}
+	for _, f := range sinks {
+		seq := cursors[f.name]
+		var oldest time.Time
+		if seq < head.Seq {
+			if next, err := r.events.After(ctx, seq, 1); err == nil && len(next) > 0 {
+				oldest = next[0].Time
 			}
-			if f.get().State != Running {
-				f.at(seq, head.Seq, oldest)
-			}
+		}
+		if f.get().State != Running {
+			f.at(seq, head.Seq, oldest)
 		}
 	}
 }
+
+const lookTimeout = 5 * time.Second
 
 func sleep(ctx context.Context, d time.Duration) bool {
 	t := time.NewTimer(d)

@@ -268,6 +268,8 @@ func TestDelivers(t *testing.T) {
 					if got.Behind != 0 || got.Lag != 0 || log.cursors["sink"] != 10 {
 						t.Errorf("status %+v, cursor %d", got, log.cursors["sink"])
 					}
+				} else if sink.attempts > 60 {
+					t.Errorf("%d tries in a minute: that the sink could be opened must not shorten the wait", sink.attempts)
 				} else if got.Behind != 10 || got.Lag < 50*time.Second || log.cursors["sink"] != 0 {
 					t.Errorf("status %+v, cursor %d", got, log.cursors["sink"])
 				}
@@ -432,6 +434,48 @@ func TestRestoredLogStopsRun(t *testing.T) {
 		if err := r.Run(t.Context()); !errors.Is(err, ErrRestored) {
 			t.Errorf("Run: %v, want ErrRestored", err)
 		}
+	})
+}
+
+// The cursor was saved before anybody noticed that the log had gone back.
+func TestCursorBeyondTheLogStopsRun(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log, sink := newLog(), &memSink{}
+		log.add(3)
+		log.cursors["s"] = 5
+		r, err := New(Config{}, log, []Named{{"s", sink}}, prometheus.NewRegistry(), slog.New(slog.DiscardHandler))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := r.Run(t.Context()); !errors.Is(err, ErrRestored) || len(sink.got()) != 0 {
+			t.Errorf("Run: %v after %d events, want ErrRestored", err, len(sink.got()))
+		}
+	})
+}
+
+// While a sink catches up its lag is that of the whole log, not of a batch.
+func TestLagWhileCatchingUp(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		log, gate := newLog(), make(chan struct{})
+		sink := &memSink{fail: func(int) error { <-gate; return nil }}
+		log.add(100)
+		time.Sleep(time.Minute)
+		r, stop := start(t, Config{Batch: 10}, log, Named{"s", sink})
+		for want := int64(100); want > 10; want -= 10 {
+			synctest.Wait()
+			if got := r.Status()[0]; got.Behind != want || got.Lag < time.Minute {
+				t.Errorf("status %+v, want %d behind for a minute", got, want)
+			}
+			gate <- struct{}{}
+		}
+		close(gate)
+		synctest.Wait()
+		time.Sleep(time.Second) // to the next look, which finds nothing more
+		synctest.Wait()
+		if got := r.Status()[0]; got.Behind != 0 || got.Lag != 0 {
+			t.Errorf("status %+v after it has caught up", got)
+		}
+		stopped(t, stop)
 	})
 }
 

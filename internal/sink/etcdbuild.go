@@ -258,26 +258,43 @@ type etcdCursor struct {
 	// since is the revision at which everything that the state has was in place, or
 	// was put there later.
 	since int64
+	ahead []*mvccpb.KeyValue // read, and not yet handed out
 }
+
+// etcdScan is how many entries are read at once: for each read etcd counts all that
+// are left of the folder. What is read ahead may have changed since.
+const etcdScan = 20 * etcdPage
 
 func (t *etcdTerm) firstFolder(since int64) etcdCursor {
 	folders := directory.Folders(t.cfg.Prefix)
 	return etcdCursor{folders: folders, from: folders[0], since: since}
 }
 
-func (c *etcdCursor) done() bool { return len(c.folders) == 0 }
+func (c *etcdCursor) done() bool { return len(c.folders) == 0 && len(c.ahead) == 0 }
 
-// scan reads the next page of the walk.
+// scan returns the next page of the walk.
 func (t *etcdTerm) scan(ctx context.Context, c *etcdCursor) ([]*mvccpb.KeyValue, error) {
+	if len(c.ahead) == 0 {
+		var err error
+		if c.ahead, err = t.readAhead(ctx, c); err != nil {
+			return nil, err
+		}
+	}
+	n := min(etcdPage, len(c.ahead))
+	page := c.ahead[:n]
+	c.ahead = c.ahead[n:]
+	return page, nil
+}
+
+func (t *etcdTerm) readAhead(ctx context.Context, c *etcdCursor) ([]*mvccpb.KeyValue, error) {
 	resp, err := etcdCall(ctx, t.cfg.RequestTimeout, "read the etcd directory", func(ctx context.Context) (*clientv3.GetResponse, error) {
-		return t.client.Get(ctx, c.from, clientv3.WithRange(clientv3.GetPrefixRangeEnd(c.folders[0])), clientv3.WithLimit(etcdPage))
+		return t.client.Get(ctx, c.from, clientv3.WithRange(clientv3.GetPrefixRangeEnd(c.folders[0])), clientv3.WithLimit(etcdScan))
 	})
 	if err != nil {
 		return nil, err
 	}
 	if !resp.More {
-		c.folders = c.folders[1:]
-		if !c.done() {
+		if c.folders = c.folders[1:]; len(c.folders) > 0 {
 			c.from = c.folders[0]
 		}
 	} else if n := len(resp.Kvs); n > 0 {

@@ -108,7 +108,7 @@ func (t *etcdTerm) sound(ctx context.Context, p *etcdPut, kv *mvccpb.KeyValue, e
 // it knows every event that the directory has, unless it was restored since,
 // which the head then tells. A revocation that is committed meanwhile is put back
 // by its event. What no event can have written is removed only if it is older
-// than a repair of everything, which would have replaced it.
+// than a repair of everything, which would have replaced it, and is still there.
 func (t *etcdTerm) sweepPage(ctx context.Context, c *etcdCursor) (removed int, err error) {
 	next := *c
 	kvs, err := t.scan(ctx, &next)
@@ -116,7 +116,8 @@ func (t *etcdTerm) sweepPage(ctx context.Context, c *etcdCursor) (removed int, e
 		return 0, err
 	}
 	now := time.Now()
-	var foreign, keys []string
+	var strange []*mvccpb.KeyValue
+	var keys []string
 	var entries []directory.Entry
 	for _, kv := range kvs {
 		e, err := directory.Parse(t.cfg.Prefix, t.cfg.Source, string(kv.Key), kv.Value)
@@ -127,8 +128,12 @@ func (t *etcdTerm) sweepPage(ctx context.Context, c *etcdCursor) (removed int, e
 		case err == nil:
 			entries, keys = append(entries, e), append(keys, string(kv.Key))
 		case kv.ModRevision <= c.since:
-			foreign = append(foreign, string(kv.Key))
+			strange = append(strange, kv)
 		}
+	}
+	foreign, err := t.unchanged(ctx, strange)
+	if err != nil {
+		return 0, err
 	}
 	stored, err := t.lookup(ctx, entries)
 	if err != nil {
@@ -160,6 +165,25 @@ func (t *etcdTerm) sweepPage(ctx context.Context, c *etcdCursor) (removed int, e
 	}
 	*c = next
 	return removed, nil
+}
+
+// unchanged returns the keys of those kvs that are still what they were when read.
+func (t *etcdTerm) unchanged(ctx context.Context, kvs []*mvccpb.KeyValue) ([]string, error) {
+	gets := make([]clientv3.Op, len(kvs))
+	for i, kv := range kvs {
+		gets[i] = clientv3.OpGet(string(kv.Key), clientv3.WithKeysOnly())
+	}
+	now, err := t.read(ctx, gets)
+	if err != nil {
+		return nil, err
+	}
+	var same []string
+	for i, kv := range kvs {
+		if found := now[i].Kvs; len(found) > 0 && found[0].ModRevision == kv.ModRevision {
+			same = append(same, string(kv.Key))
+		}
+	}
+	return same, nil
 }
 
 // startReconciler compares the directory with the state now and then, until halt
