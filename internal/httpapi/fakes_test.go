@@ -70,19 +70,6 @@ func (l *fakeLedger) Known(_ context.Context, target revocation.Target) (revocat
 	return known, ok, l.err
 }
 
-func (l *fakeLedger) recorded(*testing.T) (revoked, audited []string) {
-	l.mu.Lock()
-	defer l.mu.Unlock()
-	for _, r := range l.requests {
-		revoked = append(revoked, r.Target.ID)
-		audited = append(audited, r.Action)
-	}
-	for _, e := range l.audits {
-		audited = append(audited, e.Action)
-	}
-	return revoked, audited
-}
-
 // fakeClients lets everybody in as one client, unless it has an error.
 type fakeClients struct {
 	client authn.Client

@@ -93,10 +93,10 @@ func New(cfg Config, events Log, sinks []Named, reg prometheus.Registerer, log *
 	}
 	var errs []error
 	if cfg.Batch < 1 || cfg.Batch > 10000 {
-		errs = append(errs, fmt.Errorf("Batch is %d, must be 1 to 10000", cfg.Batch))
+		errs = append(errs, fmt.Errorf("batch is %d, must be 1 to 10000", cfg.Batch))
 	}
 	if cfg.BeatEvery < 10*time.Millisecond {
-		errs = append(errs, fmt.Errorf("BeatEvery is %s, must be at least 10ms", cfg.BeatEvery))
+		errs = append(errs, fmt.Errorf("time between heartbeats is %s, must be at least 10ms", cfg.BeatEvery))
 	}
 	r := &Relay{cfg: cfg, events: events, log: log.With("component", "relay")}
 	m := newMetrics(reg)
