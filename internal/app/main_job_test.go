@@ -5,7 +5,9 @@ import (
 	"net/http"
 	"strings"
 	"testing"
+	"time"
 
+	"github.com/google/go-cmp/cmp"
 	clientv3 "go.etcd.io/etcd/client/v3"
 
 	"github.com/rescindhq/rescind/api/directory"
@@ -141,4 +143,45 @@ func TestIssuerWithPath(t *testing.T) {
 			t.Errorf("%s %s: %+v, %v; want %d", tt.method, tt.url, got, err, tt.status)
 		}
 	}
+}
+
+// A token that is revoked again with a later end is dead until then, everywhere.
+func TestLaterEndWinsEverywhere(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	s := w.serve()
+	client, etcd := newHTTPClient(t), w.etcdClient()
+	events := w.consume(w.amqpURL, "rescind.events", "revocation.#")
+	now := time.Now().Unix()
+	for _, life := range []int64{600, 1800, 900} {
+		s.mustRevoke(client, mint("ES256", nil, claims("t-1", map[string]any{"exp": now + life})))
+	}
+	s.mustRevoke(client, accessToken("last"))
+	await(t, "the events", func() bool { return events.seen()["last"] })
+	var ends []int64
+	for _, e := range events.events {
+		rev, err := e.Revocation()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rev.Target.ID == "t-1" {
+			ends = append(ends, rev.Exp-now)
+		}
+	}
+	if diff := cmp.Diff([]int64{600, 1800}, ends); diff != "" {
+		t.Errorf("ends on RabbitMQ: %s", diff)
+	}
+	key := directory.Key(w.prefix, ourISS, revocation.Target{Kind: revocation.KindToken, Iss: idpISS, ID: "t-1"})
+	await(t, "the later end in etcd", func() bool {
+		resp, err := etcd.Get(t.Context(), key)
+		if err != nil || len(resp.Kvs) != 1 {
+			return false
+		}
+		entry, err := directory.Parse(w.prefix, ourISS, key, resp.Kvs[0].Value)
+		if err != nil {
+			t.Fatal(err)
+		}
+		lease, err := etcd.TimeToLive(t.Context(), clientv3.LeaseID(resp.Kvs[0].Lease))
+		return err == nil && entry.Exp == now+1800 && lease.TTL >= 1700
+	})
 }
