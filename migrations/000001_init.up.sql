@@ -76,6 +76,8 @@ CREATE TABLE rescind.clients (
     created_at     timestamptz NOT NULL DEFAULT now(),
     -- An opaque token taken for a jti would be stored and published in the clear.
     CHECK (NOT (revoke_by_jti AND revoke_opaque)),
+    -- Either the client or the token must have proved something.
+    CHECK (auth_method <> 'none' OR NOT (revoke_by_jti OR revoke_opaque)),
     CHECK (default_scopes <@ scopes)
 );
 
@@ -137,7 +139,8 @@ CREATE TABLE rescind.log_head (
     epoch             uuid,   -- set by the first process that starts
     system_identifier bigint, -- of the server that the epoch was last seen on
     timeline_id       integer,
-    restored          boolean NOT NULL DEFAULT false -- the log went back: it needs a new epoch
+    restored          boolean NOT NULL DEFAULT false, -- the log went back: it needs a new epoch
+    import_above      bigint -- a new epoch has begun, and entries above this seq of the old one are still to be imported
 ) WITH (fillfactor = 10, autovacuum_vacuum_threshold = 200, autovacuum_vacuum_scale_factor = 0);
 INSERT INTO rescind.log_head DEFAULT VALUES;
 

@@ -114,6 +114,23 @@ func (s *CachedKeySet) Key(ctx context.Context, kid, alg string) (Key, error) {
 	return Key{}, err
 }
 
+// renewed is Key from keys whose load began after the call. It is throttled as the
+// search for an unknown kid is.
+func (s *CachedKeySet) renewed(ctx context.Context, kid, alg string) (Key, error) {
+	s.mu.Lock()
+	seen := s.begun
+	s.mu.Unlock()
+	for {
+		h, err := s.refetched(ctx, seen)
+		if err != nil {
+			return Key{}, err
+		}
+		if h.number > seen {
+			return h.keys.Key(ctx, kid, alg)
+		}
+	}
+}
+
 // Current returns the keys as [CachedKeySet.Key] would use them, loading them
 // first if there are none or if they are old. Its error is [ErrKeysUnavailable].
 func (s *CachedKeySet) Current(ctx context.Context) (*StaticKeySet, error) {
@@ -206,8 +223,8 @@ func (s *CachedKeySet) begin() *loading {
 			fmt.Errorf("not done within %s", s.cfg.Timeout))
 		defer cancel()
 		keys, err := s.load(ctx)
-		if err != nil && ctx.Err() != nil {
-			err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		if ctx.Err() != nil { // an answer that was cut off may look like a whole one
+			err = errors.Join(context.Cause(ctx), err)
 		}
 		s.finish(l, at, keys, err)
 	}()

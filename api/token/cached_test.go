@@ -330,3 +330,31 @@ func TestLogsChangesOnly(t *testing.T) {
 		t.Errorf("%d lines about working again, want 2:\n%s", got, &log)
 	}
 }
+
+// An issuer that names no kid has one key, which may have another in its place since
+// it was loaded: its tokens are not taken for forged.
+func TestRotationWithoutKid(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		current := keySet(t, public("a", "RS256", &rsaTestKey().PublicKey))
+		keys := NewCachedKeySet(CacheConfig{}, func(context.Context) (*StaticKeySet, error) { return current, nil })
+		v := verifier(t, Issuer{Iss: iss, Keys: keys})
+		payload := fmt.Sprintf(`{"iss":%q}`, iss)
+		if _, err := v.Verify(t.Context(), sign(t, "RS256", rsaTestKey(), nil, payload)); err != nil {
+			t.Fatal(err)
+		}
+		current = keySet(t, public("b", "RS256", &otherRSAKey().PublicKey))
+		rotated := sign(t, "RS256", otherRSAKey(), nil, payload)
+		if _, err := v.Verify(t.Context(), rotated); err != nil {
+			t.Errorf("signed with the new key: %v", err)
+		}
+		forged := sign(t, "RS256", rsaTestKey(), nil, payload)
+		if _, err := v.Verify(t.Context(), forged); !errors.Is(err, ErrKeysUnavailable) {
+			t.Errorf("signed with no key of the issuer, and keys were fetched just now: %v, want ErrKeysUnavailable", err)
+		}
+		time.Sleep(time.Minute)
+		if _, err := v.Verify(t.Context(), forged); !errors.Is(err, ErrSignature) {
+			t.Errorf("signed with no key of keys fetched since: %v, want ErrSignature", err)
+		}
+	})
+}

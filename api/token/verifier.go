@@ -95,7 +95,15 @@ func (v *Verifier) Verify(ctx context.Context, compact string) (*Token, error) {
 	if err != nil {
 		return nil, err
 	}
-	if !key.verify(t.Alg, t.SigningInput, signature) {
+	good := key.verify(t.Alg, t.SigningInput, signature)
+	if cached, ok := issuer.Keys.(*CachedKeySet); ok && !good && t.KeyID == "" {
+		// The one key there is may have another in its place by now.
+		if key, err = cached.renewed(ctx, t.KeyID, t.Alg); err != nil {
+			return nil, err
+		}
+		good = key.verify(t.Alg, t.SigningInput, signature)
+	}
+	if !good {
 		return nil, ErrSignature
 	}
 	if claimsErr != nil {

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"slices"
 
 	"github.com/go-chi/chi/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -31,7 +32,10 @@ func newHandler(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.L
 		return nil, err
 	}
 	keys := []authn.MasterKey{master}
-	clients, err := authn.New(authn.Config{TrustedProxies: cfg.HTTP.TrustedProxies}, pool, keys, reg, log)
+	clients, err := authn.New(authn.Config{
+		TrustedProxies: cfg.HTTP.TrustedProxies,
+		MaxLookups:     max(1, min(4, cfg.Database.MaxConns/4)), // commits use the same connections
+	}, pool, keys, reg, log)
 	if err != nil {
 		return nil, err
 	}
@@ -47,7 +51,11 @@ func newHandler(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.L
 		}
 		issuers = append(issuers, trusted)
 	}
-	verifier, err := token.NewVerifier(issuers...)
+	left, err := issuersWithoutKeys(ctx, pool, issuers, log)
+	if err != nil {
+		return nil, err
+	}
+	verifier, err := token.NewVerifier(append(issuers, left...)...)
 	if err != nil {
 		return nil, err
 	}
@@ -55,6 +63,31 @@ func newHandler(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.L
 		Clients: clients, Verifier: verifier, Ledger: l, Routes: []func(chi.Router){issuer.Routes},
 		Remote: clients.Remote, Registerer: reg, Log: log,
 	})
+}
+
+// issuersWithoutKeys are those that the database knows and cfg does not. Their tokens
+// may well be live elsewhere: they are not unknown, their keys cannot be had.
+func issuersWithoutKeys(ctx context.Context, pool *pgxpool.Pool, configured []token.Issuer, log *slog.Logger) ([]token.Issuer, error) {
+	registered, err := sts.Issuers(ctx, pool)
+	if err != nil {
+		return nil, err
+	}
+	var left []token.Issuer
+	for _, iss := range registered {
+		if slices.ContainsFunc(configured, func(c token.Issuer) bool { return c.Iss == iss }) {
+			continue
+		}
+		log.Warn("an issuer is registered and its keys are not configured: revocations of its tokens are refused with 503; "+
+			"add it to RESCIND_TRUSTED_ISSUERS_FILE, or delete it from rescind.key_managers", "issuer", iss)
+		left = append(left, token.Issuer{Iss: iss, Keys: noKeys{}})
+	}
+	return left, nil
+}
+
+type noKeys struct{}
+
+func (noKeys) Key(context.Context, string, string) (token.Key, error) {
+	return token.Key{}, fmt.Errorf("%w: they are not configured", token.ErrKeysUnavailable)
 }
 
 // newTrustedIssuer registers t, whose keys are not needed before a token of its

@@ -75,6 +75,10 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 		return err
 	}
 	warnOfStrangers(ctx, ledgers, cfg.Sinks, log)
+	if cfg.HTTP.BehindTLSProxy && len(cfg.HTTP.TrustedProxies) == 0 {
+		log.Warn("all callers seem to come from the proxy's address, so one who guesses secrets slows down all: " +
+			"name the proxy in RESCIND_TRUSTED_PROXIES")
+	}
 	feeds, err := relay.New(relay.Config{Source: cfg.Issuer}, relayLog{ledgers}, sinks, reg, log)
 	if err != nil {
 		return err
@@ -303,28 +307,24 @@ func NewEpoch(ctx context.Context, cfg Config, log *slog.Logger) (EpochReport, e
 	if err != nil {
 		return report, err
 	}
-	var live []revocation.Revocation
+	lost := func(context.Context, revocation.Seq) ([]revocation.Revocation, error) { return nil, nil }
 	if slices.Contains(cfg.Sinks, sinkEtcd) {
 		etcd, err := newEtcd(cfg, l, log)
 		if err != nil {
 			return report, err
 		}
 		defer etcd.Close()
-		head, err := l.Head(ctx)
-		if err != nil {
-			return report, err
-		}
-		for r, err := range etcd.Live(ctx, head.Seq) {
-			if err != nil {
-				return report, fmt.Errorf("read what etcd still has: %w", err)
+		lost = func(ctx context.Context, above revocation.Seq) (live []revocation.Revocation, err error) {
+			for r, err := range etcd.Live(ctx, above) {
+				if err != nil {
+					return nil, fmt.Errorf("read what etcd still has: %w", err)
+				}
+				live = append(live, r)
 			}
-			live = append(live, r)
+			return live, nil
 		}
 	}
-	if report.Before, err = l.NewEpoch(ctx, cfg.Sinks); err != nil {
-		return report, err
-	}
-	if err := l.Import(ctx, live); err != nil {
+	if report.Before, err = l.NewEpoch(ctx, cfg.Sinks, lost); err != nil {
 		return report, err
 	}
 	if report.After, err = l.Head(ctx); err != nil {

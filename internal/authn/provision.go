@@ -93,6 +93,9 @@ func (r *Registration) complete() error {
 	if r.AuthMethod == methodNone && r.Secret != "" {
 		return errors.New("a public client has no secret")
 	}
+	if r.AuthMethod == methodNone && (r.RevokeByJTI || r.RevokeOpaque) {
+		return errors.New("a public client proves nothing, so it cannot be permitted to revoke what proves nothing")
+	}
 	return nil
 }
 

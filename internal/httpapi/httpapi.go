@@ -153,6 +153,9 @@ func (a *api) admit(next http.Handler) http.Handler {
 		if a.isForm(r.URL.Path) {
 			readAhead(r)
 		}
+		if received, ok := r.Context().Value(receivedKey{}).(func()); ok {
+			received()
+		}
 		select {
 		case a.slots <- struct{}{}:
 			defer func() { <-a.slots }()

@@ -139,6 +139,9 @@ func (a *api) fail(w http.ResponseWriter, r *http.Request, err error) {
 	writeProblem(w, r, status)
 }
 
+// maxFirstRead is room for most forms with a token.
+const maxFirstRead = 4 << 10
+
 // readAhead reads r's form to its end, or to where it is too large, and puts it
 // in place of what it has read. Errors come up again when that is read.
 func readAhead(r *http.Request) {
@@ -147,7 +150,7 @@ func readAhead(r *http.Request) {
 	}
 	var buf bytes.Buffer
 	if r.ContentLength > 0 {
-		buf.Grow(int(r.ContentLength) + bytes.MinRead)
+		buf.Grow(min(int(r.ContentLength), maxFirstRead) + bytes.MinRead) // a promise of bytes is none
 	}
 	_, err := buf.ReadFrom(io.LimitReader(r.Body, authn.MaxFormBytes+1))
 	rest := io.Reader(r.Body)

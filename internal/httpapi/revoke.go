@@ -56,6 +56,7 @@ type revoker struct {
 	metrics    *revokeMetrics
 	requests   *quota // those of clients that have one
 	unverified *quota
+	foreigns   *quota // records of others' tokens
 }
 
 func newRevoker(cfg Config, deps Deps) *revoker {
@@ -65,7 +66,7 @@ func newRevoker(cfg Config, deps Deps) *revoker {
 	return &revoker{
 		cfg: cfg, clients: deps.Clients, verifier: deps.Verifier, ledger: deps.Ledger,
 		metrics:  newRevokeMetrics(deps.Registerer, reasons),
-		requests: newQuota(), unverified: newQuota(),
+		requests: newQuota(), unverified: newQuota(), foreigns: newQuota(),
 	}
 }
 
@@ -90,7 +91,7 @@ func (v *revoker) revoke(w http.ResponseWriter, r *http.Request) (result string,
 		return resultOf(err), err
 	}
 	q := &request{revoker: v, client: client, exchange: exchangeOf(r.Context())}
-	if result, err = q.serve(r.Context(), form.Get("token")); result == "" {
+	if result, err = q.serve(r.Context(), strings.Trim(form.Get("token"), " \t\r\n")); result == "" {
 		result = resultOf(err)
 	}
 	return result, err
@@ -127,6 +128,9 @@ var (
 	errUnverified = authn.TooMany("The client revokes too many tokens that cannot be verified.", quotaWindow)
 )
 
+// jweDots are in an encrypted token, which is opaque to all but its issuer.
+const jweDots = 4
+
 // serve returns an empty result for an error that says enough.
 func (q *request) serve(ctx context.Context, tok string) (result string, err error) {
 	if limit := q.client.RevokeQuota; limit > 0 && !q.requests.take(q.client.ID, limit) {
@@ -135,8 +139,9 @@ func (q *request) serve(ctx context.Context, tok string) (result string, err err
 	switch {
 	case tok == "":
 		return "", errNoToken
-	case token.LooksLikeJWT(tok):
+	case token.LooksLikeJWT(tok) && !(q.client.RevokeOpaque && strings.Count(tok, ".") == jweDots):
 		return q.serveJWT(ctx, tok)
+	case q.client.Public: // it has proved nothing, and neither has the token
 	case q.client.RevokeByJTI:
 		target := revocation.Target{Kind: revocation.KindToken, Iss: q.client.Issuer, ID: tok}
 		return q.serveUnverified(ctx, target, actionByJTI)
@@ -237,7 +242,8 @@ func (q *request) isAccessToken(t *token.Token) bool {
 	}):
 		return false
 	}
-	return !slices.ContainsFunc([]string{"nonce", "at_hash", "c_hash", "s_hash"}, t.Has)
+	// Not nonce: some issuers put it into access tokens too.
+	return !slices.ContainsFunc([]string{"at_hash", "c_hash", "s_hash"}, t.Has)
 }
 
 // owns reports whether a token of iss that was issued to consumerKey is the
@@ -253,12 +259,19 @@ func (q *request) owns(ctx context.Context, iss, consumerKey string) (bool, erro
 	return ok && application == q.client.ApplicationID, err
 }
 
+// foreignsPerSecond bounds what a client that replays somebody's token can add to
+// the audit.
+const foreignsPerSecond = 10
+
 // foreign refuses a genuine token of another client, and puts on record that
 // this one has it: it may be stolen.
 func (q *request) foreign(ctx context.Context, target revocation.Target, consumerKey string) (string, error) {
 	reason := ""
 	if owner := (revocation.Target{Kind: revocation.KindClient, Iss: target.Iss, ID: consumerKey}); owner.Validate() == nil {
 		reason = "issued to " + consumerKey
+	}
+	if !q.foreigns.take(q.client.ID, foreignsPerSecond) {
+		return resultForeign, errForeign // counted, and on record often enough
 	}
 	err := q.ledger.Audit(ctx, ledger.AuditEntry{
 		Tenant: q.client.Tenant, Action: actionForeign, Iss: target.Iss, Subject: target.ID, Reason: reason, Actor: q.actor(),

@@ -2,6 +2,7 @@ package httpapi
 
 import (
 	"container/list"
+	"context"
 	"crypto/tls"
 	"log/slog"
 	"net"
@@ -32,7 +33,10 @@ func NewServer(cfg Config, handler http.Handler, reg prometheus.Registerer, log 
 		MaxHeaderBytes:    32 << 10,
 		Protocols:         protocols,
 		ConnState:         c.changed,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug), // what peers do wrong
+		ConnContext: func(ctx context.Context, conn net.Conn) context.Context {
+			return context.WithValue(ctx, receivedKey{}, func() { c.received(conn) })
+		},
+		ErrorLog: slog.NewLogLogger(log.Handler(), slog.LevelDebug), // what peers do wrong
 	}, nil
 }
 
@@ -43,7 +47,7 @@ type connections struct {
 
 	mu   sync.Mutex
 	open map[net.Conn]*list.Element // nil while a request is being worked on
-	idle *list.List                 // of net.Conn, the one that is idle for longest in front
+	idle *list.List                 // of net.Conn, the one that has waited for longest in front
 }
 
 func newConnections(limit int, reg prometheus.Registerer) *connections {
@@ -65,8 +69,12 @@ func newConnections(limit int, reg prometheus.Registerer) *connections {
 	return c
 }
 
-// changed is the server's ConnState. A connection without a whole request header
-// counts as idle. If all others are at work the new one itself is closed.
+// receivedKey is the context key of a function to call once a request is here.
+type receivedKey struct{}
+
+// changed is the server's ConnState. A connection counts as idle until a request has
+// come whole: slow senders go first. If all others are at work the new one itself is
+// closed.
 func (c *connections) changed(conn net.Conn, state http.ConnState) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -84,10 +92,20 @@ func (c *connections) changed(conn net.Conn, state http.ConnState) {
 		}
 	case http.StateActive:
 		if _, ok := c.open[conn]; ok { // else it was hung up on
-			c.open[conn] = nil
+			c.open[conn] = c.idle.PushBack(conn)
 		}
 	default:
 		c.forget(conn)
+	}
+}
+
+// received says that conn's request is here and will be worked on.
+func (c *connections) received(conn net.Conn) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if e := c.open[conn]; e != nil {
+		c.idle.Remove(e)
+		c.open[conn] = nil
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/url"
 	"strings"
 	"sync"
 	"testing"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/pgtest"
+	"github.com/rescindhq/rescind/internal/stacktest"
 )
 
 const iss = "https://km.example.com"
@@ -612,7 +614,7 @@ func TestLogThatGoesBackStopsTheProcess(t *testing.T) {
 	if _, err := pool.Exec(t.Context(), `UPDATE rescind.sink_cursors SET seq = 3`); err != nil { // saved before it was noticed
 		t.Fatal(err)
 	}
-	if _, err := open2(t, pool).NewEpoch(t.Context(), nil); err != nil {
+	if _, err := open2(t, pool).NewEpoch(t.Context(), nil, nothingLost); err != nil {
 		t.Fatal(err)
 	}
 	next := open(t, pool, Config{})
@@ -651,6 +653,72 @@ func TestWarnedCommitIsNoSuccess(t *testing.T) {
 	}
 }
 
+func nothingLost(context.Context, revocation.Seq) ([]revocation.Revocation, error) { return nil, nil }
+
+// A new epoch whose import fails half way lets no process start, and is finished by
+// another call, which is given the same bound.
+func TestNewEpochIsFinished(t *testing.T) {
+	t.Parallel()
+	pool := pgtest.New(t)
+	l := open(t, pool, Config{})
+	if _, err := pool.Exec(t.Context(), `INSERT INTO rescind.key_managers (tenant_id, name, resident, iss, max_token_lifetime)
+		VALUES (-1234, 'Resident Key Manager', true, $1, 3600)`, iss); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.commit(t.Context(), []Request{request("kept")}); err != nil {
+		t.Fatal(err)
+	}
+	var lost []revocation.Revocation
+	for i := range importChunk + 1 {
+		lost = append(lost, revocation.Revocation{Target: request(fmt.Sprint("lost-", i)).Target, Exp: leap})
+	}
+	var bounds []revocation.Seq
+	give := func(_ context.Context, above revocation.Seq) ([]revocation.Revocation, error) {
+		bounds = append(bounds, above)
+		return lost, nil
+	}
+	good := lost[importChunk].Exp
+	lost[importChunk].Exp = -1 // which the table is made to refuse
+	owner, err := pgx.Connect(t.Context(), ownerOf(t, pool))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer owner.Close(t.Context())
+	if _, err := owner.Exec(t.Context(), `ALTER TABLE rescind.revocations ADD CONSTRAINT test CHECK (exp > 0)`); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.NewEpoch(t.Context(), nil, give); err == nil {
+		t.Fatal("the import succeeded")
+	}
+	if _, err := open2(t, pool).Start(t.Context(), nil); !errors.Is(err, ErrRestored) {
+		t.Errorf("Start in the middle: %v, want ErrRestored", err)
+	}
+	lost[importChunk].Exp = good
+	if _, err := l.NewEpoch(t.Context(), nil, give); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]revocation.Seq{1, 1}, bounds); diff != "" {
+		t.Errorf("bounds: %s", diff)
+	}
+	if _, err := open2(t, pool).Start(t.Context(), nil); err != nil {
+		t.Errorf("Start after it: %v", err)
+	}
+	if n := len(allEvents(t, open(t, pool, Config{}))); n != len(lost)+1 {
+		t.Errorf("%d events, want %d", n, len(lost)+1)
+	}
+}
+
+// ownerOf is the superuser's URL of the pool's database.
+func ownerOf(t *testing.T, pool *pgxpool.Pool) string {
+	t.Helper()
+	u, err := url.Parse(stacktest.Shared(t).DatabaseURL)
+	if err != nil {
+		t.Fatal(err)
+	}
+	u.Path = "/" + pool.Config().ConnConfig.Database
+	return u.String()
+}
+
 func TestNewEpoch(t *testing.T) {
 	t.Parallel()
 	pool := pgtest.New(t)
@@ -665,11 +733,11 @@ func TestNewEpoch(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if _, err := l.NewEpoch(t.Context(), []string{"amqp", "etcd"}); err == nil {
+	if _, err := l.NewEpoch(t.Context(), []string{"amqp", "etcd"}, nothingLost); err == nil {
 		t.Error("a new epoch while a process feeds a sink")
 	}
 	lead.Release()
-	after, err := l.NewEpoch(t.Context(), []string{"amqp", "etcd"})
+	after, err := l.NewEpoch(t.Context(), []string{"amqp", "etcd"}, nothingLost)
 	if err != nil || after.Epoch == before.Epoch || after.Seq != before.Seq {
 		t.Fatalf("%v, %v after %v", after, err, before)
 	}

@@ -231,9 +231,36 @@ func (l *Ledger) keepIdentity(ctx context.Context) error {
 }
 
 // NewEpoch gives the log a new identity, so that every consumer starts again from
-// a snapshot. No process may be serving; it returns an error naming a sink that
-// one is feeding.
-func (l *Ledger) NewEpoch(ctx context.Context, sinks []string) (revocation.Position, error) {
+// a snapshot, and imports what lost returns: the live revocations above a seq of the
+// old epoch that another copy of the state still has. It returns where the log stood
+// before the import. Until it has succeeded no process can start, and it may be called
+// again. No process may be serving; it returns an error naming a sink that one is
+// feeding.
+func (l *Ledger) NewEpoch(ctx context.Context, sinks []string,
+	lost func(ctx context.Context, above revocation.Seq) ([]revocation.Revocation, error)) (revocation.Position, error) {
+	var above revocation.Seq
+	if err := l.pool.QueryRow(ctx, `SELECT coalesce(import_above, seq) FROM rescind.log_head`).Scan(&above); err != nil {
+		return revocation.Position{}, fmt.Errorf("read log head: %w", err)
+	}
+	rs, err := lost(ctx, above)
+	if err != nil {
+		return revocation.Position{}, err
+	}
+	head, err := l.beginEpoch(ctx, sinks, above)
+	if err != nil {
+		return head, fmt.Errorf("make a new epoch: %w", err)
+	}
+	l.saw(head)
+	if err := l.Import(ctx, rs); err != nil {
+		return head, fmt.Errorf("the new epoch is not complete, run the command again: %w", err)
+	}
+	if _, err := l.pool.Exec(ctx, `UPDATE rescind.log_head SET restored = false, import_above = NULL`); err != nil {
+		return head, fmt.Errorf("the new epoch is not complete, run the command again: %w", err)
+	}
+	return head, nil
+}
+
+func (l *Ledger) beginEpoch(ctx context.Context, sinks []string, above revocation.Seq) (revocation.Position, error) {
 	var head revocation.Position
 	err := pgx.BeginFunc(ctx, l.pool, func(tx pgx.Tx) error {
 		if _, err := tx.Exec(ctx, `SET LOCAL lock_timeout = '3s'`); err != nil {
@@ -256,13 +283,12 @@ func (l *Ledger) NewEpoch(ctx context.Context, sinks []string) (revocation.Posit
 		if err := tx.QueryRow(ctx, storeIdentitySQL, uuid.NewString(), system, timeline).Scan(&head.Epoch, &head.Seq); err != nil {
 			return err
 		}
+		if _, err := tx.Exec(ctx, `UPDATE rescind.log_head SET restored = true, import_above = $1`, int64(above)); err != nil {
+			return err
+		}
 		// A process may have saved a cursor from before the restore.
 		_, err := tx.Exec(ctx, `UPDATE rescind.sink_cursors SET seq = least(seq, $1)`, int64(head.Seq))
 		return err
 	})
-	if err != nil {
-		return head, fmt.Errorf("make a new epoch: %w", err)
-	}
-	l.saw(head)
-	return head, nil
+	return head, err
 }

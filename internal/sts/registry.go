@@ -41,6 +41,19 @@ func RegisterIssuer(ctx context.Context, pool *pgxpool.Pool, r Registration) (re
 	return registered.tenant, err
 }
 
+// Issuers returns the iss of every issuer that the database knows.
+func Issuers(ctx context.Context, pool *pgxpool.Pool) ([]string, error) {
+	rows, err := pool.Query(ctx, `SELECT iss FROM rescind.key_managers ORDER BY id`)
+	if err != nil {
+		return nil, fmt.Errorf("read issuers: %w", err)
+	}
+	all, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		return nil, fmt.Errorf("read issuers: %w", err)
+	}
+	return all, nil
+}
+
 type registered struct {
 	id     int32
 	tenant revocation.Tenant
