@@ -223,13 +223,15 @@ func (w *world) serve(extra ...string) *service {
 
 func tail(s string, n int) string { return s[max(0, len(s)-n):] }
 
+// programDir is where program has built, empty if nobody needed it.
+var programDir string
+
 // program builds the rescind command once for all tests of this process.
-var program = sync.OnceValues(func() (string, error) {
-	dir, err := os.MkdirTemp("", "rescind-test")
-	if err != nil {
+var program = sync.OnceValues(func() (path string, err error) {
+	if programDir, err = os.MkdirTemp("", "rescind-test"); err != nil {
 		return "", err
 	}
-	path := filepath.Join(dir, "rescind")
+	path = filepath.Join(programDir, "rescind")
 	out, err := exec.Command("go", "build", "-o", path, "github.com/rescindhq/rescind/cmd/rescind").CombinedOutput()
 	if err != nil {
 		return "", fmt.Errorf("build rescind: %w\n%s", err, out)
@@ -239,8 +241,8 @@ var program = sync.OnceValues(func() (string, error) {
 
 func TestMain(m *testing.M) {
 	code := m.Run()
-	if path, err := program(); err == nil {
-		os.RemoveAll(filepath.Dir(path))
+	if programDir != "" {
+		os.RemoveAll(programDir)
 	}
 	os.Exit(code)
 }
