@@ -457,7 +457,7 @@ func (b *bench) sustained(ctx context.Context) error {
 	if b.sustain == 0 {
 		return nil
 	}
-	tokens, err := b.tokens(int(b.sustain.Seconds() * b.withSinks * 1.2))
+	tokens, err := b.tokens(int(b.sustain.Seconds() * b.withSinks * 1.5))
 	if err != nil {
 		return err
 	}
