@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	_ "embed"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -19,13 +20,13 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
-	"github.com/jackc/pgx/v5/pgxpool"
-	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/app"
 	"github.com/rescindhq/rescind/internal/authn"
 	"github.com/rescindhq/rescind/internal/devstack"
+	"github.com/rescindhq/rescind/internal/ledger"
+	"github.com/rescindhq/rescind/internal/manifest"
 	"github.com/rescindhq/rescind/internal/obs"
 )
 
@@ -63,6 +64,7 @@ type devJSON struct {
 	AdminPassword   string   `json:"admin_password"`
 	GatewayUser     string   `json:"gateway_user"`
 	GatewayPassword string   `json:"gateway_password"`
+	MasterKey       string   `json:"master_key"`
 	PID             int      `json:"pid"`
 }
 
@@ -337,7 +339,6 @@ func (d *dev) environ() []string {
 
 // The demo's names. Ids are WSO2's first ones.
 const (
-	demoOwner    = "admin"
 	demoClientID = "PizzaShackConsumerKey"
 	adminUser    = "admin"
 	gatewayUser  = "gateway"
@@ -352,7 +353,7 @@ func (d *dev) announce(ctx context.Context, path string) error {
 		BaseURL: "http://" + d.kept.Listen, OpsURL: "http://" + d.kept.OpsListen, DatabaseURL: d.ownerURL,
 		AMQPURL: d.at.AMQPURL, GatewayAMQPURL: d.at.GatewayAMQPURL, EtcdEndpoints: d.at.EtcdEndpoints,
 		ClientID: demoClientID, ClientSecret: d.kept.ClientSecret, AdminUser: adminUser, AdminPassword: d.kept.AdminPassword,
-		GatewayUser: gatewayUser, GatewayPassword: d.kept.GatewayPassword, PID: os.Getpid(),
+		GatewayUser: gatewayUser, GatewayPassword: d.kept.GatewayPassword, MasterKey: d.kept.MasterKey, PID: os.Getpid(),
 	}
 	if err := writePrivate(path, info); err != nil {
 		return err
@@ -360,49 +361,60 @@ func (d *dev) announce(ctx context.Context, path string) error {
 	fmt.Fprintf(d.stdout, walkthrough, time.Since(d.began).Seconds(), path,
 		info.BaseURL, info.OpsURL, d.kept.Issuer, info.DatabaseURL, info.AMQPURL, info.GatewayAMQPURL, strings.Join(info.EtcdEndpoints, ","),
 		info.ClientID, info.ClientSecret, adminUser, info.AdminPassword, gatewayUser, info.GatewayPassword,
-		info.BaseURL, info.ClientID, info.ClientSecret, info.EtcdEndpoints[0])
+		info.BaseURL, info.ClientID, info.ClientSecret, info.EtcdEndpoints[0], info.GatewayPassword, info.GatewayPassword)
 	return nil
 }
 
+//go:embed demo.yaml
+var demo []byte
+
+// demoSecretEnv is where demo.yaml says that the client's secret is.
+const demoSecretEnv = "RESCIND_DEV_CLIENT_SECRET"
+
+// loadDemo makes the accounts, and the catalog what demo.yaml says.
 func (d *dev) loadDemo(ctx context.Context) error {
-	pool, err := pgxpool.New(ctx, d.serviceURL)
+	cfg, err := app.ParseConfig(app.Input{Use: app.ForApply, Environ: d.environ()})
 	if err != nil {
 		return err
 	}
-	defer pool.Close()
-	raw, err := base64.StdEncoding.DecodeString(d.kept.MasterKey)
+	tools, err := app.OpenCatalog(ctx, cfg, slog.New(slog.DiscardHandler))
 	if err != nil {
 		return err
 	}
-	key, err := authn.NewMasterKey(raw)
-	if err != nil {
-		return err
-	}
-	auth, err := authn.New(authn.Config{}, pool, []authn.MasterKey{key}, prometheus.NewRegistry(), slog.New(slog.DiscardHandler))
-	if err != nil {
-		return err
-	}
-	demo, err := auth.CreateApplication(ctx, authn.Application{TenantID: revocation.SuperTenant.ID, Owner: demoOwner, Name: "PizzaShackApp"})
-	if err != nil {
-		return err
-	}
-	_, err = auth.CreateClient(ctx, authn.Registration{
-		ID: demoClientID, ApplicationID: demo.ID, Issuer: d.kept.Issuer, KeyType: "PRODUCTION", AuthMethod: "client_secret_post",
-		Secret: d.kept.ClientSecret, Scopes: []string{"read", "write"}, DefaultScopes: []string{"read"}, RevokeByJTI: true,
-	})
-	if err != nil {
-		return err
-	}
-	for _, account := range []struct{ name, role, password string }{
-		{adminUser, "admin", d.kept.AdminPassword},
-		{gatewayUser, "gateway", d.kept.GatewayPassword},
+	defer tools.Close()
+	for _, a := range []struct {
+		account  authn.Account
+		password string
+	}{
+		{authn.Account{Username: adminUser, Role: "admin"}, d.kept.AdminPassword},
+		{authn.Account{Username: gatewayUser, Role: "gateway", ExtraTenants: []string{"*"}}, d.kept.GatewayPassword},
 	} {
-		err := auth.CreateAccount(ctx, authn.Account{Username: account.name, Tenant: revocation.SuperTenant, Role: account.role}, account.password)
-		if err != nil {
+		a.account.Tenant = revocation.SuperTenant
+		if err := tools.Accounts.PutAccount(ctx, a.account, a.password); err != nil {
 			return err
 		}
 	}
-	return nil
+	file := filepath.Join(d.dir, "demo.yaml")
+	if err := os.WriteFile(file, demo, 0o600); err != nil {
+		return err
+	}
+	if err := os.Setenv(demoSecretEnv, d.kept.ClientSecret); err != nil {
+		return err
+	}
+	want, err := manifest.Read(file)
+	if err != nil {
+		return err
+	}
+	have, err := manifest.ReadState(ctx, tools.Pool, want.Tenants())
+	if err != nil {
+		return err
+	}
+	plan, err := manifest.NewPlan(want, have, false)
+	if err != nil {
+		return err
+	}
+	_, err = manifest.Apply(ctx, tools.Catalog, plan, manifest.Config{Actor: ledger.Actor{Name: "system"}})
+	return err
 }
 
 const walkthrough = `Rescind is ready after %.1f s. All of this is in %s too.
@@ -427,6 +439,12 @@ Revoke a token, and see it in etcd (needs nothing but curl):
   echo "$FOUND" | sed 's/.*"value":"\([^"]*\)".*/\1/' | base64 -d; echo
   curl -s $ETCD/v3/lease/timetolive -d "{\"ID\":$(echo "$FOUND" | sed 's/.*"lease":"\([0-9]*\)".*/\1/')}"; echo
 
+What a gateway starts with, and what follows:
+
+  curl -s -u gateway:%s $BASE/v1/snapshots/all
+  curl -sN -u gateway:%s -H 'Accept: text/event-stream' $BASE/v1/events
+
+The catalog is what demo.yaml in the data folder says; change it with rescind apply, or over $BASE/v1 as admin.
 See the events arrive, in a second terminal: go run ./cmd/rescind tail
 Ctrl-C ends everything; the data stays.
 `

@@ -47,15 +47,19 @@ It revokes real tokens of the demo client: use a data folder that you can throw 
 var benchSinks = []string{"amqp", "amqp-wso2", "etcd"}
 
 type bench struct {
-	devJSON     string
-	connections int
-	requests    int
-	sustain     time.Duration
-	propagation time.Duration
-	rate        int
-	live        int
-	out         io.Writer
-	progress    io.Writer
+	devJSON            string
+	connections        int
+	requests           int
+	sustain            time.Duration
+	propagation        time.Duration
+	rate               int
+	live               int
+	starts, startsLive int
+	readers            int
+	applications       int
+	only               []string // numbers of measurements; empty for all
+	out                io.Writer
+	progress           io.Writer
 
 	dev       devStack
 	issuer    string
@@ -63,6 +67,7 @@ type bench struct {
 	base      float64 // of baseline A, a second
 	withSinks float64 // of /revoke with all sinks on
 	table     [][3]string
+	items     map[string]int // of each snapshot
 }
 
 func runBench(ctx context.Context, args []string, stdout, stderr io.Writer) int {
@@ -76,7 +81,12 @@ func runBench(ctx context.Context, args []string, stdout, stderr io.Writer) int 
 	flags.DurationVar(&b.sustain, "sustain", 30*time.Second, "length of the sustained load; 0 leaves it out")
 	flags.DurationVar(&b.propagation, "propagation", 20*time.Second, "length of the propagation run; 0 leaves it out")
 	flags.IntVar(&b.rate, "rate", 200, "revocations a second of the propagation run")
-	flags.IntVar(&b.live, "live", 1_000_000, "live revocations of the memory measurement; 0 leaves it out")
+	flags.IntVar(&b.live, "live", 1_000_000, "live revocations of the memory, start-up and snapshot measurements; 0 leaves them out")
+	flags.IntVar(&b.starts, "cold-starts", 1000, "gateways that fetch a snapshot at once; 0 leaves it out")
+	flags.IntVar(&b.startsLive, "cold-start-live", 100_000, "live revocations of that snapshot")
+	flags.IntVar(&b.readers, "readers", 1000, "readers of /v1/events while events arrive; 0 leaves it out")
+	flags.IntVar(&b.applications, "applications", 10_000, "applications that are applied, with ten subscriptions each; 0 leaves it out")
+	only := flags.String("only", "", "the measurements to make, for example 6,7; by default all")
 	switch err := flags.Parse(args); {
 	case errors.Is(err, flag.ErrHelp):
 		return 0
@@ -85,6 +95,9 @@ func runBench(ctx context.Context, args []string, stdout, stderr io.Writer) int 
 	case flags.NArg() > 0 || b.connections < 1 || b.requests < b.connections || b.rate < 1:
 		flags.Usage()
 		return 2
+	}
+	if *only != "" {
+		b.only = strings.Split(*only, ",")
 	}
 	if err := b.run(ctx); err != nil {
 		fmt.Fprintf(stderr, "rescind bench: %v\n", err)
@@ -112,8 +125,17 @@ func (b *bench) run(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("find the issuer: %w", err)
 	}
-	for _, step := range []func(context.Context) error{b.baseline, b.revoke, b.propagate, b.sustained, b.memory} {
-		if err := step(ctx); err != nil {
+	for _, step := range []struct {
+		numbers string
+		run     func(context.Context) error
+	}{
+		{"6", b.coldStarts}, {"7", b.stream}, {"1", b.baseline}, {"2", b.revoke}, {"4", b.propagate}, {"3", b.sustained},
+		{"5", b.memory}, {"8", b.catalog}, {"9", b.startUp},
+	} {
+		if len(b.only) > 0 && !slices.Contains(b.only, step.numbers) {
+			continue
+		}
+		if err := step.run(ctx); err != nil {
 			return err
 		}
 	}
@@ -691,35 +713,7 @@ func (b *bench) memory(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	l, err := b.ledger()
-	if err != nil {
-		return err
-	}
-	runCtx, stop := context.WithCancel(context.WithoutCancel(ctx))
-	ran := make(chan error, 1)
-	go func() { ran <- l.Run(runCtx) }()
-	defer func() { stop(); <-ran }()
-	var have int
-	if err := b.pool.QueryRow(ctx, `SELECT count(*) FROM rescind.revocations`).Scan(&have); err != nil {
-		return err
-	}
-	missing := max(0, b.live-have)
-	fmt.Fprintf(b.progress, "adding %d revocations to the %d that are there\n", missing, have)
-	exp := time.Now().Add(time.Hour).Unix()
-	filled, err := b.inParallel(4000, missing, func(int) (func(int) error, error) {
-		return func(int) error {
-			_, err := l.Revoke(ctx, ledger.Request{
-				Target: revocation.Target{Kind: revocation.KindToken, Iss: b.issuer, ID: uuid.NewString()},
-				Tenant: revocation.SuperTenant, Exp: exp, ClientID: b.dev.ClientID, Reason: "client", Action: "revoke_token",
-				Actor: ledger.Actor{Name: "client:" + b.dev.ClientID},
-			})
-			return err
-		}, nil
-	})
-	if err != nil {
-		return err
-	}
-	drained, err := b.caughtUp(ctx)
+	filled, drained, err := b.fill(ctx, b.live)
 	if err != nil {
 		return err
 	}
@@ -727,9 +721,8 @@ func (b *bench) memory(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	const rss = "process_resident_memory_bytes"
-	b.row(fmt.Sprintf("(5) memory of the service, %d live revocations", b.live), fmt.Sprintf("%.0f MiB", after[rss]/(1<<20)),
-		fmt.Sprintf("%.0f MiB before; committed at %.0f/s, delivered %s later", before[rss]/(1<<20), filled.rate, drained.Round(time.Second)))
+	b.row(fmt.Sprintf("(5) memory of the service, %d live revocations", b.live), fmt.Sprintf("%.0f MiB", after[metricRSS]/(1<<20)),
+		fmt.Sprintf("%.0f MiB before; committed at %.0f/s, delivered %s later", before[metricRSS]/(1<<20), filled.rate, drained.Round(time.Second)))
 	return nil
 }
 

@@ -22,6 +22,7 @@ type devStack struct {
 	AdminPassword   string   `json:"admin_password"`
 	GatewayUser     string   `json:"gateway_user"`
 	GatewayPassword string   `json:"gateway_password"`
+	MasterKey       string   `json:"master_key"`
 	PID             int      `json:"pid"`
 }
 

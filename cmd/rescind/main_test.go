@@ -43,6 +43,9 @@ func TestRun(t *testing.T) {
 		{"migrate up -h", 0, "RESCIND_MIGRATE_DATABASE_URL ", ""},
 		{"epoch --help", 0, "RESCIND_ETCD_ENDPOINTS\n", ""},
 		{"tail --help", 0, "--heartbeats\n", ""},
+		{"apply --help", 0, "--prune\n", ""},
+		{"export --help", 0, "--tenant DOMAIN\n", ""},
+		{"account --help", 0, "RESCIND_MASTER_KEY ", ""},
 		{"version --help", 0, "Usage: rescind version", ""},
 
 		{"version", 0, fmt.Sprintf("schema %d\n", migrations.Latest), ""},

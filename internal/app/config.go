@@ -22,13 +22,17 @@ type Config struct {
 	Database Database
 	AMQP     AMQP
 	Etcd     Etcd
-	// Sinks are what this process feeds: "amqp", "amqp-wso2", "etcd". May be empty.
-	Sinks []string
+	// Sinks are what this process feeds, beside Webhooks: "amqp", "amqp-wso2",
+	// "amqp-wso2-legacy", "etcd". May be empty.
+	Sinks    []string
+	Webhooks []Webhook
 	// MasterKey is 32 bytes in base64: it encrypts signing keys and keys the HMACs of client secrets.
 	MasterKey Secret
 	// Issuer is the iss of carbon.super's tokens, and the base of every published URL.
 	Issuer         string
 	TrustedIssuers []TrustedIssuer
+	// KeySetNetworks are private ones that a key manager's keys may come from.
+	KeySetNetworks []netip.Prefix
 	HTTP           HTTP
 	OpsListen      string
 	Obs            obs.Config
@@ -60,6 +64,10 @@ type AMQP struct {
 	URL                                    Secret
 	TLS                                    TLSFiles
 	Exchange, WSO2Exchange, WSO2RoutingKey string
+	// WSO2MinSpacing and WSO2Sweep are 0 for off.
+	WSO2MinSpacing, WSO2Sweep time.Duration
+	// The keys of MapMessages. Those of notifications and key managers may be empty.
+	WSO2LegacyRoutingKey, WSO2LegacyNotificationKey, WSO2LegacyKeyManagerKey string
 	// Window is the most messages that wait for their confirms.
 	Window int
 }
@@ -107,6 +115,8 @@ const (
 	ForServe Use = 1 << iota
 	ForMigrate
 	ForEpoch
+	// ForApply is for whatever changes the catalog or the accounts by itself.
+	ForApply
 )
 
 // Input is where settings come from. A flag outranks the environment, which

@@ -87,21 +87,22 @@ func (s *setting) ruleAndDefault(use Use) string {
 }
 
 const (
-	forAll   = ForServe | ForMigrate | ForEpoch
+	forAll   = ForServe | ForMigrate | ForEpoch | ForApply
 	forState = ForServe | ForEpoch
+	forLog   = forState | ForApply
 )
 
 // settings is the table, filling c. A name never changes, and a new setting's
 // default keeps what was before it: new code runs with old configuration.
 func settings(c *Config) []setting {
 	return slices.Concat([]setting{
-		{name: "ISSUER", use: forState, required: forState, value: issuerValue(&c.Issuer),
+		{name: "ISSUER", use: forLog, required: forLog, value: issuerValue(&c.Issuer),
 			help: "The iss of our tokens and the base of all published URLs. Tokens and clients hold on to it: choose it once.",
 			fix:  "Give the URL under which clients reach the service, for example https://km.example.com"},
-		{name: "MASTER_KEY", use: ForServe, required: ForServe, value: masterKeyValue(&c.MasterKey),
+		{name: "MASTER_KEY", use: ForServe | ForApply, required: ForServe | ForApply, value: masterKeyValue(&c.MasterKey),
 			help: "Encrypts the signing keys in the database and keys the HMACs of client secrets. Without it both are lost: keep a copy.",
 			fix:  "Make one with: openssl rand -base64 32"},
-		{name: "DATABASE_URL", use: forAll, required: forState, value: secretValue(&c.Database.URL, postgresURL, checkPostgresURL),
+		{name: "DATABASE_URL", use: forAll, required: forLog, value: secretValue(&c.Database.URL, postgresURL, checkPostgresURL),
 			help: "Postgres, as the service's role (a member of rescind_service). Not through a transaction pooler: leaders hold session locks.",
 			fix:  "Give the URL of the database"},
 		{name: "MIGRATE_DATABASE_URL", use: ForServe | ForMigrate, value: secretValue(&c.Database.MigrateURL, postgresURL, checkPostgresURL),
@@ -112,7 +113,7 @@ func settings(c *Config) []setting {
 		{name: "SINKS", use: forState, def: "amqp,amqp-wso2,etcd", value: sinksValue(&c.Sinks),
 			help: "What the log is fed to. A sink that is left out keeps its place in the log, and the log keeps what it has not had."},
 		{name: "AMQP_URL", use: ForServe, value: secretValue(&c.AMQP.URL, "a URL such as amqps://user:password@host:5671/vhost", checkAMQPURL),
-			help: "RabbitMQ, with user, password and virtual host. Needed by the sinks amqp and amqp-wso2."},
+			help: "RabbitMQ, with user, password and virtual host. Needed by the sinks whose names begin with amqp."},
 	}, tlsSettings("AMQP", "RabbitMQ", ForServe, &c.AMQP.TLS), []setting{
 		{name: "AMQP_EXCHANGE", use: ForServe, def: "rescind.events", value: exchangeValue(&c.AMQP.Exchange, false),
 			help: "The topic exchange of our own events. It is declared, durable, if it is not there."},
@@ -120,6 +121,16 @@ func settings(c *Config) []setting {
 			help: "The topic exchange of the events in WSO2's words."},
 		{name: "AMQP_WSO2_ROUTING_KEY", use: ForServe, def: "tokenRevocation", value: textValue(&c.AMQP.WSO2RoutingKey, "1 to 255 bytes of printable ASCII", regexp.MustCompile(`^[!-~]{1,255}$`)),
 			help: "The routing key of revocations in WSO2's words."},
+		{name: "AMQP_WSO2_MIN_SPACING", use: ForServe, def: "0s", value: optionalPeriodValue(&c.AMQP.WSO2MinSpacing, time.Millisecond, time.Second),
+			help: "Publish each revocation in WSO2's words a second time, at least this far from the one before: Choreo Connect loses some that come at once. 0s: only once."},
+		{name: "AMQP_WSO2_SWEEP", use: ForServe, def: "0s", value: optionalPeriodValue(&c.AMQP.WSO2Sweep, 10*time.Second, 24*time.Hour),
+			help: "Publish all live revocations in WSO2's words again and again, once in this time: for gateways that were cut off. 0s: never."},
+		{name: "AMQP_WSO2_LEGACY_ROUTING_KEY", use: ForServe, def: "jwtRevocation", value: textValue(&c.AMQP.WSO2LegacyRoutingKey, "1 to 255 bytes of printable ASCII", regexp.MustCompile(`^[!-~]{1,255}$`)),
+			help: "The routing key of revocations as MapMessages, of the sink amqp-wso2-legacy. No gateway that reads text may listen there."},
+		{name: "AMQP_WSO2_LEGACY_NOTIFICATION_KEY", use: ForServe, value: textValue(&c.AMQP.WSO2LegacyNotificationKey, "empty, or 1 to 255 bytes of printable ASCII", regexp.MustCompile(`^[!-~]{0,255}$`)),
+			help: "The routing key of notifications as MapMessages. Empty: there are none."},
+		{name: "AMQP_WSO2_LEGACY_KEY_MANAGER_KEY", use: ForServe, value: textValue(&c.AMQP.WSO2LegacyKeyManagerKey, "empty, or 1 to 255 bytes of printable ASCII", regexp.MustCompile(`^[!-~]{0,255}$`)),
+			help: "The routing key of key manager events as MapMessages. Empty: there are none."},
 		{name: "AMQP_WINDOW", use: ForServe, def: "1024", value: countValue(&c.AMQP.Window, "messages", 1, 65536),
 			help: "Most messages that wait for RabbitMQ's confirms. More means more throughput, and more repeats after a lost connection."},
 		{name: "ETCD_ENDPOINTS", use: forState, value: endpointsValue(&c.Etcd.Endpoints),
@@ -154,11 +165,16 @@ func settings(c *Config) []setting {
 		{name: "TRUSTED_ISSUERS_FILE", use: ForServe, value: issuersFileValue(&c.TrustedIssuers),
 			help: "The other issuers whose tokens may be revoked here.",
 			fix:  "Mend the file"},
+		{name: "KEY_SET_NETWORKS", use: ForServe, value: networksValue(&c.KeySetNetworks),
+			help: "Private networks that the jwks_uri of a key manager may lead to. Without it only public addresses are fetched from."},
+		{name: "WEBHOOKS_FILE", use: ForServe, value: webhooksFileValue(&c.Webhooks),
+			help: "Where events are posted to: each is a sink of its own, webhook-<name>.",
+			fix:  "Mend the file"},
 		{name: "TOKEN_LIFETIME", use: ForServe, def: "900s", value: secondsValue(&c.TokenLifetime, time.Second, time.Hour),
 			help: "How long our tokens live, unless the client has its own. Short lives bound the damage while a gateway is cut off."},
 		{name: "SIGNING_ALGORITHM", use: ForServe, def: "RS256", value: choiceValue(&c.SigningAlgorithm, "RS256", "ES256"),
 			help: "What new signing keys of ours are for. Every gateway must know it."},
-		{name: "CLOCK_SKEW", use: ForServe, def: "2s", value: secondsValue(&c.ClockSkew, 0, time.Minute),
+		{name: "CLOCK_SKEW", use: ForServe | ForApply, def: "2s", value: secondsValue(&c.ClockSkew, 0, time.Minute),
 			help: "By how much an issuer's clock may be ahead of the database's. Revoking a client, subject or tenant reaches that much ahead."},
 		{name: "MAX_BATCH", use: ForServe, def: "500", value: countValue(&c.MaxBatch, "revocations", 1, 5000),
 			help: "Most revocations in one commit. More means fewer commits under load, and one slow commit delays more callers."},
@@ -198,8 +214,8 @@ func (p *configParser) checkTogether(c *Config) {
 	p.together(p.use == ForMigrate && c.Database.MigrateURL == "",
 		"RESCIND_MIGRATE_DATABASE_URL is not set: it must be "+postgresURL+". Set it, or RESCIND_DATABASE_URL",
 		"DATABASE_URL", "MIGRATE_DATABASE_URL")
-	p.together(c.AMQP.URL == "" && (slices.Contains(c.Sinks, "amqp") || slices.Contains(c.Sinks, "amqp-wso2")),
-		"RESCIND_AMQP_URL (or RESCIND_AMQP_URL_FILE) is not set: the sinks amqp and amqp-wso2 need it. Set it, or leave them out of RESCIND_SINKS",
+	p.together(c.AMQP.URL == "" && slices.ContainsFunc(c.Sinks, func(name string) bool { return strings.HasPrefix(name, sinkAMQP) }),
+		"RESCIND_AMQP_URL (or RESCIND_AMQP_URL_FILE) is not set: the sinks whose names begin with amqp need it. Set it, or leave them out of RESCIND_SINKS",
 		"AMQP_URL", "SINKS")
 	p.together(len(c.Etcd.Endpoints) == 0 && slices.Contains(c.Sinks, "etcd"),
 		"RESCIND_ETCD_ENDPOINTS is not set: the sink etcd needs it. Set it, or leave etcd out of RESCIND_SINKS",
@@ -296,6 +312,21 @@ func secondsValue(p *time.Duration, low, high time.Duration) value {
 	v.rule += ", in whole seconds"
 	v.set = func(s string) error {
 		return errors.Join(inRange(s), ruleIf(*p%time.Second != 0))
+	}
+	return v
+}
+
+// optionalPeriodValue is a period, or none.
+func optionalPeriodValue(p *time.Duration, low, high time.Duration) value {
+	v := periodValue(p, low, high)
+	inRange := v.set
+	v.rule += ", or 0s"
+	v.set = func(s string) error {
+		if d, err := time.ParseDuration(s); err == nil && d == 0 {
+			*p = 0
+			return nil
+		}
+		return inRange(s)
 	}
 	return v
 }
@@ -406,7 +437,7 @@ func splitList(s string) []string {
 	return list
 }
 
-var sinkNames = []string{"amqp", "amqp-wso2", "etcd"}
+var sinkNames = []string{sinkAMQP, sinkAMQPWSO2, sinkAMQPLegacy, sinkEtcd}
 
 func sinksValue(p *[]string) value {
 	return value{rule: "a comma-separated list of " + strings.Join(sinkNames, ", ") + ", or none", set: func(s string) error {

@@ -52,7 +52,7 @@ func TestParseConfigDefaults(t *testing.T) {
 	want := Config{
 		Database: Database{URL: testDBURL, MigrateURL: testDBURL, MaxConns: 16},
 		AMQP: AMQP{URL: "amqp://rescind:hunter2@127.0.0.1:5672/rescind", Exchange: "rescind.events",
-			WSO2Exchange: "amq.topic", WSO2RoutingKey: "tokenRevocation", Window: 1024},
+			WSO2Exchange: "amq.topic", WSO2RoutingKey: "tokenRevocation", WSO2LegacyRoutingKey: "jwtRevocation", Window: 1024},
 		Etcd:             Etcd{Endpoints: []string{"http://127.0.0.1:2379"}, ReconcileInterval: 5 * time.Minute},
 		Sinks:            []string{"amqp", "amqp-wso2", "etcd"},
 		MasterKey:        testKey,
@@ -138,6 +138,11 @@ var settingCases = []struct {
 	{"AMQP_EXCHANGE", "a.b_c:D-1", "a.b_c:D-1", func(c Config) any { return c.AMQP.Exchange }, []string{"amq.topic", "a b", strings.Repeat("a", 128)}},
 	{"AMQP_WSO2_EXCHANGE", "amq.fanout", "amq.fanout", func(c Config) any { return c.AMQP.WSO2Exchange }, []string{"a/b"}},
 	{"AMQP_WSO2_ROUTING_KEY", "jwtRevocation", "jwtRevocation", func(c Config) any { return c.AMQP.WSO2RoutingKey }, []string{"a b", strings.Repeat("a", 256)}},
+	{"AMQP_WSO2_MIN_SPACING", "30ms", 30 * time.Millisecond, func(c Config) any { return c.AMQP.WSO2MinSpacing }, []string{"1us", "2s", "30"}},
+	{"AMQP_WSO2_SWEEP", "5m", 5 * time.Minute, func(c Config) any { return c.AMQP.WSO2Sweep }, []string{"1s", "25h", "-5m"}},
+	{"AMQP_WSO2_LEGACY_ROUTING_KEY", "old", "old", func(c Config) any { return c.AMQP.WSO2LegacyRoutingKey }, []string{"a b"}},
+	{"AMQP_WSO2_LEGACY_NOTIFICATION_KEY", "oldNotification", "oldNotification", func(c Config) any { return c.AMQP.WSO2LegacyNotificationKey }, []string{"a b"}},
+	{"AMQP_WSO2_LEGACY_KEY_MANAGER_KEY", "oldKeyManager", "oldKeyManager", func(c Config) any { return c.AMQP.WSO2LegacyKeyManagerKey }, []string{"a b"}},
 	{"AMQP_WINDOW", "65536", 65536, func(c Config) any { return c.AMQP.Window }, []string{"0", "65537"}},
 	{"ETCD_ENDPOINTS", "https://a:2379, https://b:2379", []string{"https://a:2379", "https://b:2379"}, func(c Config) any { return c.Etcd.Endpoints }, []string{
 		"a:2379", "https://a:2379,http://b:2379", "https://u:hunter2@a:2379", "https://a:2379/v3", "https://a:2379,", "unix:///run/etcd"}},
@@ -159,6 +164,8 @@ var settingCases = []struct {
 	{"OPS_LISTEN", ":9090", ":9090", func(c Config) any { return c.OpsListen }, []string{"9090"}},
 	{"PPROF", "true", true, func(c Config) any { return c.Obs.Pprof }, []string{"on"}},
 	{"TRUSTED_ISSUERS_FILE", "", nil, nil, []string{"/does/not/exist.json"}},
+	{"KEY_SET_NETWORKS", "10.1.0.0/16", []netip.Prefix{netip.MustParsePrefix("10.1.0.0/16")}, func(c Config) any { return c.KeySetNetworks }, []string{"inside", "0.0.0.0/0"}},
+	{"WEBHOOKS_FILE", "", nil, nil, []string{"/does/not/exist.json"}},
 	{"TOKEN_LIFETIME", "1h", time.Hour, func(c Config) any { return c.TokenLifetime }, []string{"900", "0s", "3601s", "1500ms"}},
 	{"SIGNING_ALGORITHM", "ES256", "ES256", func(c Config) any { return c.SigningAlgorithm }, []string{"HS256", "none", "rs256"}},
 	{"CLOCK_SKEW", "0s", time.Duration(0), func(c Config) any { return c.ClockSkew }, []string{"61s", "-1s", "100ms"}},
@@ -229,7 +236,7 @@ RESCIND_MASTER_KEY has an unusable value (not shown): it must be 32 random bytes
 RESCIND_DATABASE_URL and RESCIND_DATABASE_URL_FILE are both set: one is enough. Unset one of them.
 RESCIND_MAX_BATCH is "9000": it must be a number of revocations, 1 to 5000. Change it, or leave it out for 500.
 --queue-size is "0": it must be a number of revocations, 1 to 1000000. Change it, or leave it out for 10000.
-RESCIND_AMQP_URL (or RESCIND_AMQP_URL_FILE) is not set: the sinks amqp and amqp-wso2 need it. Set it, or leave them out of RESCIND_SINKS.
+RESCIND_AMQP_URL (or RESCIND_AMQP_URL_FILE) is not set: the sinks whose names begin with amqp need it. Set it, or leave them out of RESCIND_SINKS.
 RESCIND_ETCD_ENDPOINTS is not set: the sink etcd needs it. Set it, or leave etcd out of RESCIND_SINKS.
 RESCIND_ETCD_USERNAME and RESCIND_ETCD_PASSWORD belong together: only one is set. Set both, or neither.
 RESCIND_TLS_CERT_FILE and RESCIND_TLS_KEY_FILE belong together: only one is set. Set both, or neither.
@@ -297,6 +304,8 @@ func TestParseConfigForACommand(t *testing.T) {
 		{"migrate without database", ForMigrate, nil, "RESCIND_MIGRATE_DATABASE_URL is not set"},
 		{"epoch", ForEpoch, []string{"RESCIND_DATABASE_URL=" + testDBURL, "RESCIND_ISSUER=https://km.example.com", "RESCIND_ETCD_ENDPOINTS=http://a:1"}, ""},
 		{"epoch without database", ForEpoch, nil, "RESCIND_DATABASE_URL (or RESCIND_DATABASE_URL_FILE) is not set"},
+		{"apply", ForApply, []string{"RESCIND_DATABASE_URL=" + testDBURL, "RESCIND_ISSUER=https://km.example.com", "RESCIND_MASTER_KEY=" + testKey, "RESCIND_SINKS=none at all"}, ""},
+		{"apply without master key", ForApply, []string{"RESCIND_DATABASE_URL=" + testDBURL, "RESCIND_ISSUER=https://km.example.com"}, "RESCIND_MASTER_KEY (or RESCIND_MASTER_KEY_FILE) is not set"},
 		{"serve", ForServe, nil, "RESCIND_MASTER_KEY (or RESCIND_MASTER_KEY_FILE) is not set"},
 	} {
 		_, err := ParseConfig(Input{Use: tt.use, Environ: tt.environ})
@@ -529,4 +538,42 @@ func testPair(t *testing.T) (certFile, keyFile string) {
 	}
 	return writeFile(t, "cert.pem", string(pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: cert}))),
 		writeFile(t, "key.pem", string(pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der})))
+}
+
+func TestWebhooksFile(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	if err := os.WriteFile(filepath.Join(dir, "secret"), []byte("whsec_abc\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, tt := range []struct {
+		name, file string
+		wrong      []string // in the error; none: it is right
+	}{
+		{"right", `[{"name":"siem","url":"https://siem.example.com/in?key=hunter2","secret_files":["secret"],"types":["revocation","api.deleted"]},
+			{"name":"local","url":"http://127.0.0.1:1/","secret_files":["secret","secret"]},
+			{"name":"inside","url":"http://inside/","allow_http":true,"secret_files":["secret"]}]`, nil},
+		{"no array", `{}`, []string{"not a JSON array"}},
+		{"everything", `[{"name":"A B","url":"ftp://hunter2/","secret_files":[],"types":["*"],"colour":"red"},{"name":"x","url":"http://outside/","secret_files":["missing"]},
+			{"name":"x","url":"https://u:hunter2@h/","secret_files":["secret"]}]`,
+			[]string{"[0]: ", "name must be", "url must be an https URL", "secret_files must be", "types must be", `"colour" is not known`, "[1]: ", "missing", "[2]: name is another's too"}},
+		{"twice", `[{"name":"a","name":"b"}]`, []string{`"name" is given twice`}},
+	} {
+		hooks, err := parseWebhooks([]byte(tt.file), dir)
+		if (err == nil) != (tt.wrong == nil) {
+			t.Errorf("%s: %v", tt.name, err)
+			continue
+		}
+		for _, text := range tt.wrong {
+			if !strings.Contains(err.Error(), text) {
+				t.Errorf("%s: %v, want it to say %q", tt.name, err, text)
+			}
+		}
+		if err != nil && strings.Contains(err.Error(), "hunter2") {
+			t.Errorf("%s: the error shows a secret: %v", tt.name, err)
+		}
+		if err == nil && (hooks[0].sink() != "webhook-siem" || string(hooks[1].Secrets[1]) != "whsec_abc" || !hooks[2].AllowHTTP) {
+			t.Errorf("%s: %+v", tt.name, hooks)
+		}
+	}
 }

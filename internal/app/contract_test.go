@@ -3,6 +3,7 @@ package app_test
 import (
 	"bytes"
 	"encoding/json"
+	"fmt"
 	"io"
 	"maps"
 	"net/http"
@@ -19,8 +20,10 @@ import (
 	amqp "github.com/rabbitmq/amqp091-go"
 	"go.yaml.in/yaml/v3"
 
+	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/app"
+	"github.com/rescindhq/rescind/internal/rest"
 	"github.com/rescindhq/rescind/internal/wso2"
 )
 
@@ -225,9 +228,13 @@ func TestAsyncAPI(t *testing.T) {
 	}
 	event := revocation.Event{Type: "revocation.{kind}", Tenant: revocation.Tenant{Domain: "{tenant}"}}
 	for name, want := range map[string][3]string{
-		"revocations":          {defaults.AMQP.Exchange, event.RoutingKey(), "revocation"},
-		"heartbeats":           {defaults.AMQP.Exchange, revocation.HeartbeatRoutingKey, "heartbeat"},
-		"wso2TokenRevocations": {defaults.AMQP.WSO2Exchange, defaults.AMQP.WSO2RoutingKey, "tokenRevocation"},
+		"revocations":              {defaults.AMQP.Exchange, event.RoutingKey(), "revocation"},
+		"catalogChanges":           {defaults.AMQP.Exchange, "{noun}.{verb}.{tenant}", "catalogChange"},
+		"heartbeats":               {defaults.AMQP.Exchange, revocation.HeartbeatRoutingKey, "heartbeat"},
+		"wso2TokenRevocations":     {defaults.AMQP.WSO2Exchange, defaults.AMQP.WSO2RoutingKey, "tokenRevocation"},
+		"wso2Notifications":        {defaults.AMQP.WSO2Exchange, wso2.TopicNotification, "notification"},
+		"wso2KeyManagers":          {defaults.AMQP.WSO2Exchange, wso2.TopicKeyManagerGo, "keyManager"},
+		"wso2KeyManagersCamelCase": {defaults.AMQP.WSO2Exchange, wso2.TopicKeyManagerJava, "keyManager"},
 	} {
 		c := doc.Channels[name]
 		got := [3]string{c.Bindings.AMQP.Exchange.Name, c.Address, strings.Join(slices.Collect(maps.Keys(c.Messages)), " ")}
@@ -235,11 +242,14 @@ func TestAsyncAPI(t *testing.T) {
 			t.Errorf("channel %s: %+v\n%s", name, c, diff)
 		}
 	}
-	if len(doc.Channels) != 3 || len(doc.Operations) != 3 {
+	if len(doc.Channels) != 7 || len(doc.Operations) != 7 {
 		t.Errorf("%d channels and %d operations", len(doc.Channels), len(doc.Operations))
 	}
 
-	contentTypes := map[string]string{"revocation": revocation.ContentType, "heartbeat": revocation.ContentType, "tokenRevocation": wso2.ContentType}
+	contentTypes := map[string]string{
+		"revocation": revocation.ContentType, "catalogChange": revocation.ContentType, "heartbeat": revocation.ContentType,
+		"tokenRevocation": wso2.ContentType, "notification": wso2.ContentType, "keyManager": wso2.ContentType,
+	}
 	for name, message := range doc.Components.Messages {
 		if message.ContentType != contentTypes[name] {
 			t.Errorf("message %s: content type %q, want %q", name, message.ContentType, contentTypes[name])
@@ -286,7 +296,13 @@ func TestServiceKeepsAsyncAPI(t *testing.T) {
 		"revocation":      w.consume(w.amqpURL, "rescind.events", "revocation.#"),
 		"heartbeat":       w.consume(w.amqpURL, "rescind.events", revocation.HeartbeatRoutingKey),
 		"tokenRevocation": w.consume(w.amqpURL, "amq.topic", "tokenRevocation"),
+		"catalogChange":   w.consume(w.amqpURL, "rescind.events", "scope.#"),
+		"notification":    w.consume(w.amqpURL, "amq.topic", "notification"),
+		"keyManager":      w.consume(w.amqpURL, "amq.topic", "keyManager"),
 	}
+	admin := w.person(s, rest.Admin)
+	admin.made("/v1/scopes", `{"name":"order_pizza","roles":["webuser"]}`)
+	admin.made("/v1/key-managers", `{"name":"Elsewhere","iss":"https://elsewhere.example.com","jwks_uri":"https://elsewhere.example.com/jwks","max_token_lifetime":3600,"enabled":true}`)
 	s.mustRevoke(newHTTPClient(t), accessToken("at-1"))
 	for name, inbox := range inboxes {
 		var m amqp.Delivery
@@ -388,23 +404,32 @@ func messagesByName(t *testing.T) map[string]map[string]any {
 		epoch = "3b0d7c52-5d0e-4a2f-9a61-6c1f0a7f9d10"
 	)
 	now := time.Now()
-	out := map[string]map[string]any{"revocation": {}, "heartbeat": {}, "tokenRevocation": {}}
+	out := map[string]map[string]any{
+		"revocation": {}, "heartbeat": {}, "tokenRevocation": {}, "catalogChange": {}, "notification": {}, "keyManager": {},
+	}
+	byTopic := map[string]string{
+		wso2.TopicTokenRevocation: "tokenRevocation", wso2.TopicNotification: "notification",
+		wso2.TopicKeyManagerGo: "keyManager", wso2.TopicKeyManagerJava: "keyManager",
+	}
+	event := func(name, what string, e revocation.Event) {
+		e.Position, e.Previous, e.Source, e.Time = revocation.Position{Epoch: epoch, Seq: 12}, 9, iss, now
+		e.Traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
+		out[name]["an event of "+what] = e
+		messages, err := wso2.Messages(e, now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		for i, m := range messages {
+			out[byTopic[m.Topic]][fmt.Sprintf("message %d of %s on %s", i, what, m.Topic)] = m.Body
+		}
+	}
 	add := func(what string, r revocation.Revocation) {
 		r.ID, r.Tenant, r.Exp = "0193a2f4-7c11-7d02-9b1e-5f6a70c1d2e3", revocation.SuperTenant, now.Unix()+900
 		e, err := revocation.NewEvent(r)
 		if err != nil {
 			t.Fatal(err)
 		}
-		e.Position, e.Previous, e.Source, e.Time = revocation.Position{Epoch: epoch, Seq: 12}, 9, iss, now
-		e.Traceparent = "00-4bf92f3577b34da6a3ce929d0e0e4736-00f067aa0ba902b7-01"
-		out["revocation"]["an event of "+what] = e
-		body, err := wso2.TokenRevocation(e, now)
-		if err != nil {
-			t.Fatal(err)
-		}
-		if body != nil {
-			out["tokenRevocation"]["a message of "+what] = body
-		}
+		event("revocation", what, e)
 	}
 	for _, kind := range revocation.Kinds {
 		r := revocation.Revocation{Target: revocation.Target{Kind: kind, Iss: iss, ID: "x-1"}}
@@ -417,6 +442,38 @@ func messagesByName(t *testing.T) map[string]map[string]any {
 		add("kind "+string(kind), r)
 	}
 	add("a digest", revocation.Revocation{Target: revocation.DigestTarget(iss, "e30.e30"), Signature: "c2ln", ClientID: "app-2", Reason: "client"})
+	for _, noun := range catalog.Nouns {
+		for _, verb := range []catalog.Verb{catalog.Created, catalog.Updated, catalog.Deleted, catalog.LifecycleChanged, catalog.Deployed, catalog.Undeployed} {
+			if noun != catalog.NounAPI && verb != catalog.Created && verb != catalog.Updated && verb != catalog.Deleted {
+				continue
+			}
+			entity := catalog.New(noun)
+			*entity.Base() = catalog.Meta{ID: 7, UUID: "a1a2b3c4-0000-4000-8000-000000000007", Tenant: revocation.SuperTenant, Timestamp: now.UnixMilli()}
+			switch e := entity.(type) {
+			case *catalog.Policy:
+				e.Kind, e.Name, e.QuotaType = catalog.PolicySubscription, "Gold", "requestCount"
+			case *catalog.KeyManager:
+				e.Name, e.Type, e.TokenType, e.Iss = "Elsewhere", "default", "DIRECT", "https://idp.example.com"
+			case *catalog.API:
+				e.Name, e.Version = "Pizza", "1.0.0"
+			case *catalog.Scope:
+				e.Name = "order_pizza"
+			case *catalog.Application:
+				e.Name = "Shop"
+			case *catalog.KeyMapping:
+				e.ConsumerKey = "shop-key"
+			}
+			change := catalog.Change{Verb: verb, Entity: entity}
+			if verb == catalog.Deployed || verb == catalog.Undeployed {
+				change.Labels = []string{"Default"}
+			}
+			e, err := catalog.NewEvent(change)
+			if err != nil {
+				t.Fatal(err)
+			}
+			event("catalogChange", string(noun)+" "+string(verb), e)
+		}
+	}
 	out["heartbeat"]["a heartbeat"] = revocation.Heartbeat{
 		Epoch: epoch, ID: epoch + ":hb:6f1d1e0c-8f0e-4f63-8f3e-1f0c3a2b4d5e", Source: iss, Time: now, Head: 12, Through: 12,
 	}

@@ -19,7 +19,7 @@ func TestKilledUnderLoad(t *testing.T) {
 	for round := range 20 {
 		s := w.spawn()
 		if events == nil {
-			events = w.consume(w.amqpURL, "rescind.events", "revocation.#")
+			events = w.consume(w.amqpURL, "rescind.events", "#")
 		}
 		l := startLoad(s, 8, fmt.Sprintf("k%d", round))
 		l.awaitMore(t, 10+round*5)
@@ -53,7 +53,7 @@ func TestThreeProcessesOneKilled(t *testing.T) {
 		services = append(services, s)
 		loads = append(loads, startLoad(s, 4, fmt.Sprintf("p%d", i)))
 	}
-	events := w.consume(w.amqpURL, "rescind.events", "revocation.#")
+	events := w.consume(w.amqpURL, "rescind.events", "#")
 	for _, l := range loads {
 		l.awaitMore(t, 100)
 	}
@@ -101,7 +101,7 @@ func TestFrozenLeaderIsReplaced(t *testing.T) {
 	client, etcd := newHTTPClient(t), w.etcdClient()
 	want := leader.revokeMany(client, "before", 5)
 	await(t, "etcd", func() bool { return hasAll(w.inEtcd(etcd), want) })
-	events := w.consume(w.amqpURL, "rescind.events", "revocation.#")
+	events := w.consume(w.amqpURL, "rescind.events", "#")
 	other := w.spawn()
 	if err := leader.process.Signal(syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
@@ -128,7 +128,7 @@ func TestStopsInGoodOrder(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	s := w.spawn()
-	events := w.consume(w.amqpURL, "rescind.events", "revocation.#")
+	events := w.consume(w.amqpURL, "rescind.events", "#")
 	l := startLoad(s, 16, "stop")
 	l.awaitMore(t, 200)
 	if err := s.stop(); err != nil {

@@ -34,6 +34,8 @@ const (
 	fromJOSE       = "github.com/go-jose/go-jose/v4"
 	fromUUID       = "github.com/google/uuid"
 	fromSync       = "golang.org/x/sync"
+	fromCompress   = "github.com/klauspost/compress"
+	fromYAML       = "go.yaml.in/yaml/v4"
 	fromZap        = "go.uber.org/zap"        // etcd's client takes no other logger
 	fromGRPC       = "google.golang.org/grpc" // how etcd's client is told to connect
 )
@@ -48,28 +50,38 @@ var layers = map[string]layer{
 	// It runs commands of this module and imports nothing of it.
 	"internal/stacktest": {level: 0, testOnly: true},
 
+	"api/catalog":              {level: 1},
 	"api/directory":            {level: 1},
 	"api/token":                {level: 1},
-	"internal/wso2":            {level: 1},
 	"internal/devstack/stackd": {level: 1},
 	"internal/pgtest":          {level: 1, testOnly: true, outside: []string{fromPgx, fromMigrate}},
 
+	"api/replica":     {level: 2},
+	"internal/wso2":   {level: 2},
 	"internal/ledger": {level: 2, outside: []string{fromPgx, fromPrometheus, fromUUID, fromSync}},
 	"internal/relay":  {level: 2, outside: []string{fromPrometheus, fromUUID, fromSync, "github.com/cenkalti/backoff/v5"}},
 	"internal/authn": {level: 2, outside: []string{fromPgx, fromPrometheus, "golang.org/x/crypto/argon2", "golang.org/x/time/rate",
 		"github.com/hashicorp/golang-lru/v2/simplelru"}},
 	"internal/obs": {level: 2, outside: []string{fromPrometheus}},
 
+	"internal/rest":      {level: 3, outside: []string{fromPgx}},
+	"internal/catalog":   {level: 3, outside: []string{fromPgx, fromUUID}},
+	"internal/follow":    {level: 3, outside: []string{fromPrometheus, fromSync, "github.com/cenkalti/backoff/v5"}},
+	"internal/wso2test":  {level: 3, testOnly: true, outside: []string{fromAMQP}},
 	"internal/relaytest": {level: 3, testOnly: true, outside: []string{"github.com/google/go-cmp/cmp"}},
 
-	"internal/sink":    {level: 4, outside: []string{fromAMQP, fromEtcd, fromEtcdAPI, fromZap, fromGRPC, fromSync}},
-	"internal/sts":     {level: 4, outside: []string{fromChi, fromJOSE, fromPgx}},
-	"internal/httpapi": {level: 4, outside: []string{fromChi, fromPrometheus}},
+	"internal/sink":        {level: 4, outside: []string{fromAMQP, fromEtcd, fromEtcdAPI, fromZap, fromGRPC, fromSync}},
+	"internal/adminapi":    {level: 4, outside: []string{fromChi}},
+	"internal/snapshotapi": {level: 4, outside: []string{fromChi, fromPrometheus, fromCompress}},
+	"internal/eventhub":    {level: 4, outside: []string{fromChi, fromPrometheus, fromCompress}},
+	"internal/manifest":    {level: 4, outside: []string{fromPgx, fromUUID, fromYAML}},
+	"internal/sts":         {level: 4, outside: []string{fromChi, fromJOSE, fromPgx}},
+	"internal/httpapi":     {level: 4, outside: []string{fromChi, fromPrometheus}},
 
 	"internal/app": {level: 5, outside: []string{fromPgx, fromMigrate, fromPrometheus, fromChi}},
 
 	"cmd/rescind":     {level: 6, outside: []string{fromPgx, fromPrometheus, fromAMQP, fromEtcd, fromEtcdAPI, fromZap, fromUUID}},
-	"cmd/rescind-dev": {level: 6, outside: []string{fromPgx, fromPrometheus}},
+	"cmd/rescind-dev": {level: 6, outside: []string{fromPgx}},
 }
 
 // goPackage is what go list says of a package.

@@ -34,7 +34,7 @@ func TestFloodOfBadRequests(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	s := w.spawn()
-	w.client(authn.Registration{ID: "other", Secret: "other-secret", Issuer: idpISS})
+	w.client(idpISS, authn.Registration{ID: "other", Secret: "other-secret"})
 	client := newHTTPClient(t)
 	auth := form(basic(clientID, clientSecret))
 	live := mint("RS256", nil, claims("victim"))

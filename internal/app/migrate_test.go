@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
 	"strings"
 	"sync"
@@ -57,7 +58,7 @@ func TestMigrate(t *testing.T) {
 	}
 
 	state(SchemaState{})
-	check("the schema is at version 0, and this program needs 1. Run: rescind migrate up")
+	check(fmt.Sprintf("the schema is at version 0, and this program needs %d. Run: rescind migrate up", migrations.Latest))
 
 	// Several at once: one works, all succeed.
 	var wg sync.WaitGroup

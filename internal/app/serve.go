@@ -20,6 +20,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/internal/follow"
 	"github.com/rescindhq/rescind/internal/ledger"
 	"github.com/rescindhq/rescind/internal/obs"
 	"github.com/rescindhq/rescind/internal/relay"
@@ -33,9 +34,10 @@ type Addresses struct {
 
 // The names of the sinks: their cursors and locks go by them.
 const (
-	sinkAMQP     = "amqp"
-	sinkAMQPWSO2 = "amqp-wso2"
-	sinkEtcd     = "etcd"
+	sinkAMQP       = "amqp"
+	sinkAMQPWSO2   = "amqp-wso2"
+	sinkAMQPLegacy = "amqp-wso2-legacy"
+	sinkEtcd       = "etcd"
 )
 
 // lagWarning is how long an event may wait for a sink before /readyz warns.
@@ -63,7 +65,11 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 	if err != nil {
 		return err
 	}
-	sinks, etcd, err := newSinks(cfg, ledgers, log)
+	state, err := follow.New(follow.Config{}, stateSource{ledgers}, reg, log)
+	if err != nil {
+		return err
+	}
+	sinks, etcd, err := newSinks(cfg, ledgers, state, log)
 	if err != nil {
 		return err
 	}
@@ -71,10 +77,14 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 		return err
 	}
 	// Before the first request: every event is for every sink.
-	if err := ledgers.EnsureCursors(ctx, cfg.Sinks); err != nil {
+	names := make([]string, len(sinks))
+	for i, s := range sinks {
+		names[i] = s.Name
+	}
+	if err := ledgers.EnsureCursors(ctx, names); err != nil {
 		return err
 	}
-	warnOfStrangers(ctx, ledgers, cfg.Sinks, log)
+	warnOfStrangers(ctx, ledgers, names, log)
 	if cfg.HTTP.BehindTLSProxy && len(cfg.HTTP.TrustedProxies) == 0 {
 		log.Warn("all callers seem to come from the proxy's address, so one who guesses secrets slows down all: " +
 			"name the proxy in RESCIND_TRUSTED_PROXIES")
@@ -83,7 +93,7 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 	if err != nil {
 		return err
 	}
-	handler, err := newHandler(ctx, cfg, pool, ledgers, reg, log)
+	public, err := newPublic(ctx, cfg, pool, ledgers, state, reg, log)
 	if err != nil {
 		return err
 	}
@@ -93,12 +103,12 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 		return err
 	}
 	defer ops.Close()
-	public, err := listen(cfg.HTTP.Listen, "RESCIND_LISTEN")
+	listener, err := listen(cfg.HTTP.Listen, "RESCIND_LISTEN")
 	if err != nil {
 		return err
 	}
-	defer public.Close()
-	server, publicListener, err := newServer(cfg, handler, public, reg, log)
+	defer listener.Close()
+	server, publicListener, err := newServer(cfg, public.handler, listener, reg, log)
 	if err != nil {
 		return err
 	}
@@ -111,15 +121,20 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 	parts := []part{
 		{"operators' listener", grace, func(ctx context.Context) error { return serveHTTP(ctx, opsServer, ops, time.Second) }},
 		{"ledger", cfg.CommitTimeout + grace, ledgers.Run},
+		{"replica", grace, state.Run},
+		{"issuers", grace, public.issuers.run},
 		{"relay", grace, feeds.Run},
 		{"listener", 2 * grace, func(ctx context.Context) error {
-			stopDrain := context.AfterFunc(ctx, readiness.Drain)
+			stopDrain := context.AfterFunc(ctx, func() {
+				readiness.Drain()
+				public.drain()
+			})
 			defer stopDrain()
 			return serveHTTP(ctx, server, publicListener, grace)
 		}},
 	}
-	at := Addresses{HTTP: public.Addr().String(), Ops: ops.Addr().String()}
-	log.Info("takes requests", "address", at.HTTP, "ops", at.Ops, "sinks", cfg.Sinks)
+	at := Addresses{HTTP: listener.Addr().String(), Ops: ops.Addr().String()}
+	log.Info("takes requests", "address", at.HTTP, "ops", at.Ops, "sinks", names)
 	if ready != nil {
 		ready(at)
 	}
@@ -198,7 +213,7 @@ func newLedger(cfg Config, pool *pgxpool.Pool, reg prometheus.Registerer, log *s
 
 // newSinks makes the sinks that cfg names; etcd is also returned by itself, nil if
 // it is not among them.
-func newSinks(cfg Config, state *ledger.Ledger, log *slog.Logger) (named []relay.Named, etcd *sink.Etcd, err error) {
+func newSinks(cfg Config, l *ledger.Ledger, state *follow.Follower, log *slog.Logger) (named []relay.Named, etcd *sink.Etcd, err error) {
 	amqpTLS, err := cfg.AMQP.TLS.Config()
 	if err != nil {
 		return nil, nil, fmt.Errorf("read the TLS files of RabbitMQ: %w", err)
@@ -212,9 +227,15 @@ func newSinks(cfg Config, state *ledger.Ledger, log *slog.Logger) (named []relay
 		case sinkAMQPWSO2:
 			s, err = sink.NewAMQPWSO2(sink.AMQPWSO2Config{
 				AMQPBroker: broker, Name: name, Exchange: cfg.AMQP.WSO2Exchange, RoutingKey: cfg.AMQP.WSO2RoutingKey,
+				MinSpacing: cfg.AMQP.WSO2MinSpacing, SweepEvery: cfg.AMQP.WSO2Sweep, Live: liveTokens(state), Log: log,
+			})
+		case sinkAMQPLegacy:
+			s, err = sink.NewAMQPLegacy(sink.AMQPLegacyConfig{
+				AMQPBroker: broker, Name: name, Exchange: cfg.AMQP.WSO2Exchange, RoutingKey: cfg.AMQP.WSO2LegacyRoutingKey,
+				NotificationKey: cfg.AMQP.WSO2LegacyNotificationKey, KeyManagerKey: cfg.AMQP.WSO2LegacyKeyManagerKey,
 			})
 		case sinkEtcd:
-			etcd, err = newEtcd(cfg, state, log)
+			etcd, err = newEtcd(cfg, l, log)
 			s = etcd
 		default:
 			err = fmt.Errorf("there is no sink %q", name)
@@ -223,6 +244,13 @@ func newSinks(cfg Config, state *ledger.Ledger, log *slog.Logger) (named []relay
 			return nil, nil, err
 		}
 		named = append(named, relay.Named{Name: name, Sink: s})
+	}
+	for _, hook := range cfg.Webhooks {
+		s, err := newWebhook(hook)
+		if err != nil {
+			return nil, nil, err
+		}
+		named = append(named, relay.Named{Name: hook.sink(), Sink: s})
 	}
 	return named, etcd, nil
 }

@@ -12,6 +12,7 @@ import (
 	"fmt"
 	"io"
 	"net/http"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -23,12 +24,33 @@ import (
 	"github.com/rescindhq/rescind/api/revocation"
 )
 
-// Account is a person or a gateway that has proved who it is.
+// Account is a person or a gateway that has proved who it is. Its slice is shared: it
+// is not to be changed.
 type Account struct {
 	Username string
 	Tenant   revocation.Tenant
 	// Role is "admin", "tenant_admin", "gateway", "notifier" or "auditor".
 	Role string
+	// ExtraTenants are the domains that it sees besides its own; "*" is all.
+	ExtraTenants []string
+	// RevokedJWTObject lists revoked tokens as WSO2's gateways since 4.3 want them, an
+	// object, rather than as those before do, an array.
+	RevokedJWTObject bool
+}
+
+const (
+	allTenants = "*"
+	roleAdmin  = "admin"
+)
+
+// SeesAll reports whether the account sees every tenant, those to come too.
+func (a Account) SeesAll() bool {
+	return a.Role == roleAdmin || slices.Contains(a.ExtraTenants, allTenants)
+}
+
+// Sees reports whether the account sees the tenant of this domain.
+func (a Account) Sees(domain string) bool {
+	return domain == a.Tenant.Domain || slices.Contains(a.ExtraTenants, domain) || a.SeesAll()
 }
 
 type accountRow struct {
@@ -144,21 +166,24 @@ func (a *Authenticator) verify(ctx context.Context, user, password, hash string,
 }
 
 const accountSQL = `
-SELECT a.role, a.password_hash, t.id, t.domain
+SELECT a.role, a.password_hash, t.id, t.domain, a.extra_tenants, a.revoked_jwt_form
 FROM rescind.accounts a
 JOIN rescind.tenants t ON t.id = a.tenant_id
 WHERE a.username = $1`
 
 func (a *Authenticator) readAccount(ctx context.Context, username string) (accountRow, error) {
 	row := accountRow{account: Account{Username: username}}
+	acc := &row.account
+	var form string
 	err := a.pool.QueryRow(ctx, accountSQL, username).Scan(
-		&row.account.Role, &row.hash, &row.account.Tenant.ID, &row.account.Tenant.Domain)
+		&acc.Role, &row.hash, &acc.Tenant.ID, &acc.Tenant.Domain, &acc.ExtraTenants, &form)
 	if errors.Is(err, pgx.ErrNoRows) {
 		return accountRow{}, nil
 	}
 	if err != nil {
 		return accountRow{}, fmt.Errorf("read account: %w", err)
 	}
+	acc.RevokedJWTObject = form == formObject
 	return row, nil
 }
 

@@ -1,7 +1,6 @@
 // Package authn hides how callers prove who they are: OAuth clients by their
 // secret, people and gateways by a password, and what slows down those who
-// guess. It owns the tables applications, key_mappings, clients, client_secrets
-// and accounts.
+// guess. It owns the tables clients, client_secrets and accounts.
 //
 // # Invariants
 //
@@ -169,6 +168,8 @@ type Client struct {
 	MaxTokenLifetime time.Duration
 	// Public is a client without a secret: it has said who it is, and proved nothing.
 	Public bool
+	// Blocked is a client whose application gets no tokens. It may still end those it has.
+	Blocked bool
 
 	Scopes, DefaultScopes, Audience []string
 	// TokenLifetime is 0 for the server's default.

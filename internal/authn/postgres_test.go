@@ -2,6 +2,8 @@ package authn
 
 import (
 	"bytes"
+	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -13,9 +15,11 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/pgtest"
 )
@@ -40,14 +44,47 @@ VALUES (-1234, 'own', true, $1, 3600), (-1234, 'external', false, $2, 7200), (7,
 	if err != nil {
 		t.Fatal(err)
 	}
-	app, err := newOn(t, pool).CreateApplication(t.Context(), testApplication)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return pool, app.ID
+	return pool, newApplication(t, pool, "PizzaShack")
 }
 
-var testApplication = Application{TenantID: -1234, Owner: "admin", Name: "PizzaShack"}
+func newApplication(t testing.TB, pool *pgxpool.Pool, name string) (id int32) {
+	t.Helper()
+	const sql = `INSERT INTO rescind.applications (tenant_id, owner, name) VALUES (-1234, 'admin', $1) RETURNING id`
+	if err := pool.QueryRow(t.Context(), sql, name).Scan(&id); err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+// newMapping maps a consumer key as the catalog does.
+func newMapping(t testing.TB, pool *pgxpool.Pool, app int32, iss, consumerKey string) (id int32) {
+	t.Helper()
+	const sql = `
+INSERT INTO rescind.key_mappings (application_id, key_manager_id, consumer_key, key_type)
+SELECT $1, id, $3, 'PRODUCTION' FROM rescind.key_managers WHERE iss = $2
+RETURNING id`
+	if err := pool.QueryRow(t.Context(), sql, app, iss, consumerKey).Scan(&id); err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
+func (a *Authenticator) store(ctx context.Context, mapping int32, r Registration) (cred Credentials, err error) {
+	err = pgx.BeginFunc(ctx, a.pool, func(tx pgx.Tx) error {
+		cred, err = a.StoreClient(ctx, tx, mapping, r)
+		return err
+	})
+	return cred, err
+}
+
+func (a *Authenticator) rotate(ctx context.Context, id, given string, endPrevious bool) (secret string, err error) {
+	err = pgx.BeginFunc(ctx, a.pool, func(tx pgx.Tx) error {
+		secret, err = a.RotateClient(ctx, tx, id, given, endPrevious)
+		return err
+	})
+	a.Forget(issOwn, id)
+	return secret, err
+}
 
 // newOn is one process on pool.
 func newOn(t testing.TB, pool *pgxpool.Pool, keys ...MasterKey) *Authenticator {
@@ -62,12 +99,17 @@ func newOn(t testing.TB, pool *pgxpool.Pool, keys ...MasterKey) *Authenticator {
 	return a
 }
 
-func mustCreate(t testing.TB, a *Authenticator, r Registration) Credentials {
+// mustCreate makes a client with a key mapping of its own.
+func mustCreate(t testing.TB, a *Authenticator, app int32, iss string, r Registration) Credentials {
 	t.Helper()
-	cred, err := a.CreateClient(t.Context(), r)
+	if r.ID == "" {
+		r.ID = rand.Text()
+	}
+	cred, err := a.store(t.Context(), newMapping(t, a.pool, app, iss, r.ID), r)
 	if err != nil {
 		t.Fatal(err)
 	}
+	a.Forget(iss, r.ID)
 	return cred
 }
 
@@ -87,13 +129,13 @@ func TestClientIsWhatWasRegistered(t *testing.T) {
 	pool, app := newDatabase(t)
 	a := newOn(t, pool)
 	full := Registration{
-		ID: "app one", ApplicationID: app, Issuer: issExternal, KeyType: "SANDBOX", AuthMethod: "client_secret_post", Secret: "s3cret",
+		ID: "app one", AuthMethod: "client_secret_post", Secret: "s3cret",
 		Scopes: []string{"read", "write"}, DefaultScopes: []string{"read"}, Audience: []string{"https://api.example.com"},
 		TokenLifetime: 60, RevokeOpaque: true, RevokeQuota: 100,
 	}
-	mustCreate(t, a, full)
-	cred := mustCreate(t, a, Registration{ApplicationID: app, Issuer: issOwn, RevokeByJTI: true})
-	mustCreate(t, a, Registration{ID: "opaque", Secret: "x", ApplicationID: app, Issuer: issOwn, RevokeOpaque: true})
+	mustCreate(t, a, app, issExternal, full)
+	cred := mustCreate(t, a, app, issOwn, Registration{RevokeByJTI: true})
+	mustCreate(t, a, app, issOwn, Registration{ID: "opaque", Secret: "x", RevokeOpaque: true})
 
 	tests := []struct {
 		id, secret string
@@ -127,25 +169,33 @@ func TestClientIsWhatWasRegistered(t *testing.T) {
 	}
 }
 
-func TestCreateIsIdempotent(t *testing.T) {
+func TestBlockedApplication(t *testing.T) {
+	t.Parallel()
+	pool, app := newDatabase(t)
+	a := newOn(t, pool)
+	cred := mustCreate(t, a, app, issOwn, Registration{})
+	for _, blocked := range []bool{true, false} {
+		if _, err := pool.Exec(t.Context(), `UPDATE rescind.applications SET blocked = $1`, blocked); err != nil {
+			t.Fatal(err)
+		}
+		a.Forget(issOwn, cred.ID)
+		if client, status := a.try(cred.ID, cred.Secret); status != 200 || client.Blocked != blocked {
+			t.Errorf("status %d, blocked %t, want it to be let in, blocked %t", status, client.Blocked, blocked)
+		}
+	}
+}
+
+func TestStoreClientIsIdempotent(t *testing.T) {
 	t.Parallel()
 	pool, app := newDatabase(t)
 	a, b := newOn(t, pool), newOn(t, pool)
-	again, err := a.CreateApplication(t.Context(), testApplication)
-	if err != nil || again.ID != app || again.UUID == "" {
-		t.Errorf("%+v, %v, want the application that is there, %d", again, err, app)
-	}
-	const uuid = "01234567-89ab-4def-8123-456789abcdef"
-	if named, err := a.CreateApplication(t.Context(), Application{UUID: uuid, TenantID: 7, Owner: "o", Name: "n"}); err != nil || named.UUID != uuid {
-		t.Errorf("%+v, %v, want the UUID that was given", named, err)
-	}
-
-	registration := Registration{ID: "c", Secret: "given", ApplicationID: app, Issuer: issOwn}
+	mapping := newMapping(t, pool, app, issOwn, "c")
+	registration := Registration{Secret: "given"}
 	var group sync.WaitGroup
 	for _, process := range []*Authenticator{a, b} {
 		for range 3 {
 			group.Go(func() {
-				if cred, err := process.CreateClient(t.Context(), registration); err != nil || cred != (Credentials{"c", "given"}) {
+				if cred, err := process.store(t.Context(), mapping, registration); err != nil || cred != (Credentials{"c", "given"}) {
 					t.Errorf("%v, %v", cred, err)
 				}
 			})
@@ -157,7 +207,7 @@ func TestCreateIsIdempotent(t *testing.T) {
 		t.Errorf("%d secrets, %v, want 1", secrets, err)
 	}
 	registration.Secret = ""
-	if cred, err := a.CreateClient(t.Context(), registration); err != nil || cred != (Credentials{ID: "c"}) {
+	if cred, err := a.store(t.Context(), mapping, registration); err != nil || cred != (Credentials{ID: "c"}) {
 		t.Errorf("%v, %v, want no new secret for a client that is there", cred, err)
 	}
 	if _, status := a.try("c", "given"); status != 200 {
@@ -165,50 +215,92 @@ func TestCreateIsIdempotent(t *testing.T) {
 	}
 }
 
-func TestCreateRefuses(t *testing.T) {
+// What is stored in a transaction that is rolled back was never there.
+func TestStoreClientIsOfItsTransaction(t *testing.T) {
 	t.Parallel()
 	pool, app := newDatabase(t)
 	a := newOn(t, pool)
-	mustCreate(t, a, Registration{ID: "c", ApplicationID: app, Issuer: issOwn})
-	mustCreate(t, a, Registration{ID: "public", ApplicationID: app, Issuer: issOwn, AuthMethod: "none"})
-	second, err := a.CreateApplication(t.Context(), Application{TenantID: -1234, Owner: "admin", Name: "second"})
+	mapping := newMapping(t, pool, app, issOwn, "c")
+	tx, err := pool.Begin(t.Context())
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := a.CreateAccount(t.Context(), Account{Username: "u", Tenant: revocation.SuperTenant, Role: "admin"}, "pw"); err != nil {
+	if _, err := a.StoreClient(t.Context(), tx, mapping, Registration{Secret: "s"}); err != nil {
 		t.Fatal(err)
 	}
-	_, rotatePublic := a.RotateSecret(t.Context(), "public", "")
-	_, rotateNobody := a.RotateSecret(t.Context(), "nobody", "")
-	create := func(r Registration) error { _, err := a.CreateClient(t.Context(), r); return err }
-	account := func(name, role, password string) error {
-		return a.CreateAccount(t.Context(), Account{Username: name, Tenant: revocation.SuperTenant, Role: role}, password)
+	if err := tx.Rollback(t.Context()); err != nil {
+		t.Fatal(err)
 	}
-	for name, tt := range map[string]struct{ err, want error }{
-		"another application's client":  {create(Registration{ID: "c", ApplicationID: second.ID, Issuer: issOwn}), ErrExists},
-		"the same id at another issuer": {create(Registration{ID: "c", ApplicationID: app, Issuer: issExternal}), ErrExists},
-		"another tenant's issuer":       {create(Registration{ID: "d", ApplicationID: app, Issuer: issOther}), ErrNotFound},
-		"no such application":           {create(Registration{ID: "d", ApplicationID: -1, Issuer: issOwn}), ErrNotFound},
-		"an account's name":             {create(Registration{ID: "u", ApplicationID: app, Issuer: issOwn}), ErrExists},
-		"a client's name":               {account("c", "admin", "pw"), ErrExists},
-		"another role":                  {account("u", "gateway", "pw"), ErrExists},
-		"a colon in a name":             {account("a:b", "admin", "pw"), nil},
-		"no password":                   {account("v", "admin", ""), nil},
-		"an unknown role":               {account("v", "king", "pw"), nil},
-		"an id with a line end":         {create(Registration{ID: "a\nb", ApplicationID: app, Issuer: issOwn}), nil},
-		"a public client's secret":      {create(Registration{ID: "d", Secret: "s", AuthMethod: "none", ApplicationID: app, Issuer: issOwn}), nil},
-		"a long secret":                 {create(Registration{ID: "d", Secret: strings.Repeat("s", 1025), ApplicationID: app, Issuer: issOwn}), nil},
-		"by jti and opaque":             {create(Registration{ID: "d", RevokeByJTI: true, RevokeOpaque: true, ApplicationID: app, Issuer: issOwn}), nil},
-		"rotation for a public client":  {rotatePublic, nil},
-		"rotation for nobody":           {rotateNobody, ErrNotFound},
+	if _, status := a.try("c", "s"); status != 401 {
+		t.Errorf("status %d, want 401", status)
+	}
+}
+
+func TestStoreClientRefuses(t *testing.T) {
+	t.Parallel()
+	pool, app := newDatabase(t)
+	a := newOn(t, pool)
+	mustCreate(t, a, app, issOwn, Registration{ID: "c"})
+	mustCreate(t, a, app, issOwn, Registration{ID: "public", AuthMethod: "none"})
+	if err := a.PutAccount(t.Context(), Account{Username: "u", Tenant: revocation.SuperTenant, Role: "admin"}, "pw"); err != nil {
+		t.Fatal(err)
+	}
+	_, rotatePublic := a.rotate(t.Context(), "public", "", false)
+	_, rotateNobody := a.rotate(t.Context(), "nobody", "", false)
+	_, rotateLong := a.rotate(t.Context(), "c", strings.Repeat("s", 1025), false)
+	_, rotateBytes := a.rotate(t.Context(), "c", "\xff", false)
+	second := newApplication(t, pool, "second")
+	create := func(app int32, iss, key string, r Registration) error {
+		_, err := a.store(t.Context(), newMapping(t, pool, app, iss, key), r)
+		return err
+	}
+	free := newMapping(t, pool, app, issOwn, "d")
+	refuse := func(r Registration) error { _, err := a.store(t.Context(), free, r); return err }
+	_, noMapping := a.store(t.Context(), -1, Registration{ID: "d"})
+	const scopes, audience = "#/scopes/0", "#/audience/0"
+	for name, tt := range map[string]struct {
+		err     error
+		want    error
+		pointer string // of a [catalog.Invalid]
+	}{
+		"another application's client": {create(second, issExternal, "c", Registration{}), ErrExists, ""},
+		"no such mapping":              {noMapping, ErrNotFound, ""},
+		"an account's name":            {create(app, issOwn, "u", Registration{}), ErrExists, ""},
+		"another id than its mapping":  {refuse(Registration{ID: "D"}), nil, ""},
+		"an id with a line end":        {create(app, issOwn, "a\nb", Registration{}), nil, ""},
+		"an unknown method":            {refuse(Registration{AuthMethod: "jwt"}), nil, "#/auth_method"},
+		"a public client's secret":     {refuse(Registration{Secret: "s", AuthMethod: "none"}), nil, "#/secret"},
+		"a long secret":                {refuse(Registration{Secret: strings.Repeat("s", 1025)}), nil, "#/secret"},
+		"by jti and opaque":            {refuse(Registration{RevokeByJTI: true, RevokeOpaque: true}), nil, "#/revoke_opaque"},
+		"public by jti":                {refuse(Registration{AuthMethod: "none", RevokeByJTI: true}), nil, "#/revoke_by_jti"},
+		"public opaque":                {refuse(Registration{AuthMethod: "none", RevokeOpaque: true}), nil, "#/revoke_opaque"},
+		"a scope with a space":         {refuse(Registration{Scopes: []string{"a b"}}), nil, scopes},
+		"a scope with a quote":         {refuse(Registration{Scopes: []string{`a"`}}), nil, scopes},
+		"an empty scope":               {refuse(Registration{Scopes: []string{""}}), nil, scopes},
+		"a default scope of nobody":    {refuse(Registration{Scopes: []string{"a"}, DefaultScopes: []string{"b"}}), nil, "#/default_scopes/0"},
+		"many scopes":                  {refuse(Registration{Scopes: strings.Split(strings.Repeat("a,", 101), ",")}), nil, "#/scopes"},
+		"an audience with NUL":         {refuse(Registration{Audience: []string{"\x00"}}), nil, audience},
+		"a long audience":              {refuse(Registration{Audience: []string{strings.Repeat("a", 256)}}), nil, audience},
+		"a long life":                  {refuse(Registration{TokenLifetime: 3601}), nil, "#/token_lifetime"},
+		"a negative quota":             {refuse(Registration{RevokeQuota: -1}), nil, "#/revoke_quota"},
+		"rotation for a public client": {rotatePublic, nil, "#"},
+		"rotation for nobody":          {rotateNobody, ErrNotFound, ""},
+		"rotation to a long secret":    {rotateLong, nil, "#/secret"},
+		"rotation to bytes":            {rotateBytes, nil, "#/secret"},
 	} {
 		if tt.err == nil || tt.want != nil && !errors.Is(tt.err, tt.want) {
 			t.Errorf("%s: %v, want %v", name, tt.err, tt.want)
 		}
+		if invalid, _ := errors.AsType[catalog.Invalid](tt.err); tt.pointer != "" && (len(invalid) == 0 || invalid[0].Pointer != tt.pointer) {
+			t.Errorf("%s: %v, want it to point at %s", name, tt.err, tt.pointer)
+		}
+		if strings.Contains(fmt.Sprint(tt.err), "SQLSTATE") {
+			t.Errorf("%s: left to the database: %v", name, tt.err)
+		}
 	}
 	var left int
-	if err := pool.QueryRow(t.Context(), `SELECT count(*) FROM rescind.key_mappings WHERE consumer_key NOT IN ('c', 'public')`).Scan(&left); err != nil || left != 0 {
-		t.Errorf("%d key mappings, %v, are left of what was refused", left, err)
+	if err := pool.QueryRow(t.Context(), `SELECT count(*) FROM rescind.clients WHERE client_id NOT IN ('c', 'public')`).Scan(&left); err != nil || left != 0 {
+		t.Errorf("%d clients, %v, are left of what was refused", left, err)
 	}
 }
 
@@ -216,8 +308,8 @@ func TestRotation(t *testing.T) {
 	t.Parallel()
 	pool, app := newDatabase(t)
 	here, there := newOn(t, pool), newOn(t, pool)
-	first := mustCreate(t, here, Registration{ID: "c", ApplicationID: app, Issuer: issOwn}).Secret
-	second, err := here.RotateSecret(t.Context(), "c", "")
+	first := mustCreate(t, here, app, issOwn, Registration{ID: "c"}).Secret
+	second, err := here.rotate(t.Context(), "c", "", false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -228,18 +320,35 @@ func TestRotation(t *testing.T) {
 			}
 		}
 	}
-	if third, err := here.RotateSecret(t.Context(), "c", "given third"); err != nil || third != "given third" {
+	third, err := here.rotate(t.Context(), "c", "given third", false)
+	if err != nil || third != "given third" {
 		t.Fatalf("%q, %v", third, err)
 	}
-	for secret, want := range map[string]int{first: 401, second: 200, "given+third": 200} {
-		if _, status := here.try("c", secret); status != want {
-			t.Errorf("status %d after the second rotation, want %d", status, want)
+	check := func(when string, want map[string]int) {
+		t.Helper()
+		for secret, want := range want {
+			if _, status := here.try("c", secret); status != want {
+				t.Errorf("%s: status %d, want %d", when, status, want)
+			}
 		}
 	}
+	check("after the second rotation", map[string]int{first: 401, second: 200, "given+third": 200})
+	fourth, err := here.rotate(t.Context(), "c", "", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	check("after one that ends the others", map[string]int{second: 401, "given+third": 401, fourth: 200})
+	if _, err := here.rotate(t.Context(), "c", "fifth", false); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := here.rotate(t.Context(), "c", fourth, true); err != nil {
+		t.Fatal(err)
+	}
+	check("after one to a secret that is there", map[string]int{fourth: 200, "fifth": 401})
 	if _, err := pool.Exec(t.Context(), `UPDATE rescind.client_secrets SET expires_at = now()`); err != nil {
 		t.Fatal(err)
 	}
-	if _, status := newOn(t, pool).try("c", second); status != 401 {
+	if _, status := newOn(t, pool).try("c", fourth); status != 401 {
 		t.Errorf("status %d with an expired secret, want 401", status)
 	}
 }
@@ -248,12 +357,12 @@ func TestMasterKeyRotation(t *testing.T) {
 	t.Parallel()
 	pool, app := newDatabase(t)
 	old, current := testKey(t, "o"), testKey(t, "n")
-	secret := mustCreate(t, newOn(t, pool, old), Registration{ID: "c", ApplicationID: app, Issuer: issOwn}).Secret
+	secret := mustCreate(t, newOn(t, pool, old), app, issOwn, Registration{ID: "c"}).Secret
 	both := newOn(t, pool, current, old)
 	if _, status := both.try("c", secret); status != 200 {
 		t.Errorf("status %d with both keys, want 200", status)
 	}
-	newer, err := both.RotateSecret(t.Context(), "c", "")
+	newer, err := both.rotate(t.Context(), "c", "", false)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -279,7 +388,7 @@ func TestOwner(t *testing.T) {
 	t.Parallel()
 	pool, app := newDatabase(t)
 	a := newOn(t, pool)
-	mustCreate(t, a, Registration{ID: "c", ApplicationID: app, Issuer: issExternal})
+	mustCreate(t, a, app, issExternal, Registration{ID: "c"})
 	tests := []struct {
 		iss, key string
 		want     bool
@@ -297,7 +406,7 @@ func TestOwner(t *testing.T) {
 	if _, ok, err := newOn(t, pool).Owner(t.Context(), issExternal, "new"); ok || err != nil {
 		t.Fatalf("%t, %v", ok, err)
 	}
-	mustCreate(t, a, Registration{ID: "new", ApplicationID: app, Issuer: issExternal})
+	mustCreate(t, a, app, issExternal, Registration{ID: "new"})
 	if _, ok, err := a.Owner(t.Context(), issExternal, "new"); !ok || err != nil {
 		t.Errorf("a key mapping that was made here is not seen: %v", err)
 	}
@@ -307,8 +416,8 @@ func TestPostgresAway(t *testing.T) {
 	t.Parallel()
 	pool, app := newDatabase(t)
 	a := newOn(t, pool)
-	seen := mustCreate(t, a, Registration{ID: "seen", ApplicationID: app, Issuer: issOwn}).Secret
-	unseen := mustCreate(t, a, Registration{ID: "unseen", ApplicationID: app, Issuer: issOwn}).Secret
+	seen := mustCreate(t, a, app, issOwn, Registration{ID: "seen"}).Secret
+	unseen := mustCreate(t, a, app, issOwn, Registration{ID: "unseen"}).Secret
 	if _, status := a.try("seen", seen); status != 200 {
 		t.Fatalf("status %d", status)
 	}
@@ -338,8 +447,8 @@ func TestAccount(t *testing.T) {
 	t.Parallel()
 	pool, _ := newDatabase(t)
 	a := newOn(t, pool)
-	admin := Account{Username: "admin", Tenant: revocation.SuperTenant, Role: "admin"}
-	if err := a.CreateAccount(t.Context(), admin, "pä:ss%41"); err != nil {
+	admin := Account{Username: "admin", Tenant: revocation.SuperTenant, Role: "admin", ExtraTenants: []string{}}
+	if err := a.PutAccount(t.Context(), admin, "pä:ss%41"); err != nil {
 		t.Fatal(err)
 	}
 	status := func(r *http.Request) int {
@@ -378,7 +487,7 @@ func TestAccount(t *testing.T) {
 	}
 
 	// Right passwords are remembered together with what they matched.
-	if err := a.CreateAccount(t.Context(), admin, "new"); err != nil {
+	if err := a.PutAccount(t.Context(), admin, "new"); err != nil {
 		t.Fatal(err)
 	}
 	if got := status(accountRequest("admin", "new")); got != 200 {
@@ -392,6 +501,91 @@ func TestAccount(t *testing.T) {
 	}
 	if got := status(accountRequest("admin", "x")); got != 429 {
 		t.Errorf("status %d after many failures, want 429", got)
+	}
+}
+
+func TestPutAccount(t *testing.T) {
+	t.Parallel()
+	pool, app := newDatabase(t)
+	a := newOn(t, pool)
+	mustCreate(t, a, app, issOwn, Registration{ID: "c"})
+	other := revocation.Tenant{ID: 7, Domain: "other"}
+	put := func(acc Account, password string) error { return a.PutAccount(t.Context(), acc, password) }
+	log := func(password string) (Account, error) { return a.Account(accountRequest("gw", password)) }
+
+	gateway := Account{Username: "gw", Tenant: other, Role: "gateway", ExtraTenants: []string{"a.example", "carbon.super"}, RevokedJWTObject: true}
+	if err := put(Account{Username: "gw", Tenant: revocation.Tenant{Domain: "other"}, Role: "gateway"}, "pw"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := log("pw"); err != nil {
+		t.Fatal(err)
+	}
+	if err := put(gateway, ""); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := log("pw"); err != nil || !cmp.Equal(got, gateway) {
+		t.Errorf("%+v, %v, want %+v by the password of before", got, err, gateway)
+	}
+	auditor := Account{Username: "aud", Tenant: revocation.SuperTenant, Role: "auditor", ExtraTenants: []string{"*"}}
+	if err := put(auditor, "pw"); err != nil {
+		t.Fatal(err)
+	}
+	all, err := a.Accounts(t.Context())
+	if diff := cmp.Diff([]Account{auditor, gateway}, all); err != nil || diff != "" {
+		t.Errorf("%v, accounts (-want +got):\n%s", err, diff)
+	}
+
+	with := func(change func(*Account)) Account { acc := gateway; change(&acc); return acc }
+	for name, tt := range map[string]struct {
+		err  error
+		want error
+		text string
+	}{
+		"a client's name":      {put(with(func(a *Account) { a.Username = "c" }), "pw"), ErrExists, "c"},
+		"another role":         {put(with(func(a *Account) { a.Role = "admin" }), "pw"), ErrExists, "gw"},
+		"another tenant":       {put(with(func(a *Account) { a.Tenant = revocation.SuperTenant }), "pw"), ErrExists, "gw"},
+		"no such tenant":       {put(with(func(a *Account) { a.Tenant.Domain = "b.example" }), "pw"), ErrNotFound, "b.example"},
+		"a tenant of no name":  {put(with(func(a *Account) { a.Tenant.Domain = "B" }), "pw"), nil, "carbon.super"},
+		"an extra tenant":      {put(with(func(a *Account) { a.ExtraTenants = []string{"B"} }), "pw"), nil, `"B"`},
+		"an unknown role":      {put(with(func(a *Account) { a.Role = "king" }), "pw"), nil, "tenant_admin"},
+		"a colon in a name":    {put(with(func(a *Account) { a.Username = "a:b" }), "pw"), nil, "colon"},
+		"a long name":          {put(with(func(a *Account) { a.Username = strings.Repeat("a", 256) }), "pw"), nil, "255"},
+		"a long password":      {put(gateway, strings.Repeat("a", 1025)), nil, "1024"},
+		"new, and no password": {put(with(func(a *Account) { a.Username = "new" }), ""), nil, "password"},
+		"nobody to delete":     {a.DeleteAccount(t.Context(), "nobody"), ErrNotFound, "nobody"},
+	} {
+		if tt.err == nil || tt.want != nil && !errors.Is(tt.err, tt.want) || !strings.Contains(fmt.Sprint(tt.err), tt.text) || strings.Contains(fmt.Sprint(tt.err), "SQLSTATE") {
+			t.Errorf("%s: %v, want %v that says %q", name, tt.err, tt.want, tt.text)
+		}
+	}
+
+	if err := a.DeleteAccount(t.Context(), "gw"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := log("pw"); err == nil {
+		t.Error("a deleted account is let in")
+	}
+	if left, err := a.Accounts(t.Context()); err != nil || len(left) != 1 {
+		t.Errorf("%v, %v, want one account left", left, err)
+	}
+}
+
+func TestAccountSees(t *testing.T) {
+	t.Parallel()
+	own := revocation.Tenant{ID: 7, Domain: "own"}
+	for _, tt := range []struct {
+		account          Account
+		own, extra, rest bool
+	}{
+		{Account{Tenant: own, Role: "gateway"}, true, false, false},
+		{Account{Tenant: own, Role: "tenant_admin", ExtraTenants: []string{"extra"}}, true, true, false},
+		{Account{Tenant: own, Role: "auditor", ExtraTenants: []string{"extra", "*"}}, true, true, true},
+		{Account{Tenant: own, Role: "admin"}, true, true, true},
+	} {
+		a := tt.account
+		if a.Sees("own") != tt.own || a.Sees("extra") != tt.extra || a.Sees("third") != tt.rest || a.SeesAll() != tt.rest {
+			t.Errorf("%+v sees %t, %t, %t, all %t", a, a.Sees("own"), a.Sees("extra"), a.Sees("third"), a.SeesAll())
+		}
 	}
 }
 
@@ -439,7 +633,7 @@ func TestConfig(t *testing.T) {
 func BenchmarkForm(b *testing.B) {
 	pool, app := newDatabase(b)
 	a := newOn(b, pool)
-	cred := mustCreate(b, a, Registration{ApplicationID: app, Issuer: issOwn})
+	cred := mustCreate(b, a, app, issOwn, Registration{})
 	r := func() *http.Request {
 		return postForm("token="+strings.Repeat("x", 800), "Authorization", basicOf(cred.ID+":"+cred.Secret))
 	}

@@ -2,13 +2,16 @@ package authn
 
 import (
 	"context"
-	"crypto/rand"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
+	"time"
+	"unicode"
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/revocation"
 )
 
@@ -18,49 +21,11 @@ var ErrExists = errors.New("it exists already, as something else")
 // ErrNotFound is returned for something named that does not exist.
 var ErrNotFound = errors.New("it does not exist")
 
-// Application is what clients belong to. Its natural key is tenant, owner and name.
-type Application struct {
-	// ID is made by the database.
-	ID int32
-	// UUID is made by the database when it is empty.
-	UUID        string
-	TenantID    int32
-	Owner, Name string
-}
-
-const (
-	insertApplicationSQL = `
-INSERT INTO rescind.applications (uuid, tenant_id, owner, name)
-VALUES (coalesce(nullif($1, '')::uuid, gen_random_uuid()), $2, $3, $4)
-ON CONFLICT (tenant_id, owner, name) DO NOTHING`
-	applicationSQL = `
-SELECT id, uuid::text FROM rescind.applications WHERE tenant_id = $1 AND owner = $2 AND name = $3`
-)
-
-// CreateApplication makes the application unless it is there, and returns it with
-// the ID and UUID that it has.
-func (a *Authenticator) CreateApplication(ctx context.Context, app Application) (Application, error) {
-	err := pgx.BeginFunc(ctx, a.pool, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, insertApplicationSQL, app.UUID, app.TenantID, app.Owner, app.Name); err != nil {
-			return err
-		}
-		return tx.QueryRow(ctx, applicationSQL, app.TenantID, app.Owner, app.Name).Scan(&app.ID, &app.UUID)
-	})
-	if err != nil {
-		return Application{}, fmt.Errorf("create application %q: %w", app.Name, err)
-	}
-	return app, nil
-}
-
 // Registration is what a client is registered with.
 type Registration struct {
-	// ID is the client id and consumer key. One is made when it is empty.
-	ID            string
-	ApplicationID int32
-	// Issuer is the iss of the client's key manager, of the application's tenant.
-	Issuer string
-	// KeyType is PRODUCTION, the default, or SANDBOX.
-	KeyType string
+	// ID is the client id, which is the consumer key of its key mapping, and taken
+	// from there when it is empty.
+	ID string
 	// AuthMethod is "client_secret_basic", the default, "client_secret_post", which
 	// permits Basic too, or "none" for a public client.
 	AuthMethod string
@@ -68,6 +33,7 @@ type Registration struct {
 	// too: it is not hashed slowly. A public client has none.
 	Secret string
 
+	// DefaultScopes are some of Scopes.
 	Scopes, DefaultScopes, Audience []string
 	// TokenLifetime is in seconds, up to 3600; 0 is the server's default.
 	TokenLifetime int
@@ -77,27 +43,64 @@ type Registration struct {
 	RevokeQuota               int
 }
 
-func (r *Registration) complete() error {
-	set := func(s *string, value string) {
-		if *s == "" {
-			*s = value
+// The most that a client has of each list, and the longest item in bytes.
+const (
+	maxItems     = 100
+	maxItemBytes = 255
+)
+
+// Validate returns a [catalog.Invalid] unless a client can be registered with r. Its
+// pointers name members as in the database: "#/auth_method".
+func (r Registration) Validate() error {
+	var found catalog.Invalid
+	check := func(ok bool, member, format string, args ...any) {
+		if !ok {
+			found = append(found, catalog.FieldError{Pointer: "#/" + member, Detail: fmt.Sprintf(format, args...)})
 		}
 	}
-	set(&r.ID, rand.Text())
-	set(&r.KeyType, "PRODUCTION")
-	set(&r.AuthMethod, methodBasic)
-	target := revocation.Target{Kind: revocation.KindClient, Iss: r.Issuer, ID: r.ID}
-	if err := target.Validate(); err != nil {
-		return err
+	method := r.AuthMethod
+	if method == "" {
+		method = methodBasic
 	}
-	if r.AuthMethod == methodNone && r.Secret != "" {
-		return errors.New("a public client has no secret")
+	public := method == methodNone
+	check(slices.Contains([]string{methodBasic, methodPost, methodNone}, method),
+		"auth_method", "must be one of %s, %s, %s", methodBasic, methodPost, methodNone)
+	check(!public || r.Secret == "", "secret", "must not be there: a public client has none")
+	check(isSecret(r.Secret), "secret", "must be UTF-8 of at most %d bytes", maxSecretBytes)
+	lists := []struct {
+		name  string
+		items []string
+		what  string
+		ok    func(string) bool
+	}{
+		{"scopes", r.Scopes, `must be printable ASCII without space, " and \`, isScope},
+		{"default_scopes", r.DefaultScopes, "must be one of scopes", func(s string) bool { return slices.Contains(r.Scopes, s) }},
+		{"audience", r.Audience, "must be UTF-8 without control characters", isAudience},
 	}
-	if r.AuthMethod == methodNone && (r.RevokeByJTI || r.RevokeOpaque) {
-		return errors.New("a public client proves nothing, so it cannot be permitted to revoke what proves nothing")
+	for _, l := range lists {
+		check(len(l.items) <= maxItems, l.name, "has %d items, must be at most %d", len(l.items), maxItems)
+		for i, item := range l.items[:min(len(l.items), maxItems)] {
+			at := fmt.Sprintf("%s/%d", l.name, i)
+			check(item != "" && len(item) <= maxItemBytes, at, "must be 1 to %d bytes", maxItemBytes)
+			check(item == "" || l.ok(item), at, "%s", l.what)
+		}
 	}
-	return nil
+	const maxLifetime = int(time.Hour / time.Second)
+	check(0 <= r.TokenLifetime && r.TokenLifetime <= maxLifetime, "token_lifetime", "must be 1 to %d seconds, or 0 for the server's default", maxLifetime)
+	check(!r.RevokeByJTI || !r.RevokeOpaque, "revoke_opaque", "must not be there with revoke_by_jti: an opaque token would be taken for a jti")
+	check(!public || !r.RevokeByJTI, "revoke_by_jti", "must not be there for a public client, which proves nothing")
+	check(!public || !r.RevokeOpaque, "revoke_opaque", "must not be there for a public client, which proves nothing")
+	check(0 <= r.RevokeQuota && r.RevokeQuota <= 1<<31-1, "revoke_quota", "must be at least 1, or 0 for no limit")
+	if len(found) == 0 {
+		return nil
+	}
+	return found
 }
+
+// isScope reports whether s is a scope-token of RFC 6749 section 3.3.
+func isScope(s string) bool { return isPlain(s) && !strings.Contains(s, " ") }
+
+func isAudience(s string) bool { return isText(s) && !strings.ContainsFunc(s, unicode.IsControl) }
 
 // Credentials are what a client proves itself with.
 type Credentials struct {
@@ -108,18 +111,11 @@ type Credentials struct {
 }
 
 const (
-	insertMappingSQL = `
-INSERT INTO rescind.key_mappings (application_id, key_manager_id, consumer_key, key_type)
-SELECT a.id, k.id, $3, $4
-FROM rescind.applications a
-JOIN rescind.key_managers k ON k.tenant_id = a.tenant_id
-WHERE a.id = $1 AND k.iss = $2
-ON CONFLICT (key_manager_id, consumer_key) DO NOTHING`
-	mappingSQL = `
-SELECT m.id, m.application_id
+	consumerKeySQL = `
+SELECT k.iss, m.consumer_key
 FROM rescind.key_mappings m
 JOIN rescind.key_managers k ON k.id = m.key_manager_id
-WHERE k.iss = $1 AND m.consumer_key = $2`
+WHERE m.id = $1`
 	insertClientSQL = `
 INSERT INTO rescind.clients (client_id, key_mapping_id, auth_method, scopes, default_scopes, audience,
                              token_lifetime, revoke_by_jti, revoke_opaque, revoke_quota)
@@ -131,172 +127,292 @@ ON CONFLICT (client_id) DO NOTHING`
 	accountExistsSQL = `SELECT EXISTS (SELECT FROM rescind.accounts WHERE username = $1)`
 )
 
-// CreateClient makes the key mapping and the client unless they are there, and
-// sees to it that a secret that is given is one of the client's. What an existing
-// client is registered with stays as it is. Only the answer to the call that made
-// a secret has it.
+// StoreClient makes the client of a key mapping in tx unless it is there, and sees to
+// it that a secret that is given is one of the client's. What an existing client is
+// registered with stays as it is. Only the answer to the call that made a secret has
+// it. Once tx is committed, [Authenticator.Forget] is to be called.
 //
-// Errors: [revocation.InvalidError] for an unusable ID, [ErrNotFound] when the
-// application's tenant has no such issuer, [ErrExists] when the ID is taken by
-// another application or issuer, or by an account: tokens name both as sub.
-func (a *Authenticator) CreateClient(ctx context.Context, r Registration) (Credentials, error) {
-	if err := r.complete(); err != nil {
-		return Credentials{}, fmt.Errorf("create client: %w", err)
-	}
-	cred := Credentials{ID: r.ID, Secret: r.Secret}
-	err := pgx.BeginFunc(ctx, a.pool, func(tx pgx.Tx) error {
-		if err := lockName(ctx, tx, r.ID); err != nil {
-			return err
-		}
-		if err := refuseIf(ctx, tx, accountExistsSQL, r.ID); err != nil {
-			return err
-		}
-		if _, err := tx.Exec(ctx, insertMappingSQL, r.ApplicationID, r.Issuer, r.ID, r.KeyType); err != nil {
-			return err
-		}
-		var mapping, application int32
-		switch err := tx.QueryRow(ctx, mappingSQL, r.Issuer, r.ID).Scan(&mapping, &application); {
-		case errors.Is(err, pgx.ErrNoRows):
-			return fmt.Errorf("the issuer in the application's tenant: %w", ErrNotFound)
-		case err != nil:
-			return err
-		case application != r.ApplicationID:
-			return ErrExists
-		}
-		tag, err := tx.Exec(ctx, insertClientSQL, r.ID, mapping, r.AuthMethod, r.Scopes, r.DefaultScopes, r.Audience,
-			r.TokenLifetime, r.RevokeByJTI, r.RevokeOpaque, r.RevokeQuota)
-		if err != nil {
-			return err
-		}
-		var of int32
-		if err := tx.QueryRow(ctx, clientMappingSQL, r.ID).Scan(&of); err != nil {
-			return err
-		}
-		if of != mapping {
-			return ErrExists
-		}
-		isNew := tag.RowsAffected() == 1
-		if r.AuthMethod == methodNone || !isNew && r.Secret == "" {
-			return nil
-		}
-		if cred.Secret == "" {
-			cred.Secret = newSecret()
-		}
-		return a.storeSecret(ctx, tx, r.ID, cred.Secret)
-	})
-	a.clients.forget(r.ID)
-	a.owners.forget(consumer{r.Issuer, r.ID})
+// Errors: [catalog.Invalid] for an unusable registration, [revocation.InvalidError]
+// for an unusable ID, [ErrNotFound] when there is no such mapping, [ErrExists] when
+// the ID is that of another mapping's client, or of an account: tokens name both as sub.
+func (a *Authenticator) StoreClient(ctx context.Context, tx pgx.Tx, keyMappingID int32, r Registration) (Credentials, error) {
+	cred, err := a.storeClient(ctx, tx, keyMappingID, r)
 	if err != nil {
-		return Credentials{}, fmt.Errorf("create client %q: %w", r.ID, err)
+		return Credentials{}, fmt.Errorf("store client of key mapping %d: %w", keyMappingID, err)
 	}
 	return cred, nil
 }
 
-// RotateSecret gives a client a second secret and returns it; the one before it
-// stays valid until the next rotation. An empty given makes a new one.
-func (a *Authenticator) RotateSecret(ctx context.Context, clientID, given string) (string, error) {
-	secret := given
-	if secret == "" {
-		secret = newSecret()
+func (a *Authenticator) storeClient(ctx context.Context, tx pgx.Tx, keyMappingID int32, r Registration) (Credentials, error) {
+	if err := r.Validate(); err != nil {
+		return Credentials{}, err
 	}
-	err := pgx.BeginFunc(ctx, a.pool, func(tx pgx.Tx) error {
-		var method string
-		switch err := tx.QueryRow(ctx, clientMethodSQL, clientID).Scan(&method); {
-		case errors.Is(err, pgx.ErrNoRows):
-			return ErrNotFound
-		case err != nil:
-			return err
-		case method == methodNone:
-			return errors.New("a public client has no secret")
-		}
-		return a.storeSecret(ctx, tx, clientID, secret)
-	})
-	a.clients.forget(clientID)
+	if r.AuthMethod == "" {
+		r.AuthMethod = methodBasic
+	}
+	target := revocation.Target{Kind: revocation.KindClient}
+	switch err := tx.QueryRow(ctx, consumerKeySQL, keyMappingID).Scan(&target.Iss, &target.ID); {
+	case errors.Is(err, pgx.ErrNoRows):
+		return Credentials{}, ErrNotFound
+	case err != nil:
+		return Credentials{}, err
+	case r.ID != "" && r.ID != target.ID:
+		return Credentials{}, &revocation.InvalidError{Detail: "the client id is not the consumer key of its key mapping"}
+	}
+	if err := target.Validate(); err != nil {
+		return Credentials{}, err
+	}
+	cred := Credentials{ID: target.ID, Secret: r.Secret}
+	if err := lockName(ctx, tx, cred.ID); err != nil {
+		return Credentials{}, err
+	}
+	if err := refuseIf(ctx, tx, accountExistsSQL, cred.ID); err != nil {
+		return Credentials{}, err
+	}
+	tag, err := tx.Exec(ctx, insertClientSQL, cred.ID, keyMappingID, r.AuthMethod, r.Scopes, r.DefaultScopes, r.Audience,
+		r.TokenLifetime, r.RevokeByJTI, r.RevokeOpaque, r.RevokeQuota)
+	if err != nil {
+		return Credentials{}, err
+	}
+	var of int32
+	if err := tx.QueryRow(ctx, clientMappingSQL, cred.ID).Scan(&of); err != nil {
+		return Credentials{}, err
+	}
+	if of != keyMappingID {
+		return Credentials{}, ErrExists
+	}
+	isNew := tag.RowsAffected() == 1
+	if r.AuthMethod == methodNone || !isNew && r.Secret == "" {
+		return cred, nil
+	}
+	if cred.Secret == "" {
+		cred.Secret = newSecret()
+	}
+	return cred, a.storeSecret(ctx, tx, cred, maxSecrets)
+}
+
+// RotateClient gives a client a secret in tx and returns it. Its newest one before
+// stays valid until the next rotation; with endPrevious none does. An empty given
+// makes a new one. Once tx is committed, [Authenticator.Forget] is to be called; in
+// other processes a secret that was ended lives for [Config.Freshness].
+//
+// Errors: [ErrNotFound] when there is no such client, [catalog.Invalid] for an unusable
+// secret, and for a public client, which has none.
+func (a *Authenticator) RotateClient(ctx context.Context, tx pgx.Tx, clientID, given string, endPrevious bool) (secret string, err error) {
+	cred := Credentials{clientID, given}
+	if given == "" {
+		cred.Secret = newSecret()
+	}
+	keep := maxSecrets
+	if endPrevious {
+		keep = 0
+	}
+	var method string
+	err = tx.QueryRow(ctx, clientMethodSQL, clientID).Scan(&method)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows):
+		err = ErrNotFound
+	case err != nil:
+	case method == methodNone:
+		err = catalog.Invalid{{Pointer: "#", Detail: "a public client has no secret"}}
+	case !isSecret(given):
+		err = catalog.Invalid{{Pointer: "#/secret", Detail: fmt.Sprintf("must be UTF-8 of at most %d bytes", maxSecretBytes)}}
+	default:
+		err = a.storeSecret(ctx, tx, cred, keep)
+	}
 	if err != nil {
 		return "", fmt.Errorf("rotate secret of client %q: %w", clientID, err)
 	}
-	return secret, nil
+	return cred.Secret, nil
+}
+
+// Forget makes the next look at a consumer key ask the database. It is called after
+// the commit of what made, changed or removed its client or its key mapping, or
+// blocked its application.
+func (a *Authenticator) Forget(iss, consumerKey string) {
+	a.clients.forget(consumerKey)
+	a.owners.forget(consumer{iss, consumerKey})
 }
 
 // maxSecretBytes bounds a secret or a password that is given.
 const maxSecretBytes = 1024
 
+func isSecret(s string) bool { return len(s) <= maxSecretBytes && isText(s) }
+
 const (
-	hasSecretSQL = `
-SELECT EXISTS (SELECT FROM rescind.client_secrets
-               WHERE client_id = $1 AND mac = $2 AND master_key_id = $3 AND (expires_at IS NULL OR expires_at > now()))`
-	insertSecretSQL = `INSERT INTO rescind.client_secrets (client_id, mac, master_key_id) VALUES ($1, $2, $3)`
+	findSecretSQL = `
+SELECT id FROM rescind.client_secrets
+WHERE client_id = $1 AND mac = $2 AND master_key_id = $3 AND (expires_at IS NULL OR expires_at > now())
+ORDER BY id DESC LIMIT 1`
+	insertSecretSQL = `INSERT INTO rescind.client_secrets (client_id, mac, master_key_id) VALUES ($1, $2, $3) RETURNING id`
 	trimSecretsSQL  = `
 DELETE FROM rescind.client_secrets
-WHERE client_id = $1 AND id NOT IN (
+WHERE client_id = $1 AND id <> $2 AND id NOT IN (
     SELECT id FROM rescind.client_secrets
     WHERE client_id = $1 AND (expires_at IS NULL OR expires_at > now())
-    ORDER BY id DESC LIMIT 2)`
+    ORDER BY id DESC LIMIT $3)`
 )
 
-// storeSecret adds secret unless the client has it, and removes all but the
-// newest two. The client's row must be locked.
-func (a *Authenticator) storeSecret(ctx context.Context, tx pgx.Tx, clientID, secret string) error {
-	if len(secret) > maxSecretBytes || !isText(secret) {
-		return fmt.Errorf("the secret is not UTF-8 of at most %d bytes", maxSecretBytes)
+// storeSecret adds the secret unless the client has it, and removes all others but
+// those among the newest keep. The client's row must be locked.
+func (a *Authenticator) storeSecret(ctx context.Context, tx pgx.Tx, cred Credentials, keep int) error {
+	m := a.secrets.mac(0, cred.ID, cred.Secret)
+	var id int64
+	err := tx.QueryRow(ctx, findSecretSQL, cred.ID, m[:], a.secrets.ids[0]).Scan(&id)
+	if errors.Is(err, pgx.ErrNoRows) {
+		err = tx.QueryRow(ctx, insertSecretSQL, cred.ID, m[:], a.secrets.ids[0]).Scan(&id)
 	}
-	m := a.secrets.mac(0, clientID, secret)
-	var has bool
-	if err := tx.QueryRow(ctx, hasSecretSQL, clientID, m[:], a.secrets.ids[0]).Scan(&has); err != nil || has {
+	if err != nil {
 		return err
 	}
-	if _, err := tx.Exec(ctx, insertSecretSQL, clientID, m[:], a.secrets.ids[0]); err != nil {
-		return err
-	}
-	_, err := tx.Exec(ctx, trimSecretsSQL, clientID)
+	_, err = tx.Exec(ctx, trimSecretsSQL, cred.ID, id, keep)
 	return err
 }
 
 const (
+	tenantSQL           = `SELECT id FROM rescind.tenants WHERE domain = $1`
 	accountForUpdateSQL = `SELECT role, tenant_id FROM rescind.accounts WHERE username = $1 FOR UPDATE`
-	putAccountSQL       = `
-INSERT INTO rescind.accounts (username, tenant_id, role, password_hash) VALUES ($1, $2, $3, $4)
-ON CONFLICT (username) DO UPDATE SET password_hash = excluded.password_hash`
+	insertAccountSQL    = `
+INSERT INTO rescind.accounts (username, tenant_id, role, password_hash, extra_tenants, revoked_jwt_form)
+VALUES ($1, $2, $3, $4, $5, $6)`
+	updateAccountSQL = `
+UPDATE rescind.accounts
+SET password_hash = coalesce(nullif($2, ''), password_hash), extra_tenants = $3, revoked_jwt_form = $4
+WHERE username = $1`
 	clientExistsSQL = `SELECT EXISTS (SELECT FROM rescind.clients WHERE client_id = $1)`
 )
 
-// CreateAccount makes the account unless it is there, and sees to it that
-// password is its password. Only the tenant's ID is used.
+var roles = []string{roleAdmin, "tenant_admin", "gateway", "notifier", "auditor"}
+
+// The forms in which a gateway wants revoked tokens listed.
+const (
+	formArray  = "array"
+	formObject = "object"
+)
+
+// PutAccount makes the account unless it is there, and sees to it that password is its
+// password and that it has acc's extra tenants and form. Of acc.Tenant only the domain
+// counts. An empty password keeps that of an account that is there. Other processes see
+// the change within [Config.Freshness].
 //
-// Errors: [ErrExists] when the name is taken by an account of another tenant or
-// role, or by a client.
-func (a *Authenticator) CreateAccount(ctx context.Context, acc Account, password string) error {
-	if acc.Username == "" || strings.Contains(acc.Username, ":") || !isText(acc.Username) {
-		return errors.New("create account: its name must be UTF-8 without a colon, and not empty")
+// Errors: [ErrExists] when the name is taken by an account of another tenant or role,
+// or by a client; [ErrNotFound] when there is no such tenant; another one that says
+// what is wrong with acc or password.
+func (a *Authenticator) PutAccount(ctx context.Context, acc Account, password string) error {
+	err := validateAccount(acc, password)
+	if err == nil {
+		hash := ""
+		if password != "" {
+			hash = newPHC(password).String() // before the transaction: it is slow
+		}
+		err = pgx.BeginFunc(ctx, a.pool, func(tx pgx.Tx) error { return putAccount(ctx, tx, acc, hash) })
+		a.accounts.forget(acc.Username)
 	}
-	if password == "" || len(password) > maxSecretBytes || !isText(password) {
-		return fmt.Errorf("create account: its password must be UTF-8 of 1 to %d bytes", maxSecretBytes)
-	}
-	hash := newPHC(password).String() // before the transaction: it is slow
-	err := pgx.BeginFunc(ctx, a.pool, func(tx pgx.Tx) error {
-		if err := lockName(ctx, tx, acc.Username); err != nil {
-			return err
-		}
-		if err := refuseIf(ctx, tx, clientExistsSQL, acc.Username); err != nil {
-			return err
-		}
-		var (
-			tenantID int32
-			role     string
-		)
-		switch err := tx.QueryRow(ctx, accountForUpdateSQL, acc.Username).Scan(&role, &tenantID); {
-		case errors.Is(err, pgx.ErrNoRows):
-		case err != nil:
-			return err
-		case role != acc.Role || tenantID != acc.Tenant.ID:
-			return ErrExists
-		}
-		_, err := tx.Exec(ctx, putAccountSQL, acc.Username, acc.Tenant.ID, acc.Role, hash)
-		return err
-	})
-	a.accounts.forget(acc.Username)
 	if err != nil {
-		return fmt.Errorf("create account %q: %w", acc.Username, err)
+		return fmt.Errorf("put account %q: %w", acc.Username, err)
+	}
+	return nil
+}
+
+func validateAccount(acc Account, password string) error {
+	var errs []error
+	if acc.Username == "" || len(acc.Username) > maxIDBytes || strings.Contains(acc.Username, ":") || !isText(acc.Username) {
+		errs = append(errs, fmt.Errorf("its name must be UTF-8 of 1 to %d bytes without a colon", maxIDBytes))
+	}
+	if !slices.Contains(roles, acc.Role) {
+		errs = append(errs, fmt.Errorf("role %q: must be one of %s", acc.Role, strings.Join(roles, ", ")))
+	}
+	if !catalog.ValidDomain(acc.Tenant.Domain) {
+		errs = append(errs, fmt.Errorf("tenant %q: must be the domain of a tenant, such as %s", acc.Tenant.Domain, revocation.SuperTenant.Domain))
+	}
+	for _, domain := range acc.ExtraTenants {
+		if domain != allTenants && !catalog.ValidDomain(domain) {
+			errs = append(errs, fmt.Errorf("extra tenant %q: must be the domain of a tenant, or %s for all", domain, allTenants))
+		}
+	}
+	if !isSecret(password) {
+		errs = append(errs, fmt.Errorf("its password must be UTF-8 of 1 to %d bytes", maxSecretBytes))
+	}
+	return errors.Join(errs...)
+}
+
+func putAccount(ctx context.Context, tx pgx.Tx, acc Account, hash string) error {
+	if err := lockName(ctx, tx, acc.Username); err != nil {
+		return err
+	}
+	if err := refuseIf(ctx, tx, clientExistsSQL, acc.Username); err != nil {
+		return err
+	}
+	var tenantID int32
+	switch err := tx.QueryRow(ctx, tenantSQL, acc.Tenant.Domain).Scan(&tenantID); {
+	case errors.Is(err, pgx.ErrNoRows):
+		return fmt.Errorf("tenant %q: %w: make it first, or correct the domain", acc.Tenant.Domain, ErrNotFound)
+	case err != nil:
+		return err
+	}
+	extra, form := acc.ExtraTenants, formArray
+	if extra == nil {
+		extra = []string{}
+	}
+	if acc.RevokedJWTObject {
+		form = formObject
+	}
+	var (
+		oldTenantID int32
+		oldRole     string
+	)
+	err := tx.QueryRow(ctx, accountForUpdateSQL, acc.Username).Scan(&oldRole, &oldTenantID)
+	switch {
+	case errors.Is(err, pgx.ErrNoRows) && hash == "":
+		return errors.New("a new account needs a password")
+	case errors.Is(err, pgx.ErrNoRows):
+		_, err = tx.Exec(ctx, insertAccountSQL, acc.Username, tenantID, acc.Role, hash, extra, form)
+	case err != nil:
+	case oldRole != acc.Role || oldTenantID != tenantID:
+		return fmt.Errorf("%w: an account's tenant and role stay as they are, so delete it first", ErrExists)
+	default:
+		_, err = tx.Exec(ctx, updateAccountSQL, acc.Username, hash, extra, form)
+	}
+	return err
+}
+
+const accountsSQL = `
+SELECT a.username, a.role, t.id, t.domain, a.extra_tenants, a.revoked_jwt_form
+FROM rescind.accounts a
+JOIN rescind.tenants t ON t.id = a.tenant_id
+ORDER BY a.username`
+
+// Accounts returns all accounts, by name.
+func (a *Authenticator) Accounts(ctx context.Context) ([]Account, error) {
+	rows, err := a.pool.Query(ctx, accountsSQL)
+	if err != nil {
+		return nil, fmt.Errorf("read accounts: %w", err)
+	}
+	all, err := pgx.CollectRows(rows, func(row pgx.CollectableRow) (Account, error) {
+		var (
+			acc  Account
+			form string
+		)
+		err := row.Scan(&acc.Username, &acc.Role, &acc.Tenant.ID, &acc.Tenant.Domain, &acc.ExtraTenants, &form)
+		acc.RevokedJWTObject = form == formObject
+		return acc, err
+	})
+	if err != nil {
+		return nil, fmt.Errorf("read accounts: %w", err)
+	}
+	return all, nil
+}
+
+// DeleteAccount removes an account, which other processes let in for at most
+// [Config.Freshness] more. Its error is [ErrNotFound] when there is none.
+func (a *Authenticator) DeleteAccount(ctx context.Context, username string) error {
+	tag, err := a.pool.Exec(ctx, `DELETE FROM rescind.accounts WHERE username = $1`, username)
+	a.accounts.forget(username)
+	if err == nil && tag.RowsAffected() == 0 {
+		err = ErrNotFound
+	}
+	if err != nil {
+		return fmt.Errorf("delete account %q: %w", username, err)
 	}
 	return nil
 }

@@ -15,6 +15,9 @@
 // A form is read before its request takes a place among those in flight: slow
 // senders hold connections, and never the places of those whose request is here.
 //
+// Requests that last, such as event streams and snapshots, take no such place: they
+// would keep revocations out. Their packages have bounds of their own.
+//
 // "Unknown token, nothing to do" is said only where it is proven; what cannot be
 // found out now is a 503. See [Verifier].
 package httpapi
@@ -147,6 +150,15 @@ func New(cfg Config, deps Deps) (http.Handler, error) {
 	return a.router, a.metrics.prepare(a.router, a.isForm)
 }
 
+// lasting are the paths below which requests may take long. What answers them bounds
+// them by itself.
+var lasting = []string{"/v1/events", "/v1/snapshots/", "/internal/", "/v2/"}
+
+func isLasting(path string) bool {
+	path = "/" + strings.TrimLeft(path, "/")
+	return slices.ContainsFunc(lasting, func(prefix string) bool { return strings.HasPrefix(path, prefix) })
+}
+
 // admit bounds the requests in flight.
 func (a *api) admit(next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
@@ -155,6 +167,10 @@ func (a *api) admit(next http.Handler) http.Handler {
 		}
 		if received, ok := r.Context().Value(receivedKey{}).(func()); ok {
 			received()
+		}
+		if isLasting(r.URL.Path) {
+			next.ServeHTTP(w, r)
+			return
 		}
 		select {
 		case a.slots <- struct{}{}:

@@ -5,18 +5,17 @@ import (
 	"context"
 	"crypto/rand"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"io"
 	"log/slog"
 	"net/http"
 	"runtime/debug"
-	"strconv"
 	"time"
 
 	"github.com/go-chi/chi/v5"
 
 	"github.com/rescindhq/rescind/internal/authn"
+	"github.com/rescindhq/rescind/internal/rest"
 )
 
 // exchange is one request and its answer: the ResponseWriter that handlers get,
@@ -33,10 +32,18 @@ type exchange struct {
 	err    error
 }
 
-var _ authn.Recorder = (*exchange)(nil)
+var (
+	_ authn.Recorder = (*exchange)(nil)
+	_ rest.Exchange  = (*exchange)(nil)
+)
 
 func (x *exchange) RecordClient(id string) { x.client = id }
 func (x *exchange) RecordError(err error)  { x.err = err }
+
+// RequestID, Traceparent and RemoteAddr implement [rest.Exchange].
+func (x *exchange) RequestID() string   { return x.id }
+func (x *exchange) Traceparent() string { return x.traceparent }
+func (x *exchange) RemoteAddr() string  { return x.remote }
 
 // Unwrap is for [http.ResponseController].
 func (x *exchange) Unwrap() http.ResponseWriter { return x.ResponseWriter }
@@ -130,13 +137,7 @@ func (a *api) fail(w http.ResponseWriter, r *http.Request, err error) {
 		authn.WriteError(w, err)
 		return
 	}
-	exchangeOf(r.Context()).RecordError(err)
-	status := http.StatusInternalServerError
-	if e, ok := errors.AsType[*authn.OAuthError](err); ok {
-		status = e.Status
-		w.Header().Set("Retry-After", strconv.Itoa(int(e.RetryAfter.Seconds())))
-	}
-	writeProblem(w, r, status)
+	rest.Write(w, r, err)
 }
 
 // maxFirstRead is room for most forms with a token.

@@ -66,11 +66,15 @@ func (l *Ledger) After(ctx context.Context, seq revocation.Seq, limit int) ([]re
 type tail struct {
 	mu     sync.Mutex
 	events []revocation.Event
+	bytes  int // of the events' data
 }
 
-// tailSize is a few megabytes, and what a sink may fall behind before it reads
-// from the database.
-const tailSize = 4096
+// tailSize events, or tailBytes of their data, are what a sink may fall behind before
+// it reads from the database.
+const (
+	tailSize  = 4096
+	tailBytes = 8 << 20
+)
 
 // add is called with the events of one commit, not always in the order of commits.
 func (t *tail) add(events []revocation.Event) {
@@ -85,12 +89,22 @@ func (t *tail) add(events []revocation.Event) {
 		case first.Epoch == last.Epoch && first.Seq <= last.Seq:
 			return
 		case first.Epoch != last.Epoch || first.Seq > last.Seq+1:
-			t.events = nil
+			t.events, t.bytes = nil, 0
 		}
 	}
-	if t.events = append(t.events, events...); len(t.events) > 2*tailSize {
-		t.events = slices.Clone(t.events[len(t.events)-tailSize:]) // readers have parts of the old one
+	t.events = append(t.events, events...)
+	for _, e := range events {
+		t.bytes += len(e.Data)
 	}
+	if len(t.events) <= 2*tailSize && t.bytes <= 2*tailBytes {
+		return
+	}
+	from, kept := len(t.events), 0
+	for from > 0 && len(t.events)-from < tailSize && kept+len(t.events[from-1].Data) <= tailBytes {
+		from--
+		kept += len(t.events[from].Data)
+	}
+	t.events, t.bytes = slices.Clone(t.events[from:]), kept // readers have parts of the old one
 }
 
 // forget drops what is of another epoch than the one that the log is in now.
@@ -98,7 +112,7 @@ func (t *tail) forget(now revocation.Epoch) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
 	if len(t.events) > 0 && t.events[0].Epoch != now {
-		t.events = nil
+		t.events, t.bytes = nil, 0
 	}
 }
 

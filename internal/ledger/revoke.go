@@ -35,8 +35,10 @@ type Request struct {
 	Actor  Actor
 	// Traceparent continues the caller's trace. May be empty.
 	Traceparent string
-
-	notAfter int64 // of an import; 0 takes the database's clock where the kind has a time
+	// NotAfter is the latest iat, in Unix seconds, of tokens that are dead, for kinds
+	// that have a time. 0 takes the database's clock, which is right unless the
+	// revocation was made elsewhere.
+	NotAfter int64
 }
 
 // Actor is who asked, for the audit.
@@ -315,7 +317,7 @@ func merge(requests []Request) (entries []entry, of []int) {
 		r := requests[i]
 		if n := len(entries); n > 0 && entries[n-1].Target == r.Target {
 			e := &entries[n-1]
-			e.Exp, e.notAfter = max(e.Exp, r.Exp), max(e.notAfter, r.notAfter)
+			e.Exp, e.NotAfter = max(e.Exp, r.Exp), max(e.NotAfter, r.NotAfter)
 		} else {
 			entries = append(entries, entry{Request: r})
 		}
@@ -391,44 +393,79 @@ func (l *Ledger) transact(ctx context.Context, entries []entry) (head revocation
 		return head, nil, err
 	}
 	defer conn.Release() // ends the connection if the transaction is still open
-	stored, err := l.upsert(ctx, conn, entries)
+	var b pgx.Batch
+	b.Queue("BEGIN")
+	stored, err := l.upsert(ctx, conn, &b, entries)
 	if err != nil {
 		return head, nil, err
 	}
-	var b pgx.Batch
-	readHead := func(row pgx.Row) error { return row.Scan(&head.Epoch, &head.Seq) }
 	if len(stored) == 0 {
-		b.Queue(headSQL).QueryRow(readHead)
+		var b pgx.Batch
+		b.Queue(headSQL).QueryRow(func(row pgx.Row) error { return row.Scan(&head.Epoch, &head.Seq) })
 		b.Queue("COMMIT")
 		if err := conn.SendBatch(ctx, &b).Close(); err != nil {
 			return head, nil, err
 		}
 		return head, nil, undoubted(conn.Conn().PgConn())
 	}
-	events = make([]revocation.Event, len(stored))
-	var audit auditColumns
-	var log eventColumns
+	var w written
+	if err := l.write(&w, entries, stored); err != nil {
+		return head, nil, err
+	}
+	if head, err = l.finish(ctx, conn, &w); err != nil {
+		return head, nil, err
+	}
+	base := head.Seq - revocation.Seq(len(stored))
 	for i, s := range stored {
+		entries[s.entry].seq, entries[s.entry].added = base+revocation.Seq(i)+1, true
+	}
+	return head, w.events, nil
+}
+
+// written is what a transaction adds to the log and to the audit.
+type written struct {
+	events []revocation.Event
+	log    eventColumns
+	audit  auditColumns
+}
+
+func (w *written) add(e revocation.Event, entityID string) {
+	w.events = append(w.events, e)
+	w.log.add(e, entityID)
+}
+
+// write adds the events and audit entries of the rows that were stored for entries.
+func (l *Ledger) write(w *written, entries []entry, rows []stored) error {
+	for _, s := range rows {
 		e := &entries[s.entry]
-		if events[i], err = revocation.NewEvent(s.Revocation); err != nil {
-			return head, nil, err
+		event, err := revocation.NewEvent(s.Revocation)
+		if err != nil {
+			return err
 		}
-		events[i].Source, events[i].Traceparent = l.cfg.Source, e.Traceparent
-		log.add(events[i], s.ID)
-		audit.add(AuditEntry{
+		event.Source, event.Traceparent = l.cfg.Source, e.Traceparent
+		w.add(event, s.ID)
+		w.audit.add(AuditEntry{
 			Tenant: e.Tenant, Action: e.Action, EntityID: s.ID, Iss: e.Target.Iss, Subject: e.Target.ID, Reason: e.Reason, Actor: e.Actor,
 		})
 	}
+	return nil
+}
+
+// finish writes w, of at least one event, and commits the transaction on conn, in one
+// round trip. It returns the head after it, and completes w's events.
+func (l *Ledger) finish(ctx context.Context, conn *pgxpool.Conn, w *written) (head revocation.Position, err error) {
+	var b pgx.Batch
+	n := revocation.Seq(len(w.events))
 	seen := l.lastSeen()
 	seenEpoch := cmp.Or(seen.Epoch, noEpoch)
-	audit.queue(&b)
+	w.audit.queue(&b)
 	b.Queue(notifySQL, l.instance)
-	b.Queue(raiseSQL, len(stored)).QueryRow(readHead)
-	log.queue(&b, seenEpoch, seen.Seq).Query(func(rows pgx.Rows) error {
+	b.Queue(raiseSQL, int64(n)).QueryRow(func(row pgx.Row) error { return row.Scan(&head.Epoch, &head.Seq) })
+	w.log.queue(&b, seenEpoch, seen.Seq).Query(func(rows pgx.Rows) error {
 		var seq, previous revocation.Seq
 		var at time.Time
 		_, err := pgx.ForEachRow(rows, []any{&seq, &previous, &at}, func() error {
-			e := &events[seq-head.Seq+revocation.Seq(len(events))-1]
+			e := &w.events[seq-head.Seq+n-1]
 			e.Position, e.Previous, e.Time = revocation.Position{Epoch: head.Epoch, Seq: seq}, previous, at
 			return nil
 		})
@@ -436,20 +473,14 @@ func (l *Ledger) transact(ctx context.Context, entries []entry) (head revocation
 	})
 	b.Queue("COMMIT")
 	err = conn.SendBatch(ctx, &b).Close()
-	base := head.Seq - revocation.Seq(len(stored))
-	if behind := notBehind(revocation.Position{Epoch: head.Epoch, Seq: base}, seen); err != nil && behind != nil {
-		return head, nil, behind
+	behind := notBehind(revocation.Position{Epoch: head.Epoch, Seq: head.Seq - n}, seen)
+	switch {
+	case err != nil && behind != nil:
+		return head, behind
+	case err != nil:
+		return head, err
 	}
-	if err == nil {
-		err = undoubted(conn.Conn().PgConn())
-	}
-	if err != nil {
-		return head, nil, err
-	}
-	for i, s := range stored {
-		entries[s.entry].seq, entries[s.entry].added = base+revocation.Seq(i)+1, true
-	}
-	return head, events, nil
+	return head, undoubted(conn.Conn().PgConn())
 }
 
 // undoubted returns an error if the server warned on c, and forgets the warning.
@@ -472,7 +503,7 @@ type stored struct {
 }
 
 // upsert begins the transaction and writes the state rows.
-func (l *Ledger) upsert(ctx context.Context, conn *pgxpool.Conn, entries []entry) (changed []stored, err error) {
+func (l *Ledger) upsert(ctx context.Context, conn *pgxpool.Conn, b *pgx.Batch, entries []entry) (changed []stored, err error) {
 	n := len(entries)
 	ids, tenants, kinds, iss := make([]string, n), make([]int32, n), make([]string, n), make([]string, n)
 	idents, digests, exps, timed := make([]string, n), make([]bool, n), make([]int64, n), make([]bool, n)
@@ -487,11 +518,9 @@ func (l *Ledger) upsert(ctx context.Context, conn *pgxpool.Conn, entries []entry
 		ids[i], tenants[i], kinds[i], iss[i] = id.String(), e.Tenant.ID, string(e.Target.Kind), e.Target.Iss
 		idents[i], digests[i], exps[i], timed[i] = e.Target.ID, e.Target.Digest, e.Exp, e.Target.Kind.HasTime()
 		clients[i], signatures[i], reasons[i], order[i] = e.ClientID, e.Signature, e.Reason, int32(i)
-		notAfter[i] = e.notAfter
+		notAfter[i] = e.NotAfter
 		byTarget[e.Target] = i
 	}
-	var b pgx.Batch
-	b.Queue("BEGIN")
 	b.Queue(upsertSQL, ids, tenants, kinds, iss, idents, digests, exps, timed,
 		clients, signatures, reasons, order, notAfter, int64(l.cfg.ClockSkew/time.Second)).Query(func(rows pgx.Rows) error {
 		changed, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (stored, error) {
@@ -504,7 +533,7 @@ func (l *Ledger) upsert(ctx context.Context, conn *pgxpool.Conn, entries []entry
 		})
 		return err
 	})
-	err = conn.SendBatch(ctx, &b).Close()
+	err = conn.SendBatch(ctx, b).Close()
 	return changed, err
 }
 

@@ -111,7 +111,7 @@ func (l *Ledger) Import(ctx context.Context, rs []revocation.Revocation) error {
 			continue
 		}
 		requests = append(requests, Request{
-			Target: r.Target, Tenant: tenant, Exp: r.Exp, notAfter: r.NotAfter, ClientID: r.ClientID, Signature: r.Signature,
+			Target: r.Target, Tenant: tenant, Exp: r.Exp, NotAfter: r.NotAfter, ClientID: r.ClientID, Signature: r.Signature,
 			Reason: "imported", Action: "import", Actor: Actor{Name: "system"},
 		})
 	}

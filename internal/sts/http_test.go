@@ -16,9 +16,9 @@ import (
 	"github.com/go-chi/chi/v5"
 	"github.com/go-jose/go-jose/v4"
 	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus"
 
-	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/authn"
 	"github.com/rescindhq/rescind/internal/pgtest"
 )
@@ -58,6 +58,7 @@ const (
 	basicAppOne = "Basic YXBwK29uZTpzM2NyJTNBdCUyQiUyRiUzRCUyNQ=="
 	basicApp2   = "Basic YXBwLTI6U2VjcmV0LTI="
 	basicFar    = "Basic ZmFyOlNlY3JldC1mYXI="
+	basicBlock  = "Basic YmxvY2tlZDpTZWNyZXQtYmxvY2tlZA=="
 )
 
 // conformance is a server before real clients.
@@ -69,27 +70,38 @@ func conformance(t *testing.T) *Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := New(t.Context(), Config{Issuer: iss}, pool, []authn.MasterKey{key}, clients, slog.New(slog.DiscardHandler))
-	if err != nil {
-		t.Fatal(err)
-	}
-	const far = "https://far.example"
-	if _, err := RegisterIssuer(t.Context(), pool, Registration{Iss: far, Name: "Far", MaxTokenLifetime: time.Hour}); err != nil {
-		t.Fatal(err)
-	}
-	app, err := clients.CreateApplication(t.Context(), authn.Application{TenantID: revocation.SuperTenant.ID, Owner: "admin", Name: "app"})
-	if err != nil {
-		t.Fatal(err)
-	}
-	for _, r := range []authn.Registration{
-		{ID: "app one", Issuer: iss, Secret: "s3cr:t+/=%", Scopes: []string{"read", "write"}, DefaultScopes: []string{"read", "write"},
-			Audience: []string{"https://api.example.com", "https://other.example.com/v1"}},
-		{ID: "app-2", Issuer: iss, AuthMethod: "client_secret_post", Secret: "Secret-2", TokenLifetime: 60},
-		{ID: "spa-1", Issuer: iss, AuthMethod: "none"},
-		{ID: "far", Issuer: far, Secret: "Secret-far"},
+	s := start(t, pool, Config{}, key)
+	s.forms = clients
+	const (
+		far        = "https://far.example"
+		newMapping = `
+WITH app AS (INSERT INTO rescind.applications (tenant_id, owner, name, blocked) VALUES (-1234, 'admin', $2, $3) RETURNING id)
+INSERT INTO rescind.key_mappings (application_id, key_manager_id, consumer_key, key_type)
+SELECT app.id, $1, $2, 'PRODUCTION' FROM app
+RETURNING id`
+	)
+	for _, c := range []struct {
+		iss     string
+		blocked bool
+		authn.Registration
+	}{
+		{iss, false, authn.Registration{ID: "app one", Secret: "s3cr:t+/=%", Scopes: []string{"read", "write"}, DefaultScopes: []string{"read", "write"},
+			Audience: []string{"https://api.example.com", "https://other.example.com/v1"}}},
+		{iss, false, authn.Registration{ID: "app-2", AuthMethod: "client_secret_post", Secret: "Secret-2", TokenLifetime: 60}},
+		{iss, false, authn.Registration{ID: "spa-1", AuthMethod: "none"}},
+		{iss, true, authn.Registration{ID: "blocked", Secret: "Secret-blocked"}},
+		{far, false, authn.Registration{ID: "far", Secret: "Secret-far"}},
 	} {
-		r.ApplicationID = app.ID
-		if _, err := clients.CreateClient(t.Context(), r); err != nil {
+		manager := keyManager(t, pool, c.iss, c.iss)
+		err := pgx.BeginFunc(t.Context(), pool, func(tx pgx.Tx) error {
+			var mapping int32
+			if err := tx.QueryRow(t.Context(), newMapping, manager, c.ID, c.blocked).Scan(&mapping); err != nil {
+				return err
+			}
+			_, err := clients.StoreClient(t.Context(), tx, mapping, c.Registration)
+			return err
+		})
+		if err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -136,6 +148,7 @@ func TestTokenEndpoint(t *testing.T) {
 		{"scope twice", basicAppOne, grant + "&scope=write+read++write", 200, "", "write read", []string{api, other}, 900},
 		{"no scope, no audience, its own lifetime", basicApp2, grant, 200, "", "", []string{iss}, 60},
 		{"issued elsewhere", basicFar, grant, 400, "unauthorized_client", "", nil, 0},
+		{"blocked", basicBlock, grant, 400, "unauthorized_client", "", nil, 0},
 		{"wrong secret", "Basic YXBwLTI6d3Jvbmc=", grant, 401, "invalid_client", "", nil, 0},
 	} {
 		t.Run(tt.name, func(t *testing.T) {

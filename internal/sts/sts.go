@@ -1,6 +1,5 @@
 // Package sts is our own token issuer. It hides how tokens are minted, where the
-// signing keys are kept and how they are sealed, and what the database knows of
-// issuers. It owns the tables key_managers and signing_keys.
+// signing keys are kept and how they are sealed. It owns the table signing_keys.
 //
 // # Decisions
 //
@@ -40,12 +39,15 @@ import (
 // MaxTokenLifetime is the longest that a token of ours lives.
 const MaxTokenLifetime = time.Hour
 
-// Config tunes the issuer. All but Issuer may stay zero.
+// Config tunes the issuer. All but Issuer and KeyManagerID may stay zero.
 type Config struct {
 	// Issuer is the iss of the super tenant's tokens, and the URL below which
 	// clients reach us, with no slash at its end. A database belongs to the one
 	// that it was first used with.
 	Issuer string
+	// KeyManagerID is the row of rescind.key_managers that is Issuer's. Its longest
+	// token lifetime is [MaxTokenLifetime].
+	KeyManagerID int32
 	// TokenLifetime is how long tokens of clients live that have no lifetime of
 	// their own. Shorter limits what a lost gateway accepts; longer means fewer
 	// requests for tokens. Default 15 min, 1 s to 1 h.
@@ -83,6 +85,9 @@ func (c Config) complete() (Config, error) {
 		errs = append(errs, fmt.Errorf("issuer %q: must be a URL such as https://km.example.com, at most 255 bytes, "+
 			"without user, query, fragment and slash at its end", c.Issuer))
 	}
+	if c.KeyManagerID <= 0 {
+		errs = append(errs, fmt.Errorf("key manager %d: must be the id of a key manager", c.KeyManagerID))
+	}
 	if c.TokenLifetime < time.Second || c.TokenLifetime > MaxTokenLifetime || c.TokenLifetime%time.Second != 0 {
 		errs = append(errs, fmt.Errorf("token lifetime %s: must be whole seconds, 1s to %s", c.TokenLifetime, MaxTokenLifetime))
 	}
@@ -117,8 +122,7 @@ type Server struct {
 	signing chan struct{} // a place for each that is being signed
 }
 
-// New registers the issuer in the database, makes its first signing key unless
-// there is one, and loads its keys. The first of masterKeys seals new signing
+// New makes the issuer's first signing key unless there is one, and loads its keys. The first of masterKeys seals new signing
 // keys; the others open old ones too.
 func New(ctx context.Context, cfg Config, pool *pgxpool.Pool, masterKeys []authn.MasterKey, forms Forms, log *slog.Logger) (*Server, error) {
 	cfg, err := cfg.complete()
@@ -128,16 +132,12 @@ func New(ctx context.Context, cfg Config, pool *pgxpool.Pool, masterKeys []authn
 	if err != nil {
 		return nil, fmt.Errorf("configure token issuer: %w", err)
 	}
-	registered, err := register(ctx, pool, Registration{Iss: cfg.Issuer, Resident: true})
-	if err != nil {
-		return nil, err
-	}
 	s := &Server{
 		cfg:     cfg,
 		forms:   forms,
 		log:     log.With("component", "sts"),
 		now:     time.Now,
-		store:   &keyStore{pool: pool, iss: cfg.Issuer, keyManagerID: registered.id, masterKeys: masterKeys},
+		store:   &keyStore{pool: pool, iss: cfg.Issuer, keyManagerID: cfg.KeyManagerID, masterKeys: masterKeys},
 		queue:   make(chan struct{}, cfg.MaxQueue),
 		signing: make(chan struct{}, runtime.GOMAXPROCS(0)),
 	}

@@ -18,7 +18,6 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
-	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/api/token"
 	"github.com/rescindhq/rescind/internal/authn"
 	"github.com/rescindhq/rescind/internal/pgtest"
@@ -45,11 +44,24 @@ func (f fakeForms) Form(http.ResponseWriter, *http.Request, ...string) (authn.Cl
 	return f.client, f.form, nil
 }
 
+// keyManager makes a key manager as the catalog does, unless it is there.
+func keyManager(t testing.TB, pool *pgxpool.Pool, name, iss string) (id int32) {
+	t.Helper()
+	exec(t, pool, `
+INSERT INTO rescind.key_managers (tenant_id, name, resident, iss, max_token_lifetime) VALUES (-1234, $1, false, $2, 3600)
+ON CONFLICT (iss) DO NOTHING`, name, iss)
+	if err := pool.QueryRow(t.Context(), `SELECT id FROM rescind.key_managers WHERE iss = $1`, iss).Scan(&id); err != nil {
+		t.Fatal(err)
+	}
+	return id
+}
+
 func start(t testing.TB, pool *pgxpool.Pool, cfg Config, masterKeys ...authn.MasterKey) *Server {
 	t.Helper()
 	if cfg.Issuer == "" {
 		cfg.Issuer = iss
 	}
+	cfg.KeyManagerID = keyManager(t, pool, "own", cfg.Issuer)
 	if len(masterKeys) == 0 {
 		masterKeys = []authn.MasterKey{masterKey(t, "a")}
 	}
@@ -125,11 +137,12 @@ func TestTokensSurviveRestart(t *testing.T) {
 func TestStartsAtOnceMakeOneKey(t *testing.T) {
 	t.Parallel()
 	pool := pgtest.New(t)
+	cfg := Config{Issuer: iss, KeyManagerID: keyManager(t, pool, "own", iss)}
 	kids := make([]string, 6)
 	var wg sync.WaitGroup
 	for i := range kids {
 		wg.Go(func() {
-			s, err := New(t.Context(), Config{Issuer: iss}, pool, []authn.MasterKey{masterKey(t, "a")}, fakeForms{}, slog.New(slog.DiscardHandler))
+			s, err := New(t.Context(), cfg, pool, []authn.MasterKey{masterKey(t, "a")}, fakeForms{}, slog.New(slog.DiscardHandler))
 			if err != nil {
 				t.Error(err)
 				return
@@ -147,9 +160,6 @@ func TestStartsAtOnceMakeOneKey(t *testing.T) {
 	if n := count(t, pool, `SELECT count(*) FROM rescind.signing_keys`); n != 1 {
 		t.Errorf("%d signing keys, want 1", n)
 	}
-	if n := count(t, pool, `SELECT count(*) FROM rescind.key_managers WHERE resident AND max_token_lifetime = 3600`); n != 1 {
-		t.Errorf("%d resident issuers, want 1", n)
-	}
 }
 
 func TestWrongMasterKey(t *testing.T) {
@@ -158,7 +168,7 @@ func TestWrongMasterKey(t *testing.T) {
 	right, wrong := masterKey(t, "a"), masterKey(t, "b")
 	old := start(t, pool, Config{}, right)
 	compact := mint(t, old)
-	_, err := New(t.Context(), Config{Issuer: iss}, pool, []authn.MasterKey{wrong}, fakeForms{}, slog.New(slog.DiscardHandler))
+	_, err := New(t.Context(), old.cfg, pool, []authn.MasterKey{wrong}, fakeForms{}, slog.New(slog.DiscardHandler))
 	if err == nil {
 		t.Fatal("New starts with a master key that does not open the signing key")
 	}
@@ -334,108 +344,6 @@ func TestUnknownKid(t *testing.T) {
 	}
 }
 
-func TestRegisterIssuer(t *testing.T) {
-	t.Parallel()
-	pool := pgtest.New(t)
-	start(t, pool, Config{})
-	exec(t, pool, `INSERT INTO rescind.tenants (id, domain) VALUES (1, 'a.example'), (2, 'b.example')`)
-	first := Registration{Iss: "https://idp.example", Name: "IdP", Tenant: "a.example", MaxTokenLifetime: time.Hour}
-	for range 2 {
-		got, err := RegisterIssuer(t.Context(), pool, first)
-		if want := (revocation.Tenant{ID: 1, Domain: "a.example"}); err != nil || got != want {
-			t.Fatalf("RegisterIssuer = %v, %v, want %v", got, err, want)
-		}
-	}
-	higher := first
-	higher.Name, higher.MaxTokenLifetime = "IdP 2", 2*time.Hour
-	if _, err := RegisterIssuer(t.Context(), pool, higher); err != nil {
-		t.Fatal(err)
-	}
-	if n := count(t, pool, `SELECT count(*) FROM rescind.key_managers
-		WHERE iss = $1 AND name = 'IdP 2' AND max_token_lifetime = 7200 AND NOT resident AND tenant_id = 1`, first.Iss); n != 1 {
-		t.Error("the issuer is not as it was registered last")
-	}
-	if _, err := RegisterIssuer(t.Context(), pool, Registration{Iss: "https://super.example", Name: "IdP 2", MaxTokenLifetime: time.Hour}); err != nil {
-		t.Errorf("the same name in another tenant: %v", err)
-	}
-
-	for _, tt := range []struct {
-		name   string
-		change func(*Registration)
-		want   []string
-	}{
-		{"lower lifetime", func(r *Registration) { r.MaxTokenLifetime = time.Hour }, []string{"7200 s", "3600 s", "cannot"}},
-		{"another tenant", func(r *Registration) { r.Tenant = "b.example" }, []string{"a.example", "b.example"}},
-		{"no such tenant", func(r *Registration) { r.Tenant = "c.example" }, []string{"no tenant", "c.example"}},
-		{"a taken name", func(r *Registration) { r.Iss = "https://new.example" }, []string{"IdP 2", "https://idp.example", "another name"}},
-		{"our own", func(r *Registration) { r.Iss, r.Tenant = iss, "" }, []string{"our own", "external"}},
-		{"becomes our own", func(r *Registration) { r.Resident = true }, []string{"our own", "external"}},
-		{"no iss", func(r *Registration) { r.Iss = "" }, []string{"iss is empty"}},
-		{"no name, no lifetime", func(r *Registration) { r.Name, r.MaxTokenLifetime = "", 0 }, []string{"name", "lifetime 0s"}},
-		{"parts of seconds", func(r *Registration) { r.MaxTokenLifetime += time.Millisecond }, []string{"whole seconds"}},
-		{"too long", func(r *Registration) { r.MaxTokenLifetime = 11 * 365 * 24 * time.Hour }, []string{"87600h"}},
-	} {
-		t.Run(tt.name, func(t *testing.T) {
-			t.Parallel()
-			r := higher
-			tt.change(&r)
-			got, err := RegisterIssuer(t.Context(), pool, r)
-			if err == nil || got != (revocation.Tenant{}) {
-				t.Fatalf("RegisterIssuer = %v, %v, want an error", got, err)
-			}
-			for _, want := range append(tt.want, r.Iss) {
-				if !strings.Contains(err.Error(), want) {
-					t.Errorf("error does not say %q: %v", want, err)
-				}
-			}
-		})
-	}
-}
-
-func TestDatabaseOfAnotherIssuer(t *testing.T) {
-	t.Parallel()
-	pool := pgtest.New(t)
-	start(t, pool, Config{})
-	_, err := New(t.Context(), Config{Issuer: "https://other.example"}, pool, []authn.MasterKey{masterKey(t, "a")}, fakeForms{}, slog.New(slog.DiscardHandler))
-	if err == nil {
-		t.Fatal("New starts on the database of another issuer")
-	}
-	for _, want := range []string{iss, "https://other.example", "RESCIND_ISSUER"} {
-		if !strings.Contains(err.Error(), want) {
-			t.Errorf("error does not say %q: %v", want, err)
-		}
-	}
-	if n := count(t, pool, `SELECT count(*) FROM rescind.key_managers`); n != 1 {
-		t.Errorf("%d issuers afterwards, want 1", n)
-	}
-}
-
-func TestRegistrationsAtOnce(t *testing.T) {
-	t.Parallel()
-	pool := pgtest.New(t)
-	var wg sync.WaitGroup
-	for i := range 8 {
-		wg.Go(func() {
-			r := Registration{Iss: "https://idp.example", Name: "IdP", MaxTokenLifetime: time.Duration(i+1) * time.Hour}
-			for {
-				_, err := RegisterIssuer(t.Context(), pool, r)
-				if err == nil {
-					return
-				}
-				if !strings.Contains(err.Error(), "cannot become") {
-					t.Error(err)
-					return
-				}
-				r.MaxTokenLifetime = 8 * time.Hour
-			}
-		})
-	}
-	wg.Wait()
-	if n := count(t, pool, `SELECT count(*) FROM rescind.key_managers WHERE max_token_lifetime = 8 * 3600`); n != 1 {
-		t.Errorf("%d issuers with the longest lifetime, want 1", n)
-	}
-}
-
 func TestConfigReportsAll(t *testing.T) {
 	t.Parallel()
 	for _, issuer := range []string{
@@ -448,15 +356,15 @@ func TestConfigReportsAll(t *testing.T) {
 		if err == nil {
 			t.Fatalf("issuer %q: New accepts it", issuer)
 		}
-		for _, want := range []string{"issuer \"", "2h0m0s", "HS256", "-1", "master key"} {
+		for _, want := range []string{"issuer \"", "2h0m0s", "HS256", "-1", "key manager 0", "master key"} {
 			if !strings.Contains(err.Error(), want) {
 				t.Errorf("issuer %q: error does not say %q: %v", issuer, want, err)
 			}
 		}
 	}
 	for _, issuer := range []string{"https://km.example.com", "http://127.0.0.1:8080", "https://km.example.com:8443/a/b.c"} {
-		got, err := Config{Issuer: issuer}.complete()
-		want := Config{Issuer: issuer, TokenLifetime: 15 * time.Minute, Algorithm: "RS256", MaxQueue: 128}
+		got, err := Config{Issuer: issuer, KeyManagerID: 7}.complete()
+		want := Config{Issuer: issuer, KeyManagerID: 7, TokenLifetime: 15 * time.Minute, Algorithm: "RS256", MaxQueue: 128}
 		if err != nil || !cmp.Equal(got, want) {
 			t.Errorf("complete = %+v, %v, want %+v", got, err, want)
 		}

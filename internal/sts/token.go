@@ -34,6 +34,7 @@ var (
 	errGrantType   = refusal("unsupported_grant_type", "Only the grant type client_credentials is supported.")
 	errPublic      = refusal("unauthorized_client", "A public client cannot use this grant type.")
 	errForeign     = refusal("unauthorized_client", "The tokens of this client are issued elsewhere.")
+	errBlocked     = refusal("unauthorized_client", "The application is blocked.")
 	errScope       = refusal("invalid_scope", "A scope is malformed or not one of the client.")
 	errTarget      = refusal("invalid_target", "A resource is malformed or not one of the client.")
 
@@ -80,6 +81,8 @@ func (s *Server) grant(w http.ResponseWriter, r *http.Request) (tokenResponse, e
 		return tokenResponse{}, errPublic
 	case client.Issuer != s.cfg.Issuer:
 		return tokenResponse{}, errForeign
+	case client.Blocked:
+		return tokenResponse{}, errBlocked
 	}
 	scopes, err := scopesOf(client, form.Get("scope"))
 	if err != nil {

@@ -1,0 +1,116 @@
+// Package adminapi hides the management API: which routes change the catalog, who may
+// use them, and what their bodies may say.
+//
+// # Decisions
+//
+// A body is a type of its own, and never an entity: what only the service sets is an
+// unknown member, so nobody believes to have set it.
+//
+// PUT replaces all of an entity: a member that is left out takes its default. There is
+// no PATCH. PUT and DELETE are for one version of the entity (If-Match), so that no
+// change of another person is lost unseen. Block, unblock and rotate, which are for
+// emergencies, go by If-Match only if it is sent.
+//
+// A parameter that is not known is refused: revoke_token=false, with an s left out, would
+// else revoke.
+//
+// What another tenant has does not exist for those who may not see it: 404, never 403.
+package adminapi
+
+import (
+	"errors"
+	"net/http"
+	"slices"
+
+	"github.com/go-chi/chi/v5"
+
+	store "github.com/rescindhq/rescind/internal/catalog"
+	"github.com/rescindhq/rescind/internal/rest"
+)
+
+// Deps are the parts of the service that requests reach. All are required.
+type Deps struct {
+	Catalog     *store.Store
+	Accounts    rest.Accounts
+	Idempotency rest.IdempotencyStore
+}
+
+// API is the management API of the catalog.
+type API struct {
+	deps Deps
+}
+
+// New returns the API. Its error names what is missing.
+func New(deps Deps) (*API, error) {
+	var errs []error
+	if deps.Catalog == nil {
+		errs = append(errs, errors.New("a catalog is missing"))
+	}
+	if deps.Accounts == nil {
+		errs = append(errs, errors.New("accounts are missing"))
+	}
+	if deps.Idempotency == nil {
+		errs = append(errs, errors.New("a store for idempotency keys is missing"))
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, err
+	}
+	return &API{deps}, nil
+}
+
+// Route is one operation of the API.
+type Route struct {
+	// Method and Pattern are as chi knows them.
+	Method, Pattern string
+	// Roles are those whose accounts may use it.
+	Roles []string
+
+	serve func(*API, http.ResponseWriter, *http.Request) error
+}
+
+var (
+	readers = []string{rest.Admin, rest.TenantAdmin, rest.Auditor}
+	writers = []string{rest.Admin, rest.TenantAdmin}
+	admins  = []string{rest.Admin}
+)
+
+// Access returns every route of the API: [API.Routes] adds these and no others.
+func Access() []Route {
+	var routes []Route
+	for _, res := range resources {
+		routes = append(routes, res.routes()...)
+	}
+	return slices.Concat(routes, []Route{
+		{http.MethodPost, applicationsPath + "/{id}/block", writers, (*API).block},
+		{http.MethodPost, applicationsPath + "/{id}/unblock", writers, (*API).unblock},
+		{http.MethodPost, keysPath + "/{key}/rotate", writers, (*API).rotateKey},
+	})
+}
+
+// Routes adds the routes of [Access] to r, which stands at the root of the host.
+func (a *API) Routes(r chi.Router) {
+	for _, route := range Access() {
+		// Require comes first: an Idempotency-Key is its caller's.
+		around := chi.Chain(rest.Require(a.deps.Accounts, nil, route.Roles...))
+		if route.Method == http.MethodPost {
+			around = append(around, rest.Idempotent(a.deps.Idempotency))
+		}
+		r.With(around...).Method(route.Method, route.Pattern, rest.Handler(func(w http.ResponseWriter, r *http.Request) error {
+			w.Header().Set("Cache-Control", "no-store")
+			return problem(route.serve(a, w, r))
+		}))
+	}
+}
+
+// caller is who sent r, and the tenant that it is bound to.
+func caller(w http.ResponseWriter, r *http.Request) store.Caller {
+	account := rest.AccountOf(r.Context())
+	c := store.Caller{
+		Actor: rest.ActorOf(w, r), Traceparent: rest.ExchangeOf(w).Traceparent(), Tenant: account.Tenant.Domain,
+	}
+	// What else a tenant's admin may read, its role ends with its tenant.
+	if account.SeesAll() && account.Role != rest.TenantAdmin {
+		c.Tenant = ""
+	}
+	return c
+}

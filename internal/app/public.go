@@ -1,0 +1,141 @@
+package app
+
+import (
+	"context"
+	"encoding/base64"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
+	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/rescindhq/rescind/api/catalog"
+	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/api/token"
+	"github.com/rescindhq/rescind/internal/adminapi"
+	"github.com/rescindhq/rescind/internal/authn"
+	store "github.com/rescindhq/rescind/internal/catalog"
+	"github.com/rescindhq/rescind/internal/eventhub"
+	"github.com/rescindhq/rescind/internal/follow"
+	"github.com/rescindhq/rescind/internal/httpapi"
+	"github.com/rescindhq/rescind/internal/ledger"
+	"github.com/rescindhq/rescind/internal/rest"
+	"github.com/rescindhq/rescind/internal/snapshotapi"
+	"github.com/rescindhq/rescind/internal/sts"
+)
+
+// public is what clients, gateways and admins reach.
+type public struct {
+	handler http.Handler
+	issuers *issuers
+	drain   func() // ends what would last
+}
+
+// newPublic brings the catalog and the replica up to date, then makes what answers
+// requests.
+func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Ledger, state *follow.Follower, reg prometheus.Registerer, log *slog.Logger) (*public, error) {
+	keys, err := masterKeys(cfg)
+	if err != nil {
+		return nil, err
+	}
+	callers, err := authn.New(authn.Config{
+		TrustedProxies: cfg.HTTP.TrustedProxies,
+		MaxLookups:     max(1, min(4, cfg.Database.MaxConns/4)), // commits use the same connections
+	}, pool, keys, reg, log)
+	if err != nil {
+		return nil, err
+	}
+	entities := store.New(pool, l, callers, log)
+	own, err := entities.EnsureKeyManager(ctx, catalog.KeyManager{
+		Iss: cfg.Issuer, Resident: true, Enabled: true, MaxTokenLifetime: int32(sts.MaxTokenLifetime / time.Second),
+	})
+	if err != nil {
+		return nil, err
+	}
+	issuer, err := sts.New(ctx, sts.Config{
+		Issuer: cfg.Issuer, KeyManagerID: own.ID, TokenLifetime: cfg.TokenLifetime, Algorithm: cfg.SigningAlgorithm,
+	}, pool, keys, callers, log)
+	if err != nil {
+		return nil, err
+	}
+	configured := []token.Issuer{issuer.Issuer()}
+	for _, t := range cfg.TrustedIssuers {
+		trusted, err := newTrustedIssuer(ctx, t, entities, log)
+		if err != nil {
+			return nil, fmt.Errorf("trusted issuer %s: %w", t.Iss, err)
+		}
+		configured = append(configured, trusted)
+	}
+	if err := entities.Announce(ctx); err != nil {
+		return nil, err
+	}
+	if err := state.Load(ctx); err != nil {
+		return nil, err
+	}
+	p := &public{issuers: newIssuers(configured, cfg.KeySetNetworks, state, log)}
+
+	repeats := rest.NewIdempotencyStore(pool, keys)
+	admin, err := adminapi.New(adminapi.Deps{Catalog: entities, Accounts: callers, Idempotency: repeats})
+	if err != nil {
+		return nil, err
+	}
+	reads, err := snapshotapi.New(snapshotapi.Config{}, snapshotapi.Deps{Follower: state, Accounts: callers, Registerer: reg, Log: log})
+	if err != nil {
+		return nil, err
+	}
+	hub, err := eventhub.New(eventhub.Config{}, eventhub.Deps{
+		State: state, Accounts: callers, Ledger: l, Idempotency: repeats, Registerer: reg, Log: log,
+	})
+	if err != nil {
+		return nil, err
+	}
+	p.drain = reads.Close
+	p.handler, err = httpapi.New(httpConfig(cfg), httpapi.Deps{
+		Clients: callers, Verifier: p.issuers, Ledger: l,
+		Routes: []func(chi.Router){issuer.Routes, admin.Routes, reads.Routes, hub.Routes},
+		Remote: callers.Remote, Registerer: reg, Log: log,
+	})
+	return p, err
+}
+
+func masterKeys(cfg Config) ([]authn.MasterKey, error) {
+	raw, err := base64.StdEncoding.DecodeString(string(cfg.MasterKey))
+	if err != nil {
+		return nil, errors.New("RESCIND_MASTER_KEY is not base64")
+	}
+	master, err := authn.NewMasterKey(raw)
+	if err != nil {
+		return nil, err
+	}
+	return []authn.MasterKey{master}, nil
+}
+
+// newTrustedIssuer registers t, whose keys are not needed before a token of its
+// own is revoked: an issuer that is down keeps nobody from starting.
+func newTrustedIssuer(ctx context.Context, t TrustedIssuer, entities *store.Store, log *slog.Logger) (token.Issuer, error) {
+	manager, err := entities.EnsureKeyManager(ctx, catalog.KeyManager{
+		Meta: catalog.Meta{Tenant: revocation.Tenant{Domain: t.Tenant}}, Iss: t.Iss, Name: t.Name, Enabled: true,
+		MaxTokenLifetime: int32(t.MaxTokenLifetime / time.Second), JWKSURI: t.JWKSURL, Algorithms: t.Algorithms, AllowTyp: t.AllowTyp,
+	})
+	if err != nil {
+		return token.Issuer{}, err
+	}
+	issuer := token.Issuer{
+		Iss: t.Iss, Tenant: manager.Tenant, Algorithms: t.Algorithms, AllowTypes: t.AllowTyp, MaxLifetime: t.MaxTokenLifetime,
+	}
+	log = log.With("issuer", t.Iss)
+	if t.JWKSFile != "" {
+		issuer.Keys, err = token.NewFileKeySet(ctx, t.JWKSFile, log)
+		return issuer, err
+	}
+	remote := token.RemoteConfig{URL: t.JWKSURL, Cache: token.CacheConfig{Logger: log}}
+	if t.AllowPrivateAddresses {
+		remote.AllowedNetworks = token.PrivateNetworks
+	}
+	issuer.Keys, err = token.NewRemoteKeySet(remote)
+	return issuer, err
+}

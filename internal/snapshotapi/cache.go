@@ -1,0 +1,469 @@
+package snapshotapi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/fnv"
+	"io"
+	"log/slog"
+	"sync"
+	"time"
+
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/internal/rest"
+)
+
+const (
+	// chunkSize is how many bytes of a snapshot are handed on at a time.
+	chunkSize = 256 << 10
+	// ahead is how many chunks a snapshot is made ahead of its fastest reader.
+	ahead = 16
+	// reuseFor is how long a snapshot is given to new readers whatever has changed since.
+	// With [headAge] it is at most two seconds behind.
+	reuseFor = time.Second
+	// cutoffStep is how often what has ended is left out anew, in seconds. An ETag is
+	// good for as long at most.
+	cutoffStep = 60
+	// minCoded is the smallest body that is compressed, in bytes.
+	minCoded = 1 << 10
+	// zstdWindow bounds what a decoder needs; RFC 9659 allows 8 MiB.
+	zstdWindow = 1 << 20
+)
+
+// key is what distinguishes snapshots of one position.
+type key struct {
+	kind   string
+	scope  string
+	form   form
+	coding rest.Coding
+}
+
+// cache shares snapshots among their readers: for each key there is at most one that new
+// readers get, its blob. It can be sent while it is being made. When it is too old it is
+// retired, which leaves it to its readers, chunk by chunk until the slowest is past them.
+//
+// One lock guards the cache and all blobs; nothing takes long under it.
+type cache struct {
+	follower Follower
+	max      int
+	metrics  *metrics
+	log      *slog.Logger
+
+	mu     sync.Mutex
+	blobs  map[key]*blob // none of them retired
+	bytes  int           // of all blobs, retired ones too
+	sweeps *time.Timer   // nil while there are no blobs
+	closed bool
+}
+
+func newCache(f Follower, maxBytes int, m *metrics, log *slog.Logger) *cache {
+	return &cache{follower: f, max: maxBytes, metrics: m, log: log, blobs: make(map[key]*blob)}
+}
+
+// blob is the bytes of one snapshot. Chunks do not change once they are in it.
+type blob struct {
+	key    key
+	scope  scope
+	born   time.Time // before its content was taken
+	cutoff int64     // see encoder
+
+	at      revocation.Position // zero until its content was taken
+	decided bool                // coding is
+	coding  rest.Coding         // identity for a body that is too small for that of key
+	chunks  [][]byte
+	size    int64
+	done    bool
+	err     error         // why it will never be done
+	grown   chan struct{} // closed and replaced when something above has changed
+	room    *sync.Cond    // signalled when more may be made, or need not be
+
+	retired bool
+	readers int
+	wanted  []int // how many readers are at each chunk; the last is for the one to come
+	front   int   // the chunk that the fastest reader is at
+	low     int   // the chunks before it were given back
+	used    time.Time
+}
+
+// errFull is that there is no room for another snapshot.
+var errFull = errors.New("the snapshots that are being sent take all the memory that they may")
+
+// errAbandoned ends the making of a blob that nobody wants.
+var errAbandoned = errors.New("nobody reads the snapshot any more")
+
+// open returns a reading of the blob for k, which has everything up to head or is less than
+// reuseFor old. It begins one if there is none.
+func (c *cache) open(k key, s scope, head revocation.Position) (*reading, error) {
+	now := time.Now()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	b := c.blobs[k]
+	if b != nil && !b.usable(now, head) {
+		c.retire(b)
+		b = nil
+	}
+	if b == nil {
+		if c.makeRoom(); c.bytes > c.max {
+			return nil, errFull
+		}
+		b = &blob{
+			key: k, scope: s, born: now, cutoff: cutoffAt(now), wanted: []int{0},
+			grown: make(chan struct{}), room: sync.NewCond(&c.mu),
+		}
+		c.blobs[k] = b
+		c.metrics.builds[k.kind].Inc()
+		go c.build(b)
+		if c.sweeps == nil && !c.closed {
+			c.sweeps = time.AfterFunc(reuseFor, c.sweep)
+		}
+	}
+	b.readers++
+	b.wanted[0]++
+	b.used = now
+	return &reading{c: c, b: b}, nil
+}
+
+func cutoffAt(now time.Time) int64 { return now.Unix() / cutoffStep * cutoffStep }
+
+// usable reports whether a reader may get b who must get what is up to head.
+func (b *blob) usable(now time.Time, head revocation.Position) bool {
+	switch {
+	case b.err != nil:
+		return false
+	case b.at == revocation.Position{}:
+		return true // its content has yet to be taken
+	case b.at.Epoch != head.Epoch:
+		return false
+	case now.Sub(b.born) < reuseFor:
+		return true
+	}
+	return b.at.Seq >= head.Seq && (!kinds[b.key.kind].revocations || b.cutoff == cutoffAt(now))
+}
+
+// sweep retires what new readers would not get.
+func (c *cache) sweep() {
+	now, at := time.Now(), c.follower.Replica().At()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, b := range c.blobs {
+		if !b.usable(now, at) {
+			c.retire(b)
+		}
+	}
+	c.sweeps = nil
+	if len(c.blobs) > 0 && !c.closed {
+		c.sweeps = time.AfterFunc(reuseFor, c.sweep)
+	}
+}
+
+// close gives back what is not being sent.
+func (c *cache) close() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.closed = true
+	if c.sweeps != nil {
+		c.sweeps.Stop()
+	}
+	for _, b := range c.blobs {
+		c.retire(b)
+	}
+}
+
+// retire needs c.mu.
+func (c *cache) retire(b *blob) {
+	if b.retired {
+		return
+	}
+	b.retired = true
+	delete(c.blobs, b.key)
+	c.free(b)
+	b.room.Signal()
+}
+
+// free gives the chunks of a retired blob back that no reader will come to. It needs c.mu.
+func (c *cache) free(b *blob) {
+	if !b.retired {
+		return
+	}
+	for ; b.low < len(b.chunks) && b.wanted[b.low] == 0; b.low++ {
+		c.count(-len(b.chunks[b.low]))
+		b.chunks[b.low] = nil
+	}
+}
+
+// count needs c.mu.
+func (c *cache) count(n int) {
+	c.bytes += n
+	c.metrics.cached.Add(float64(n))
+}
+
+// makeRoom retires blobs without readers, those first that were asked for longest ago,
+// until the rest fits. It needs c.mu.
+func (c *cache) makeRoom() {
+	for c.bytes > c.max {
+		var oldest *blob
+		for _, b := range c.blobs {
+			if b.readers == 0 && (oldest == nil || b.used.Before(oldest.used)) {
+				oldest = b
+			}
+		}
+		if oldest == nil {
+			return
+		}
+		c.retire(oldest)
+	}
+}
+
+// changed wakes the readers of b that wait. It needs c.mu.
+func (b *blob) changed() {
+	close(b.grown)
+	b.grown = make(chan struct{})
+}
+
+// put adds a chunk to b, once its fastest reader is near enough.
+func (c *cache) put(b *blob, chunk []byte) error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for len(b.chunks)-b.front >= ahead && !(b.retired && b.readers == 0) {
+		b.room.Wait()
+	}
+	if b.retired && b.readers == 0 {
+		return errAbandoned
+	}
+	b.chunks = append(b.chunks, chunk)
+	b.wanted = append(b.wanted, 0)
+	b.size += int64(len(chunk))
+	c.count(len(chunk))
+	c.makeRoom()
+	b.changed()
+	return nil
+}
+
+// build makes b.
+func (c *cache) build(b *blob) {
+	start := time.Now()
+	content := contentOf(c.follower.Replica(), kinds[b.key.kind])
+	c.mu.Lock()
+	b.at = content.at
+	c.mu.Unlock()
+
+	w := &builder{c: c, b: b}
+	e := &encoder{kind: b.key.kind, form: b.key.form, scope: b.scope, cutoff: b.cutoff, emit: w.emit}
+	err := e.encode(content)
+	if err == nil {
+		err = w.finish(e.buf)
+	}
+	if err != nil && !errors.Is(err, errAbandoned) {
+		c.log.Error("a snapshot cannot be made; please report this", "kind", b.key.kind, "error", err)
+	}
+	c.metrics.buildSeconds.Observe(time.Since(start).Seconds())
+
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	b.done, b.err = err == nil, err
+	if err != nil {
+		c.retire(b)
+	}
+	b.changed()
+}
+
+// builder compresses what an encoder makes, and puts it into a blob.
+type builder struct {
+	c     *cache
+	b     *blob
+	coder coder  // nil for identity
+	out   []byte // compressed, not yet a chunk
+}
+
+// coder is what compressors have in common.
+type coder interface {
+	io.WriteCloser
+	Reset(io.Writer)
+}
+
+// Compressors hold much memory, and making one takes long.
+var coders = map[rest.Coding]*sync.Pool{
+	rest.Gzip: {New: func() any {
+		w, err := gzip.NewWriterLevel(nil, gzip.BestSpeed)
+		if err != nil {
+			panic(err) // the level is a constant
+		}
+		return w
+	}},
+	rest.Zstd: {New: func() any {
+		w, err := zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithWindowSize(zstdWindow),
+			zstd.WithEncoderConcurrency(1), zstd.WithLowerEncoderMem(true))
+		if err != nil {
+			panic(err) // the options are constants
+		}
+		return w
+	}},
+}
+
+// decide settles the coding of the blob once it is known whether its body is small.
+func (w *builder) decide(small bool) {
+	if w.b.decided {
+		return
+	}
+	coding := w.b.key.coding
+	if small {
+		coding = rest.Identity
+	}
+	if coding != rest.Identity {
+		w.coder = coders[coding].Get().(coder)
+		w.coder.Reset(w)
+	}
+	w.c.mu.Lock()
+	defer w.c.mu.Unlock()
+	w.b.coding, w.b.decided = coding, true
+	w.b.changed()
+}
+
+// emit implements encoder.emit.
+func (w *builder) emit(full []byte) ([]byte, error) {
+	w.decide(false)
+	if w.coder == nil {
+		return make([]byte, 0, chunkSize+chunkSize/8), w.c.put(w.b, full)
+	}
+	_, err := w.coder.Write(full)
+	return full[:0], err
+}
+
+// Write takes what was compressed.
+func (w *builder) Write(p []byte) (int, error) {
+	for rest := p; len(rest) > 0; {
+		if w.out == nil {
+			w.out = make([]byte, 0, chunkSize)
+		}
+		n := min(len(rest), chunkSize-len(w.out))
+		w.out, rest = append(w.out, rest[:n]...), rest[n:]
+		if len(w.out) == chunkSize {
+			if err := w.c.put(w.b, w.out); err != nil {
+				return 0, err
+			}
+			w.out = nil
+		}
+	}
+	return len(p), nil
+}
+
+// finish takes the last bytes of the encoder.
+func (w *builder) finish(last []byte) error {
+	w.decide(len(last) < minCoded) // there were none before, or it is decided
+	if w.coder == nil {
+		return w.c.put(w.b, last)
+	}
+	if _, err := w.coder.Write(last); err != nil {
+		return err
+	}
+	if err := w.coder.Close(); err != nil {
+		return err
+	}
+	w.coder.Reset(nil)
+	coders[w.b.coding].Put(w.coder)
+	if len(w.out) == 0 {
+		return nil
+	}
+	return w.c.put(w.b, w.out)
+}
+
+// reading is one reader's place in a blob. It must be closed.
+type reading struct {
+	c       *cache
+	b       *blob
+	i       int
+	started bool
+}
+
+// info is what the header of an answer says.
+type info struct {
+	etag   string
+	coding rest.Coding
+	size   int64 // -1 while it is not known
+}
+
+// info waits until it is known.
+func (rd *reading) info(ctx context.Context) (info, error) {
+	rd.c.mu.Lock()
+	defer rd.c.mu.Unlock()
+	for !rd.b.decided {
+		if err := rd.await(ctx); err != nil {
+			return info{}, err
+		}
+	}
+	in := info{etag: rd.b.etag(), coding: rd.b.coding, size: -1}
+	if rd.b.done {
+		in.size = rd.b.size
+	}
+	return in, nil
+}
+
+// next returns the chunk after the one before, when it is there, and [io.EOF] after the
+// last. The caller is done with the one before.
+func (rd *reading) next(ctx context.Context) ([]byte, error) {
+	rd.c.mu.Lock()
+	defer rd.c.mu.Unlock()
+	if rd.started {
+		rd.b.wanted[rd.i]--
+		rd.i++
+		rd.b.wanted[rd.i]++
+		rd.c.free(rd.b)
+		if rd.i > rd.b.front {
+			rd.b.front = rd.i
+			rd.b.room.Signal()
+		}
+	}
+	rd.started = true
+	for rd.i == len(rd.b.chunks) {
+		if rd.b.done {
+			rd.started = false // stays at the end
+			return nil, io.EOF
+		}
+		if err := rd.await(ctx); err != nil {
+			rd.started = false
+			return nil, err
+		}
+	}
+	return rd.b.chunks[rd.i], nil
+}
+
+// await waits until the blob has changed. It needs the cache's lock, which it gives up meanwhile.
+func (rd *reading) await(ctx context.Context) error {
+	if rd.b.err != nil {
+		return fmt.Errorf("make snapshot: %w", rd.b.err)
+	}
+	grown := rd.b.grown
+	rd.c.mu.Unlock()
+	defer rd.c.mu.Lock()
+	select {
+	case <-grown:
+		return nil
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+}
+
+func (rd *reading) close() {
+	rd.c.mu.Lock()
+	defer rd.c.mu.Unlock()
+	rd.b.wanted[rd.i]--
+	rd.b.readers--
+	rd.c.free(rd.b)
+	rd.b.room.Signal()
+}
+
+// etag is of epoch, seq, all that distinguishes what can be asked for, and the coding
+// (HTTP-04). It needs the cache's lock.
+func (b *blob) etag() string {
+	h := fnv.New64a()
+	fmt.Fprintf(h, "%s\x00%s\x00%s", b.key.kind, b.scope.key, b.key.form)
+	if kinds[b.key.kind].revocations {
+		fmt.Fprintf(h, "\x00%d", b.cutoff)
+	}
+	suffix := map[rest.Coding]string{rest.Identity: "", rest.Gzip: ".gz", rest.Zstd: ".zst"}[b.coding]
+	return fmt.Sprintf(`"%.8s.%d.%x%s"`, b.at.Epoch, b.at.Seq, h.Sum64(), suffix)
+}

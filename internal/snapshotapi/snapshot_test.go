@@ -1,0 +1,491 @@
+package snapshotapi
+
+import (
+	"bufio"
+	"bytes"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"math"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+	"github.com/klauspost/compress/gzip"
+	"github.com/klauspost/compress/zstd"
+
+	"github.com/rescindhq/rescind/api/catalog"
+	"github.com/rescindhq/rescind/api/replica"
+	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/internal/follow"
+)
+
+var update = flag.Bool("update", false, "rewrite the golden files")
+
+func golden(t *testing.T, name string, got []byte) {
+	t.Helper()
+	path := filepath.Join("testdata", name)
+	if *update {
+		if err := os.WriteFile(path, got, 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), string(got)); diff != "" {
+		t.Errorf("%s (-want +got):\n%s", name, diff)
+	}
+}
+
+// entities are one of each noun, and a second application of another tenant.
+func entities() []catalog.Entity {
+	meta := func(id int32, tenant revocation.Tenant) catalog.Meta {
+		return catalog.Meta{ID: id, UUID: fmt.Sprintf("0193a2f4-7c11-7d02-9b1e-%012d", id), Tenant: tenant, Timestamp: 1795200598214}
+	}
+	super := revocation.SuperTenant
+	app, api := catalog.Ref{ID: 5, UUID: meta(5, super).UUID}, catalog.Ref{ID: 4, UUID: meta(4, super).UUID}
+	return []catalog.Entity{
+		&catalog.Tenant{Meta: meta(7, pizza), DisplayName: "Pizza & <Söhne>"},
+		&catalog.KeyManager{Meta: meta(1, super), Name: "Resident", Type: "default", Enabled: true, Resident: true, Iss: iss, MaxTokenLifetime: 3600, TokenType: "DIRECT"},
+		&catalog.Policy{Meta: meta(2, super), Kind: catalog.PolicySubscription, Name: "Gold", QuotaType: "requestCount", Quota: 5000, UnitTime: 1, TimeUnit: "min"},
+		&catalog.Scope{Meta: meta(3, super), Name: "menu:read", Roles: []string{"chef"}},
+		&catalog.API{Meta: meta(4, super), Name: "Menu", Version: "1.0.0", Context: "/menu/1.0.0", Provider: "admin", Type: "HTTP", Status: catalog.APIPublished},
+		&catalog.Application{Meta: meta(5, super), Name: "Kiosk", Owner: "ann", Policy: "Unlimited", TokenType: "JWT"},
+		&catalog.Application{Meta: meta(9, pizza), Name: "Oven", Owner: "bob", Policy: "Unlimited", TokenType: "JWT"},
+		&catalog.KeyMapping{Meta: meta(6, super), Application: app, ConsumerKey: "app-2", KeyType: catalog.Production, KeyManager: "Resident", Iss: iss, Generated: true},
+		&catalog.Subscription{Meta: meta(8, super), Application: app, API: api, Policy: "Gold", State: catalog.Unblocked},
+	}
+}
+
+// ended is the end of tokens whose revocation nobody needs, needed that of those that some do.
+var ended, needed = time.Now().Unix() - leeway - cutoffStep - 1, time.Now().Unix() - leeway + 60
+
+const farAway = 4102444800
+
+func records() []replica.Record {
+	target := func(k revocation.Kind, id string) revocation.Target {
+		return revocation.Target{Kind: k, Iss: iss, ID: id}
+	}
+	super := revocation.SuperTenant
+	return []replica.Record{
+		{Target: target(revocation.KindToken, "at-1"), Tenant: super, Exp: farAway},
+		{Target: target(revocation.KindToken, "at-ended"), Tenant: super, Exp: ended},
+		{Target: target(revocation.KindToken, "<\"at\\é\u2028>"), Tenant: super, Exp: farAway},
+		{Target: revocation.DigestTarget(iss, "opaque"), Tenant: super, Exp: farAway, Signature: "c2ln"},
+		{Target: target(revocation.KindClient, "app-2"), Tenant: super, Exp: farAway, NotAfter: 1795200400},
+		{Target: target(revocation.KindSubject, "u-1"), Tenant: super, Exp: farAway, NotAfter: 1795200400},
+		{Target: target(revocation.KindSession, "s-1"), Tenant: super, Exp: farAway},
+		{Target: target(revocation.KindKey, "k-1"), Tenant: super, Exp: farAway},
+		{Target: revocation.Target{Kind: revocation.KindToken, Iss: iss + "/t/pizza.example", ID: "at-1"}, Tenant: pizza, Exp: farAway},
+		{Target: revocation.Target{Kind: revocation.KindTenant, ID: pizza.Domain}, Tenant: pizza, Exp: farAway, NotAfter: 1795200400},
+	}
+}
+
+func (f *fakeFollower) fill(seq revocation.Seq) {
+	f.t.Helper()
+	f.load(revocation.Position{Epoch: epoch, Seq: seq}, func(l *replica.Loader) {
+		for _, rec := range records() {
+			l.Revocation(rec)
+		}
+		for _, e := range entities() {
+			l.Entity(e)
+		}
+	})
+	f.frames, f.gone = make([]follow.Frame, seq), seq
+}
+
+func body(t testing.TB, resp *http.Response) []byte {
+	t.Helper()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatalf("read body after %d bytes: %v", len(b), err)
+	}
+	return b
+}
+
+func TestSnapshotBodies(t *testing.T) {
+	t.Parallel()
+	s := serve(t, Config{})
+	s.follower.fill(88213)
+	for kind := range kinds {
+		for name, accept := range map[string]string{"json": "application/json", "ndjson": "application/x-ndjson"} {
+			resp := s.do(s.request("/v1/snapshots/"+kind, "Accept", accept))
+			got := body(t, resp)
+			if resp.StatusCode != http.StatusOK || resp.Header.Get("Content-Type") != string(map[string]form{"json": formJSON, "ndjson": formNDJSON}[name]) {
+				t.Errorf("%s as %s: %s of %s", kind, name, resp.Status, resp.Header.Get("Content-Type"))
+			}
+			if name == "json" && !json.Valid(got) {
+				t.Errorf("%s is not JSON:\n%s", kind, got)
+			}
+			golden(t, kind+"."+name+".golden", got)
+		}
+	}
+}
+
+// What a snapshot says of an entity is what its events say.
+func TestSnapshotItemsAreEventData(t *testing.T) {
+	t.Parallel()
+	s := serve(t, Config{})
+	s.follower.fill(1)
+	var lines []string
+	for line := range bytes.Lines(body(t, s.do(s.request("/v1/snapshots/all", "Accept", "application/x-ndjson")))) {
+		lines = append(lines, string(line))
+	}
+	for _, entity := range entities() {
+		e, err := catalog.NewEvent(catalog.Change{Verb: catalog.Created, Entity: entity})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if want := fmt.Sprintf(`{"kind":"%s","item":%s}`+"\n", entity.Noun(), e.Data); !slices.Contains(lines, want) {
+			t.Errorf("there is no line %s", want)
+		}
+	}
+}
+
+func TestSnapshotConformance(t *testing.T) {
+	t.Parallel()
+	s := serve(t, Config{})
+	s.follower.fill(88213)
+	for i := range 50 { // so that applications are worth compressing
+		s.follower.change(catalog.Change{Verb: catalog.Created, Entity: &catalog.Application{
+			Meta: catalog.Meta{ID: int32(100 + i), UUID: fmt.Sprintf("0193a2f4-7c11-7d02-9b1e-%012d", 100+i), Tenant: revocation.SuperTenant},
+			Name: fmt.Sprintf("app %d", i),
+		}})
+	}
+	isTag := regexp.MustCompile(`^"3b0d7c52\.88263\.[0-9a-f]{1,16}(\.gz|\.zst)?"$`)
+	problem := func(t *testing.T, resp *http.Response, status int, typ string) {
+		t.Helper()
+		var p struct {
+			Type   string
+			Status int
+		}
+		err := json.Unmarshal(body(t, resp), &p)
+		if err != nil || resp.StatusCode != status || p.Status != status || !strings.HasSuffix(p.Type, typ) ||
+			resp.Header.Get("Content-Type") != "application/problem+json" || resp.Header.Get("Cache-Control") != "no-store" {
+			t.Errorf("answer is %s of %v, %+v, error %v; want a problem %d %s", resp.Status, resp.Header, p, err, status, typ)
+		}
+	}
+	headers := func(t *testing.T, resp *http.Response) {
+		t.Helper()
+		for name, want := range map[string]string{
+			"Cache-Control": "private, no-cache", "Vary": "Accept-Encoding, Accept", "Accept-Ranges": "none", "Content-Range": "",
+		} {
+			if got := strings.Join(resp.Header[name], "|"); got != want {
+				t.Errorf("%s is %q, want %q", name, got, want)
+			}
+		}
+		if tag := resp.Header.Get("ETag"); !isTag.MatchString(tag) {
+			t.Errorf("ETag is %s", tag)
+		}
+	}
+	t.Run("C097 C098", func(t *testing.T) {
+		resp := s.do(s.request("/v1/snapshots/subscriptions?limit=2", "user", "gateway"))
+		headers(t, resp)
+		var got struct {
+			Epoch revocation.Epoch
+			Seq   revocation.Seq
+			Items []catalog.Subscription
+		}
+		if err := json.Unmarshal(body(t, resp), &got); err != nil || resp.StatusCode != http.StatusOK {
+			t.Fatal(resp.Status, err)
+		}
+		if got.Epoch != epoch || got.Seq != 88263 || len(got.Items) != 1 {
+			t.Errorf("body is %+v", got)
+		}
+		tag := resp.Header.Get("ETag")
+		for _, match := range []string{tag, "W/" + tag, `"other", ` + tag, "*"} {
+			resp := s.do(s.request("/v1/snapshots/subscriptions?limit=2", "user", "gateway", "If-None-Match", match))
+			headers(t, resp)
+			if b := body(t, resp); resp.StatusCode != http.StatusNotModified || len(b) > 0 || resp.Header.Get("ETag") != tag {
+				t.Errorf("If-None-Match: %s: %s with %q, ETag %s", match, resp.Status, b, resp.Header.Get("ETag"))
+			}
+		}
+		if resp := s.do(s.request("/v1/snapshots/subscriptions", "user", "gateway", "If-None-Match", `"other"`)); resp.StatusCode != http.StatusOK {
+			t.Errorf("with another tag: %s", resp.Status)
+		}
+	})
+	var plain []byte
+	t.Run("C101", func(t *testing.T) {
+		resp := s.do(s.request("/v1/snapshots/applications", "Range", "bytes=0-9"))
+		headers(t, resp)
+		plain = body(t, resp)
+		if resp.StatusCode != http.StatusOK || !json.Valid(plain) {
+			t.Errorf("%s with %d bytes", resp.Status, len(plain))
+		}
+	})
+	t.Run("C102", func(t *testing.T) {
+		problem(t, s.do(s.request("/v1/snapshots/applications", "Accept-Encoding", "br, identity;q=0")), 406, "about:blank")
+	})
+	t.Run("C103", func(t *testing.T) {
+		tags := map[string]bool{}
+		for accept, coding := range map[string]string{"gzip;q=0.5, zstd": "zstd", "gzip": "gzip", "identity": ""} {
+			resp := s.do(s.request("/v1/snapshots/applications", "Accept-Encoding", accept))
+			headers(t, resp)
+			if got := resp.Header.Get("Content-Encoding"); got != coding {
+				t.Fatalf("Accept-Encoding: %s: coding is %q, want %q", accept, got, coding)
+			}
+			tags[resp.Header.Get("ETag")] = true
+			var r io.Reader = resp.Body
+			switch coding {
+			case "zstd":
+				z, err := zstd.NewReader(resp.Body, zstd.WithDecoderMaxWindow(8<<20), zstd.WithDecoderConcurrency(1))
+				if err != nil {
+					t.Fatal(err)
+				}
+				defer z.Close()
+				r = z
+			case "gzip":
+				var err error
+				if r, err = gzip.NewReader(resp.Body); err != nil {
+					t.Fatal(err)
+				}
+			}
+			got, err := io.ReadAll(r)
+			if err != nil || !bytes.Equal(got, plain) {
+				t.Errorf("%s: %d bytes, error %v; want the %d of identity", coding, len(got), err, len(plain))
+			}
+		}
+		if len(tags) != 3 {
+			t.Errorf("tags are %v, want one for each coding", tags)
+		}
+	})
+	t.Run("HTTP-11 small bodies are not compressed", func(t *testing.T) {
+		resp := s.do(s.request("/v1/snapshots/scopes", "Accept-Encoding", "zstd"))
+		if b := body(t, resp); resp.Header.Get("Content-Encoding") != "" || !json.Valid(b) || resp.ContentLength != int64(len(b)) {
+			t.Errorf("coding %q, length %d, body %.50q", resp.Header.Get("Content-Encoding"), resp.ContentLength, b)
+		}
+	})
+	t.Run("HTTP-21 HEAD", func(t *testing.T) {
+		req := s.request("/v1/snapshots/applications", "Accept-Encoding", "zstd")
+		req.Method = http.MethodHead
+		resp := s.do(req)
+		headers(t, resp)
+		if b := body(t, resp); resp.StatusCode != http.StatusOK || len(b) > 0 || resp.Header.Get("Content-Encoding") != "zstd" {
+			t.Errorf("%s, %v, %d bytes", resp.Status, resp.Header, len(b))
+		}
+	})
+	t.Run("refusals", func(t *testing.T) {
+		for path, want := range map[string]struct {
+			status int
+			typ    string
+		}{
+			"/v1/snapshots/nonsense":                            {404, "about:blank"},
+			"/v1/snapshots/apis?limit=0":                        {400, "/invalid-parameter"},
+			"/v1/snapshots/apis?limit=1001":                     {400, "/invalid-parameter"},
+			"/v1/snapshots/apis?limit=+2":                       {400, "/invalid-parameter"},
+			"/v1/snapshots/apis?limit=2&limit=2":                {400, "/invalid-parameter"},
+			"/v1/snapshots/apis?cursor=abc":                     {400, "/invalid-parameter"},
+			"/v1/snapshots/apis?tennant=x":                      {400, "/invalid-parameter"},
+			"/v1/snapshots/apis?tenant=":                        {400, "/invalid-parameter"},
+			"/v1/snapshots/apis?tenant=PIZZA":                   {400, "/invalid-parameter"},
+			"/v1/snapshots/apis?tenant=a&tenant=b":              {400, "/invalid-parameter"},
+			"/v1/snapshots/apis?%zz":                            {400, "/invalid-parameter"},
+			"/v1/snapshots/apis?a;b":                            {400, "/invalid-parameter"},
+			"/v1/events?after=x&tenant=" + pizza.Domain + "%0a": {400, "/invalid-parameter"},
+		} {
+			t.Run(path, func(t *testing.T) { problem(t, s.do(s.request(path)), want.status, want.typ) })
+		}
+		problem(t, s.do(s.request("/v1/snapshots/apis", "user", "notifier")), 403, "about:blank")
+		problem(t, s.do(s.request("/v1/snapshots/apis", "user", "nobody")), 401, "about:blank")
+		problem(t, s.do(s.request("/v1/events", "user", "notifier")), 403, "about:blank")
+	})
+	t.Run("stale", func(t *testing.T) {
+		s := serve(t, Config{})
+		s.follower.stale = follow.ErrStale
+		for _, path := range []string{"/v1/snapshots/apis", "/v1/events?after=" + s.follower.replica.At().String()} {
+			resp := s.do(s.request(path))
+			problem(t, resp, 503, "about:blank")
+			if got := resp.Header.Get("Retry-After"); got != "1" {
+				t.Errorf("Retry-After is %q", got)
+			}
+		}
+	})
+	t.Run("cannot be made", func(t *testing.T) {
+		s := serve(t, Config{})
+		s.follower.load(revocation.Position{Epoch: epoch, Seq: 1}, func(l *replica.Loader) {
+			e := entities()[1].(*catalog.KeyManager)
+			e.Properties = map[string]any{"x": math.Inf(1)}
+			l.Entity(e)
+		})
+		problem(t, s.do(s.request("/v1/snapshots/key-managers")), 500, "about:blank")
+	})
+}
+
+func TestSnapshotScope(t *testing.T) {
+	t.Parallel()
+	s := serve(t, Config{})
+	s.follower.fill(1)
+	super, both := []string{"carbon.super"}, []string{"carbon.super", "pizza.example"}
+	for _, tt := range []struct {
+		user, query string
+		want        []string // tenants, nil for 403
+	}{
+		{"admin", "", both},
+		{"admin", "?tenant=pizza.example", []string{"pizza.example"}},
+		{"admin", "?tenant=nobody.example", []string{}},
+		{"gateway", "", super},
+		{"gateway", "?tenant=carbon.super", super},
+		{"gateway", "?tenant=pizza.example", nil},
+		{"gateway", "?tenant=nobody.example", nil},
+		{"gateway-all", "", both},
+		{"gateway-two", "", both},
+		{"gateway-two", "?tenant=nobody.example", nil},
+		{"pizza-admin", "", []string{"pizza.example"}},
+		{"pizza-admin", "?tenant=carbon.super", nil},
+		{"auditor", "", []string{"pizza.example"}},
+	} {
+		t.Run(tt.user+tt.query, func(t *testing.T) {
+			resp := s.do(s.request("/v1/snapshots/all"+tt.query, "user", tt.user, "Accept", "application/x-ndjson"))
+			if tt.want == nil {
+				if resp.StatusCode != http.StatusForbidden {
+					t.Fatalf("%s, want 403", resp.Status)
+				}
+				return
+			}
+			seen := map[string]bool{}
+			tenant := regexp.MustCompile(`"tenant":(?:\{"id":-?\d+,"domain":)?"([^"]+)"`)
+			for _, m := range tenant.FindAllStringSubmatch(string(body(t, resp)), -1) {
+				seen[m[1]] = true
+			}
+			got := []string{}
+			for domain := range seen {
+				got = append(got, domain)
+			}
+			slices.Sort(got)
+			if diff := cmp.Diff(tt.want, got); diff != "" {
+				t.Errorf("tenants (-want +got):\n%s", diff)
+			}
+		})
+	}
+}
+
+func TestSnapshotHasWhatGatewaysNeed(t *testing.T) {
+	t.Parallel()
+	s := serve(t, Config{})
+	s.follower.load(revocation.Position{Epoch: epoch, Seq: 1}, func(l *replica.Loader) {
+		for name, exp := range map[string]int64{"at-ended": ended, "at-needed": needed} {
+			l.Revocation(replica.Record{Target: revocation.Target{Kind: revocation.KindToken, Iss: iss, ID: name}, Tenant: revocation.SuperTenant, Exp: exp})
+		}
+	})
+	got := string(body(t, s.do(s.request("/v1/snapshots/revocations"))))
+	if strings.Contains(got, "at-ended") || !strings.Contains(got, "at-needed") {
+		t.Errorf("snapshot is %s", got)
+	}
+}
+
+// All who ask for the same at a time share one making of it.
+func TestSnapshotIsShared(t *testing.T) {
+	t.Parallel()
+	f := manyRevocations(t, 50_000)
+	s := serveFollower(t, Config{}, f)
+	for _, coding := range []string{"", "zstd"} {
+		before := s.metric("rescind_snapshot_builds_total")
+		client := &http.Client{Transport: &http.Transport{DisableCompression: true}}
+		var all sync.WaitGroup
+		type sum struct {
+			crc          uint32
+			bytes, lines int
+		}
+		sums := make([]sum, 200)
+		for i := range sums {
+			all.Go(func() {
+				resp, err := client.Do(s.request("/v1/snapshots/revocations", "Accept-Encoding", coding))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				defer resp.Body.Close()
+				buf := make([]byte, 64<<10)
+				for err == nil {
+					var n int
+					n, err = resp.Body.Read(buf)
+					sums[i].crc = crc32.Update(sums[i].crc, crc32.IEEETable, buf[:n])
+					sums[i].bytes += n
+					sums[i].lines += bytes.Count(buf[:n], []byte("\n"))
+				}
+				if err != io.EOF {
+					t.Error(err)
+				}
+			})
+		}
+		all.Wait()
+		client.CloseIdleConnections()
+		for _, sum := range sums {
+			if sum != sums[0] {
+				t.Fatalf("coding %q: two readers got different bytes", coding)
+			}
+		}
+		if got := s.metric("rescind_snapshot_builds_total") - before; got != 1 {
+			t.Errorf("coding %q: %v snapshots were made, want 1", coding, got)
+		}
+		if coding == "" && sums[0].lines != 50_000+2 {
+			t.Errorf("%d lines", sums[0].lines)
+		}
+	}
+	await(t, "readers are gone", func() bool { return s.metric("rescind_snapshot_readers") == 0 })
+}
+
+// stuck sends a request and reads nothing of the answer.
+func (s *served) stuck(req *http.Request) net.Conn {
+	s.t.Helper()
+	conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+	if err != nil {
+		s.t.Fatal(err)
+	}
+	s.t.Cleanup(func() { conn.Close() })
+	if err := req.Write(conn); err != nil {
+		s.t.Fatal(err)
+	}
+	return conn
+}
+
+func TestSnapshotSlowReaderIsDropped(t *testing.T) {
+	t.Parallel()
+	s := serveFollower(t, Config{}, manyRevocations(t, 300_000), func(a *API) { a.sendTimeout = time.Second })
+	conn := s.stuck(s.request("/v1/snapshots/revocations"))
+	whole := body(t, s.do(s.request("/v1/snapshots/revocations")))
+	if !json.Valid(whole) {
+		t.Error("the fast reader did not get all")
+	}
+	await(t, "the slow reader is dropped", func() bool { return s.metric("rescind_snapshot_dropped_total") == 1 })
+	resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(resp.Body); err == nil {
+		t.Errorf("the slow reader's %d bytes look whole", len(got))
+	}
+	if got := s.metric("rescind_snapshot_builds_total"); got != 1 {
+		t.Errorf("%v snapshots were made, want 1", got)
+	}
+}
+
+func TestSnapshotBounds(t *testing.T) {
+	t.Parallel()
+	s := serveFollower(t, Config{MaxReaders: 2, MaxCachedBytes: 1 << 20}, manyRevocations(t, 300_000))
+	refused := func(path string) {
+		t.Helper()
+		resp := s.do(s.request(path))
+		if resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") != "2" {
+			t.Errorf("%s: %s, Retry-After %q", path, resp.Status, resp.Header.Get("Retry-After"))
+		}
+	}
+	s.stuck(s.request("/v1/snapshots/revocations"))
+	await(t, "much is held", func() bool { return s.metric("rescind_snapshot_cached_bytes") > 2<<20 })
+	refused("/v1/snapshots/apis") // no memory
+	s.stuck(s.request("/v1/snapshots/revocations"))
+	await(t, "two read", func() bool { return s.metric("rescind_snapshot_readers") == 2 })
+	refused("/v1/snapshots/revocations") // no place
+}

@@ -1,0 +1,109 @@
+package wso2
+
+import (
+	"cmp"
+	"maps"
+	"strings"
+
+	"github.com/rescindhq/rescind/api/catalog"
+)
+
+// residentJWKS is where our own token service publishes the key set of an issuer.
+const residentJWKS = "/oauth2/jwks"
+
+// keyManager is the payload of the topics of key managers (WSO2 contract, section 5).
+// It has no tenantId: gateways disagree about its type.
+type keyManager struct {
+	EventType    string `json:"event_type"`
+	Action       string `json:"action"`
+	Name         string `json:"name"`
+	Type         string `json:"type"`
+	Enabled      bool   `json:"enabled"`
+	Value        []byte `json:"value"` // a JSON object; what a gateway in Go cannot read as one ends its listener for ever
+	TenantDomain string `json:"tenantDomain"`
+	Organization string `json:"organization"`
+	TokenType    string `json:"tokenType"`
+}
+
+func sayKeyManager(verb catalog.Verb, k *catalog.KeyManager) ([]told, error) {
+	m := keyManager{
+		EventType: "key_manager_configuration", Name: k.Name, Type: k.Type, Enabled: k.Enabled, Value: []byte("{}"),
+		TenantDomain: k.Tenant.Domain, Organization: k.Tenant.Domain, TokenType: k.TokenType,
+	}
+	switch verb {
+	case catalog.Created:
+		m.Action = "add"
+	case catalog.Deleted:
+		m.Action = "delete"
+	default:
+		m.Action = "update"
+	}
+	if verb != catalog.Deleted {
+		var err error
+		if m.Value, err = marshal(KeyManagerProperties(k)); err != nil {
+			return nil, err
+		}
+	}
+	return []told{{TopicKeyManagerGo, m}, {TopicKeyManagerJava, m}}, nil
+}
+
+func (m keyManager) entries() []entry {
+	return []entry{
+		{"event_type", m.EventType},
+		{"name", m.Name},
+		{"tenantDomain", m.TenantDomain},
+		{"action", m.Action},
+		{"type", m.Type},
+		{"enabled", m.Enabled},
+		{"value", base64Of(m.Value)},
+	}
+}
+
+// claimMapping has WSO2's names.
+type claimMapping struct {
+	RemoteClaim string `json:"remoteClaim"`
+	LocalClaim  string `json:"localClaim"`
+}
+
+// KeyManagerProperties are what WSO2 calls the additional properties, or the
+// configuration, of a key manager (WSO2 contract, section 5): those that we have a
+// word for, and [catalog.KeyManager.Properties] that are none of these. The values
+// have the JSON types that gateways assert; none is null.
+func KeyManagerProperties(k *catalog.KeyManager) map[string]any {
+	mappings := make([]claimMapping, len(k.ClaimMappings))
+	for i, m := range k.ClaimMappings {
+		mappings[i] = claimMapping{RemoteClaim: m.Remote, LocalClaim: m.Local}
+	}
+	own := map[string]any{
+		"self_validate_jwt":  true,
+		"issuer":             k.Iss,
+		"consumer_key_claim": cmp.Or(k.ConsumerKeyClaim, "azp"),
+		"scopes_claim":       cmp.Or(k.ScopesClaim, "scope"),
+		"claim_mappings":     mappings,
+	}
+	jwks := k.JWKSURI
+	if jwks == "" && k.Resident {
+		jwks = k.Iss + residentJWKS
+	}
+	if jwks != "" {
+		own["certificate_type"], own["certificate_value"] = "JWKS", jwks
+	}
+	all := maps.Clone(own)
+	for name, value := range k.Properties {
+		if value != nil && !hasFold(own, name) {
+			all[name] = value
+		}
+	}
+	return all
+}
+
+// hasFold reports whether a gateway in Go, which reads names without regard to their
+// case, would take name for one of m.
+func hasFold(m map[string]any, name string) bool {
+	for own := range m {
+		if strings.EqualFold(own, name) {
+			return true
+		}
+	}
+	return false
+}
