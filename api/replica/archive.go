@@ -131,7 +131,7 @@ func (a *archive) compact(moved func(t revocation.Target, n uint32)) {
 		if r := &old.records[j]; r.died.Load() == 0 {
 			rec := r.read(old.text, a.issuers.values, a.tenants.values)
 			moved(rec.Target, a.append(r.class, rec))
-			a.kill(uint32(i*chunkSize + j))
+			a.live-- // it was counted twice
 		}
 	}
 	a.chunks[i] = nil

@@ -545,7 +545,7 @@ func TestHistories(t *testing.T) {
 
 func FuzzHistory(f *testing.F) {
 	for seed := range byte(4) {
-		data := make([]byte, 500)
+		data := make([]byte, 150)
 		rand.NewChaCha8([32]byte{100 + seed}).Read(data)
 		f.Add(data)
 	}
@@ -668,6 +668,42 @@ func TestLoad(t *testing.T) {
 			t.Errorf("%d ended entries came along to a new epoch", got)
 		}
 	}
+}
+
+// What the catalog says cannot be leaves the rest of it right all the same.
+func TestOddEntities(t *testing.T) {
+	t.Parallel()
+	api := func(id int32, uuid, context string) *catalog.API {
+		return &catalog.API{Meta: catalog.Meta{ID: id, UUID: uuid, Tenant: acme}, Context: context}
+	}
+	r, m := newClock().newReplica(false), newModel()
+	load(t, r, m.head())
+	const one, two, three = "00000000-0000-4000-8000-000000000001", "00000000-0000-4000-8000-000000000002", "00000000-0000-4000-8000-000000000003"
+	scope := func(id int32, uuid string) *catalog.Scope {
+		return &catalog.Scope{Meta: catalog.Meta{ID: id, UUID: uuid, Tenant: acme}, Name: "s"}
+	}
+	for _, c := range []catalog.Change{
+		{Verb: catalog.Created, Entity: api(1, one, "/1")}, {Verb: catalog.Created, Entity: api(2, two, "/2")},
+		{Verb: catalog.Created, Entity: api(3, three, "/3")},
+		{Verb: catalog.Updated, Entity: api(5, one, "/5")}, // another id
+		{Verb: catalog.Deleted, Entity: api(3, three, "/3")},
+		{Verb: catalog.Deleted, Entity: api(3, three, "/3")},                                           // twice
+		{Verb: catalog.Created, Entity: scope(1, one)}, {Verb: catalog.Created, Entity: scope(2, two)}, // one name
+		{Verb: catalog.Deleted, Entity: scope(1, one)},
+	} {
+		must(t, r.Apply(m.change(c)))
+	}
+	r.View(func(v *View) {
+		if diff := cmp.Diff([]*catalog.API{api(2, two, "/2"), api(5, one, "/5")}, v.APIs()); diff != "" {
+			t.Error(diff)
+		}
+		if v.APIByID(1) != nil || v.APIByID(5) == nil || v.APIsByContext("/1", "") != nil || len(v.APIsByContext("/5", "")) != 1 {
+			t.Error("an API is found by what it was")
+		}
+		if got := v.Scope(acme.ID, "s"); got == nil || got.UUID != two {
+			t.Errorf("the scope that is left: %+v", got)
+		}
+	})
 }
 
 // entries is how many there are, ended ones included.

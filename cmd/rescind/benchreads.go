@@ -30,7 +30,7 @@ import (
 const (
 	metricRSS       = "process_resident_memory_bytes"
 	metricCPU       = "process_cpu_seconds_total"
-	metricHeadReads = "rescind_follow_head_reads_total"
+	metricHeadReads = `rescind_follow_head_reads_total{result="ok"}`
 )
 
 // fill adds live revocations until there are n, and lets the sinks have them.

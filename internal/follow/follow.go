@@ -247,7 +247,7 @@ func (f *Follower) catchUp(ctx context.Context) (<-chan struct{}, error) {
 			return nil, err
 		case len(events) > 0:
 			reload = f.apply(events)
-		case false:
+		case head.Epoch != "" && head.Epoch != at.Epoch:
 			reload = replica.ErrEpoch
 		case head.Seq > at.Seq: // everything since was removed
 			reload = ErrGone
