@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"runtime/debug"
 	"time"
 
 	"github.com/go-chi/chi/v5"
@@ -76,6 +77,7 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 	if err := state.Load(ctx); err != nil {
 		return nil, err
 	}
+	debug.FreeOSMemory() // loading leaves as much garbage as there is state
 	p := &public{issuers: newIssuers(configured, cfg.KeySetNetworks, state, log)}
 
 	repeats := rest.NewIdempotencyStore(pool, keys)

@@ -11,8 +11,6 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
-	"os"
-	"runtime/debug"
 	"slices"
 	"time"
 
@@ -47,11 +45,9 @@ const lagWarning = 10 * time.Second
 // accepted is committed and answered. It calls ready once it takes requests. It
 // returns an error if it cannot start, or if going on would be wrong.
 func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Addresses)) error {
-	if os.Getenv("GOGC") == "" {
-		// The heap is some tens of megabytes: collected at each doubling, a tenth of
-		// the time under load would go into that.
-		debug.SetGCPercent(400)
-	}
+	tuning, stopTuning := context.WithCancel(ctx)
+	defer stopTuning()
+	go tuneGC(tuning)
 	reg := obs.NewRegistry()
 	pool, err := openPool(ctx, cfg.Database)
 	if err != nil {

@@ -13,8 +13,8 @@ import (
 const blockedOtherwiseSQL = ` WHERE e.application_id = $1 AND e.application_blocked <> $2 ORDER BY e.id LIMIT $3 FOR NO KEY UPDATE OF e`
 
 // Block makes an application, by its UUID or id, blocked or not, and its subscriptions with
-// it, and revokes the tokens of its consumer keys unless told not to. One that is blocked already
-// has its tokens left alone. An application with very many subscriptions takes several
+// it, and revokes the tokens that its consumer keys have so far unless told not to, also of one
+// that is blocked already. An application with very many subscriptions takes several
 // transactions, the first of which blocks and revokes; one that stopped is finished by calling it
 // again. Errors are those of Apply.
 func (s *Store) Block(ctx context.Context, by Caller, application string, ifTimestamp int64, blocked, keepTokens bool) (*catalog.Application, error) {
@@ -48,7 +48,7 @@ func (s *Store) Block(ctx context.Context, by Caller, application string, ifTime
 				more = false
 				return nil // somebody wants it otherwise since
 			}
-			if err := b.block(ctx, app, blocked, reason); err != nil {
+			if err := b.block(ctx, app, blocked, reason, first); err != nil {
 				return err
 			}
 			more, err = b.pass(ctx, app, reason)
@@ -64,12 +64,14 @@ func (s *Store) Block(ctx context.Context, by Caller, application string, ifTime
 	}
 }
 
-// block sets what app's application says, and ends the tokens of one that was not blocked.
-func (b *batch) block(ctx context.Context, app *step, blocked bool, reason string) error {
+// block sets what app's application says, and ends the tokens of one that is blocked now, or
+// again with first.
+func (b *batch) block(ctx context.Context, app *step, blocked bool, reason string, first bool) error {
 	a := app.want.(*catalog.Application)
-	if a.Blocked == blocked {
+	if a.Blocked == blocked && !(blocked && first) {
 		return nil
 	}
+	changed := a.Blocked != blocked
 	a.Blocked, app.reason = blocked, reason
 	keys, err := b.keysOf(ctx, []int32{a.ID})
 	if err != nil {
@@ -83,6 +85,9 @@ func (b *batch) block(ctx context.Context, app *step, blocked bool, reason strin
 		if blocked && !app.keepTokens {
 			b.revoke(k, a.Tenant, reason)
 		}
+	}
+	if !changed {
+		return nil
 	}
 	return b.put(ctx, applications{}, []*step{app})
 }
@@ -171,7 +176,7 @@ func (b *batch) end(ctx context.Context, st *step) (done bool, err error) {
 		return false, st.fail(&Conflict{Slug: "limit", Detail: fmt.Sprintf("the application has %d consumer keys: delete some first", keys)})
 	}
 	app := &step{op: Update, cur: a, want: copyOf(a), keepTokens: st.keepTokens}
-	if err := b.block(ctx, app, true, applicationDeleted); err != nil {
+	if err := b.block(ctx, app, true, applicationDeleted, false); err != nil {
 		return false, err
 	}
 	entities, err := b.fetch(ctx, subscriptions{}, subscriptionsOfSQL, []int32{a.ID}, maxEvents-b.size())

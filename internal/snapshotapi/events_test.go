@@ -583,6 +583,29 @@ func TestStreamSlowReaderIsDropped(t *testing.T) {
 	}
 }
 
+// A burst of more than a reader may be behind the fastest does not drop the fastest.
+func TestStreamBurst(t *testing.T) {
+	t.Parallel()
+	s := serve(t, Config{})
+	const total = 1500 // 60 MB
+	src := s.source(t, "/v1/events")
+	src.want(heartbeat(0, 0))
+	s.follower.set(func() { s.follower.held = true })
+	for range total {
+		s.follower.revoke(pizza, 40<<10)
+	}
+	s.follower.set(func() { s.follower.held = false })
+	for seq := 1; seq <= total; {
+		e, err := src.read()
+		if err != nil || e.Event != "heartbeat" && e.ID != event(seq).ID {
+			t.Fatalf("%s after %d events, error %v", e.ID, seq-1, err)
+		}
+		if e.Event != "heartbeat" {
+			seq++
+		}
+	}
+}
+
 func TestStreamWithoutHead(t *testing.T) {
 	t.Parallel()
 	f := newFakeFollower(t)

@@ -41,7 +41,7 @@ type fakeFollower struct {
 	gone    revocation.Seq // events up to it are no longer there
 	changed chan struct{}
 	stale   error // what Fresh and Frames fail with
-	calls   int   // of Fresh
+	held    bool  // there are no frames to be had yet
 }
 
 func newFakeFollower(t testing.TB) *fakeFollower {
@@ -126,6 +126,8 @@ func (f *fakeFollower) set(change func()) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	change()
+	close(f.changed)
+	f.changed = make(chan struct{})
 }
 
 func (f *fakeFollower) Replica() *replica.Replica { return f.replica }
@@ -133,7 +135,6 @@ func (f *fakeFollower) Replica() *replica.Replica { return f.replica }
 func (f *fakeFollower) Fresh(ctx context.Context, _ time.Duration) (revocation.Position, error) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.calls++
 	return f.replica.At(), f.stale
 }
 
@@ -154,6 +155,8 @@ func (f *fakeFollower) Frames(ctx context.Context, after revocation.Position, li
 		return nil, follow.ErrGone
 	case after.Seq > head.Seq:
 		return nil, follow.ErrAhead
+	case f.held:
+		return nil, nil
 	}
 	return f.frames[after.Seq:min(int(after.Seq)+limit, len(f.frames))], ctx.Err()
 }

@@ -277,13 +277,13 @@ func TestReadersCostTheDatabaseNothing(t *testing.T) {
 		})
 	}
 	readers.Wait()
-	// The follower reads the head once a second by itself.
-	allowed := int64(time.Since(start)/time.Second) + 1
-	if got := w.source.heads.Load() - heads; got > allowed+1 {
+	// The follower reads the head once a second by itself, and as it begins.
+	allowed := int64(time.Since(start)/time.Second) + 5
+	if got := w.source.heads.Load() - heads; got > allowed {
 		t.Errorf("the head was read %d times, want %d at most", got, allowed)
 	}
 	if got := w.source.reads.Load() - reads; got > allowed {
-		t.Errorf("events were read %d times", got)
+		t.Errorf("events were read %d times, want %d at most", got, allowed)
 	}
 }
 

@@ -58,7 +58,7 @@ func (h *hub) enter(s scope) *live {
 		at := h.follower.Replica().At()
 		l = &live{
 			follower: h.follower, scope: s, maxBehind: h.maxBehind, beatEvery: h.beatEvery, stop: stop,
-			from: at, at: at, grown: make(chan struct{}), advanced: make(chan struct{}, 1), ended: h.closed,
+			last: at, at: at, grown: make(chan struct{}), advanced: make(chan struct{}, 1), ended: h.closed,
 		}
 		h.lives[s.key] = l
 		go l.run(ctx)
@@ -120,8 +120,8 @@ type live struct {
 	batches []batch             // the newest
 	first   int                 // the number of batches[0]
 	bytes   int                 // in batches
-	from    revocation.Position // where batches[0] begins
-	at      revocation.Position // everything up to it is in batches, was there before, or was for others
+	last    revocation.Position // where the last of all batches ended
+	at      revocation.Position // everything up to it was in batches, or was for others
 	joined  int                 // readers that take batches
 	idle    int                 // of those, the ones that have written all
 	front   int                 // the number of the batch that the fastest of them takes next
@@ -135,28 +135,14 @@ var (
 	errEnded  = errors.New("the service is stopping")
 )
 
-// join returns the number of the batch with which one who has everything up to at goes on.
-// If it is no longer there ok is false: some of what follows at must come from elsewhere.
-// Who has joined must leave.
-func (l *live) join(at revocation.Position) (n int, ok bool) {
+// join returns the number of the batch to come, and what is before it. Who has joined must
+// leave.
+func (l *live) join() (n int, at revocation.Position) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	n = len(l.batches)
-	if at.Epoch == l.at.Epoch && at.Seq < l.at.Seq {
-		if l.from.Epoch == at.Epoch && at.Seq < l.from.Seq {
-			return 0, false
-		}
-		for n > 0 && l.batches[n-1].through.Epoch == at.Epoch && l.batches[n-1].through.Seq > at.Seq {
-			n--
-		}
-		if n == 0 && l.from.Epoch != at.Epoch {
-			return 0, false
-		}
-	}
-	n += l.first
 	l.joined++
-	l.front = max(l.front, n)
-	return n, true
+	l.front = l.first + len(l.batches)
+	return l.front, l.at
 }
 
 func (l *live) leave() {
@@ -224,18 +210,13 @@ func (l *live) wake() {
 func (l *live) add(data []byte, what batchKind, through revocation.Position) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	from := l.from
-	if n := len(l.batches); n > 0 {
-		from = l.batches[n-1].through
-	}
 	made := time.Now()
-	l.batches = append(l.batches, batch{data: data, from: from, through: through, what: what, made: made})
+	l.batches = append(l.batches, batch{data: data, from: l.last, through: through, what: what, made: made})
 	l.bytes += len(data)
-	l.at = through
+	l.last, l.at = through, through
 	l.idle = 0
 	for len(l.batches) > 1 && (l.bytes > l.maxBehind || made.Sub(l.batches[0].made) > keepFor) {
 		l.bytes -= len(l.batches[0].data)
-		l.from = l.batches[0].through
 		l.batches[0] = batch{} // its bytes are held by no more than those who write them
 		l.batches = l.batches[1:]
 		l.first++

@@ -81,6 +81,7 @@ func records() []replica.Record {
 	super := revocation.SuperTenant
 	return []replica.Record{
 		{Target: target(revocation.KindToken, "at-1"), Tenant: super, Exp: farAway},
+		{Target: revocation.Target{Kind: revocation.KindToken, Iss: "https://idp.example.com", ID: "at-1"}, Tenant: super, Exp: farAway},
 		{Target: target(revocation.KindToken, "at-ended"), Tenant: super, Exp: ended},
 		{Target: target(revocation.KindToken, "<\"at\\é\u2028>"), Tenant: super, Exp: farAway},
 		{Target: revocation.DigestTarget(iss, "opaque"), Tenant: super, Exp: farAway, Signature: "c2ln"},

@@ -23,8 +23,8 @@
 // answer of this kind ends with its connection (no chunks), which spares two of three
 // writes; a stream has no end that could be missed.
 //
-// Who falls too far behind the fastest is dropped and comes back with Last-Event-ID. Waiting
-// for him would delay the others or take memory without bound.
+// A stream that falls too far behind the fastest is dropped, and comes back with
+// Last-Event-ID. To wait for it would delay the others or take memory without bound.
 package snapshotapi
 
 import (
@@ -57,7 +57,7 @@ type Config struct {
 	// 503. Default 4096, 1 to 1000000.
 	MaxReaders int
 	// MaxStreams is how many streams are open and polls wait at a time; past it the
-	// answer is 503. Each takes about 30 KiB. Default 10000, 1 to 1000000.
+	// answer is 503. Default 10000, 1 to 1000000.
 	MaxStreams int
 	// MaxCachedBytes bounds the snapshots in memory, those included that are being sent.
 	// Past it those that nobody reads are dropped, and then new ones refused: 503.
@@ -65,8 +65,8 @@ type Config struct {
 	MaxCachedBytes int
 	// MaxBehind is how many bytes a stream may be behind the fastest before it is
 	// dropped. So many are held at most for those who see the same tenants. The system
-	// takes some MiB for a reader that takes nothing, who thus seems fast for a while:
-	// with less than that, others are dropped in his place. Default 16 MiB, at least 1 MiB.
+	// takes some MiB for a reader that takes nothing, and which so seems fast for a while:
+	// with less than that, others are dropped in its place. Default 16 MiB, at least 1 MiB.
 	MaxBehind int
 }
 

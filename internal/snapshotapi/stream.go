@@ -137,14 +137,17 @@ func (s *stream) wrote(n int, err error) error {
 func (s *stream) run(ctx context.Context) {
 	l := s.api.hub.enter(s.scope)
 	defer s.api.hub.leave(l)
-	n, ok := l.join(s.at)
-	for !ok {
-		if s.catchUp(ctx, pageFrames) != nil {
+	for n := pageFrames; n == pageFrames; {
+		var err error
+		if n, err = s.catchUp(ctx, pageFrames); err != nil {
 			return
 		}
-		n, ok = l.join(s.at)
 	}
+	n, at := l.join()
 	defer l.leave()
+	if s.catchUpTo(ctx, at) != nil {
+		return
+	}
 	over := time.NewTimer(s.api.streamFor + rand.N(s.api.streamFor/4)) // not all at once
 	defer over.Stop()
 	for {
@@ -186,35 +189,40 @@ func (s *stream) follow(ctx context.Context, b batch) error {
 		b.what == ofHeartbeat && sameEpoch && b.from.Seq <= s.at.Seq && s.at.Seq <= b.through.Seq:
 		s.at = b.through
 		return s.wrote(len(b.data), s.conn.write(b.data))
-	case sameEpoch && b.through.Seq <= s.at.Seq:
-		return nil
-	case sameEpoch:
-		for s.at.Seq < b.through.Seq && s.at.Epoch == b.through.Epoch {
-			if err := s.catchUp(ctx, min(int(b.through.Seq-s.at.Seq), pageFrames)); err != nil {
-				return err
-			}
-		}
-		return nil
+	case sameEpoch: // it has had all of it, or a part
+		return s.catchUpTo(ctx, b.through)
 	}
-	return s.catchUp(ctx, pageFrames)
+	_, err := s.catchUp(ctx, pageFrames)
+	return err
 }
 
-// catchUp writes up to limit events from what is kept for all. Its error ends the stream.
-func (s *stream) catchUp(ctx context.Context, limit int) error {
+// catchUpTo writes events until the stream stands at to, or no longer in its epoch.
+func (s *stream) catchUpTo(ctx context.Context, to revocation.Position) error {
+	for s.at.Epoch == to.Epoch && s.at.Seq < to.Seq {
+		if _, err := s.catchUp(ctx, min(int(to.Seq-s.at.Seq), pageFrames)); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// catchUp writes what the reader sees of up to limit events, and returns of how many. They
+// come from what is kept for all. Its error ends the stream.
+func (s *stream) catchUp(ctx context.Context, limit int) (n int, err error) {
 	select {
 	case <-s.api.closing:
-		return errEnded
+		return 0, errEnded
 	default:
 	}
 	frames, err := s.frames(ctx, limit)
 	if errors.Is(err, errReset) {
-		return s.write(s.reset())
+		return 0, s.write(s.reset())
 	}
 	if err != nil {
-		return err // the reader comes back
+		return 0, err // the reader comes back
 	}
 	if data := s.take(frames); len(data) > 0 {
-		return s.write(data)
+		err = s.write(data)
 	}
-	return nil
+	return len(frames), err
 }
