@@ -1,5 +1,10 @@
 -- The catalog. A row whose ts is 0 has no event yet: the service announces it when
--- it starts.
+-- it starts, and from time to time.
+
+-- What is altered is locked first, in the order in which the statements of the version
+-- before take it: one lock after the other, as ALTER TABLE takes them, would deadlock with them.
+LOCK TABLE rescind.accounts, rescind.clients, rescind.key_mappings, rescind.applications, rescind.key_managers, rescind.tenants,
+    rescind.tenant_heads IN ACCESS EXCLUSIVE MODE;
 
 ALTER TABLE rescind.tenants
     ADD COLUMN uuid uuid NOT NULL UNIQUE DEFAULT gen_random_uuid(),
@@ -143,6 +148,16 @@ CREATE TABLE rescind.idempotency (
     PRIMARY KEY (caller, method, path, key)
 );
 CREATE INDEX idempotency_begun_at ON rescind.idempotency (begun_at);
+
+-- What is to be announced, nearly always nothing.
+CREATE INDEX tenants_unannounced ON rescind.tenants (id) WHERE ts = 0;
+CREATE INDEX key_managers_unannounced ON rescind.key_managers (id) WHERE ts = 0;
+CREATE INDEX policies_unannounced ON rescind.policies (id) WHERE ts = 0;
+CREATE INDEX scopes_unannounced ON rescind.scopes (id) WHERE ts = 0;
+CREATE INDEX apis_unannounced ON rescind.apis (id) WHERE ts = 0;
+CREATE INDEX applications_unannounced ON rescind.applications (id) WHERE ts = 0;
+CREATE INDEX key_mappings_unannounced ON rescind.key_mappings (id) WHERE ts = 0;
+CREATE INDEX subscriptions_unannounced ON rescind.subscriptions (id) WHERE ts = 0;
 
 GRANT SELECT, INSERT, UPDATE, DELETE ON rescind.policies, rescind.scopes, rescind.apis, rescind.subscriptions, rescind.idempotency TO rescind_service;
 -- An id that is given moves the sequence past it.

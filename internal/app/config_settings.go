@@ -18,6 +18,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/rescindhq/rescind/internal/obs"
+	"github.com/rescindhq/rescind/internal/wso2"
 )
 
 const (
@@ -217,6 +218,18 @@ func (p *configParser) checkTogether(c *Config) {
 	p.together(c.AMQP.URL == "" && slices.ContainsFunc(c.Sinks, func(name string) bool { return strings.HasPrefix(name, sinkAMQP) }),
 		"RESCIND_AMQP_URL (or RESCIND_AMQP_URL_FILE) is not set: the sinks whose names begin with amqp need it. Set it, or leave them out of RESCIND_SINKS",
 		"AMQP_URL", "SINKS")
+	if slices.Contains(c.Sinks, sinkAMQPLegacy) {
+		keys := []string{wso2.TopicNotification, wso2.TopicKeyManagerGo, wso2.TopicKeyManagerJava, c.AMQP.WSO2RoutingKey, c.AMQP.WSO2LegacyRoutingKey}
+		for _, key := range []string{c.AMQP.WSO2LegacyNotificationKey, c.AMQP.WSO2LegacyKeyManagerKey} {
+			if key != "" {
+				keys = append(keys, key)
+			}
+		}
+		slices.Sort(keys)
+		p.together(len(slices.Compact(slices.Clone(keys))) != len(keys),
+			fmt.Sprintf("two of the routing keys %s are the same: a gateway that reads text ends at a MapMessage. Choose others for the sink amqp-wso2-legacy", strings.Join(keys, ", ")),
+			"AMQP_WSO2_ROUTING_KEY", "AMQP_WSO2_LEGACY_ROUTING_KEY", "AMQP_WSO2_LEGACY_NOTIFICATION_KEY", "AMQP_WSO2_LEGACY_KEY_MANAGER_KEY")
+	}
 	p.together(len(c.Etcd.Endpoints) == 0 && slices.Contains(c.Sinks, "etcd"),
 		"RESCIND_ETCD_ENDPOINTS is not set: the sink etcd needs it. Set it, or leave etcd out of RESCIND_SINKS",
 		"ETCD_ENDPOINTS", "SINKS")

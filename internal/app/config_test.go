@@ -550,13 +550,13 @@ func TestWebhooksFile(t *testing.T) {
 		name, file string
 		wrong      []string // in the error; none: it is right
 	}{
-		{"right", `[{"name":"siem","url":"https://siem.example.com/in?key=hunter2","secret_files":["secret"],"types":["revocation","api.deleted"]},
+		{"right", `[{"name":"siem","url":"https://siem.example.com/in?key=hunter2","secret_files":["secret"],"types":["revocation","api.deleted"],"timeout":"5s","max_events":7},
 			{"name":"local","url":"http://127.0.0.1:1/","secret_files":["secret","secret"]},
 			{"name":"inside","url":"http://inside/","allow_http":true,"secret_files":["secret"]}]`, nil},
 		{"no array", `{}`, []string{"not a JSON array"}},
-		{"everything", `[{"name":"A B","url":"ftp://hunter2/","secret_files":[],"types":["*"],"colour":"red"},{"name":"x","url":"http://outside/","secret_files":["missing"]},
+		{"everything", `[{"name":"A B","url":"ftp://hunter2/","secret_files":[],"max_events":-1,"timeout":"1ms","max_bytes":1,"colour":"red"},{"name":"x","url":"http://outside/","secret_files":["missing"]},
 			{"name":"x","url":"https://u:hunter2@h/","secret_files":["secret"]}]`,
-			[]string{"[0]: ", "name must be", "url must be an https URL", "secret_files must be", "types must be", `"colour" is not known`, "[1]: ", "missing", "[2]: name is another's too"}},
+			[]string{"[0]: ", "name must be", "url must be an https URL", "secret_files must be", "max_events must be", "max_bytes must be", "timeout must be", `"colour" is not known`, "[1]: ", "missing", "[2]: name is another's too"}},
 		{"twice", `[{"name":"a","name":"b"}]`, []string{`"name" is given twice`}},
 	} {
 		hooks, err := parseWebhooks([]byte(tt.file), dir)

@@ -10,6 +10,7 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+	"time"
 )
 
 // Webhook is a receiver that events are posted to.
@@ -23,15 +24,17 @@ type Webhook struct {
 	AllowHTTP bool
 	// Types are nouns or whole types of events. Empty: all.
 	Types []string
+	// MaxEvents, MaxBytes and Timeout bound one post; 0 is the sink's default.
+	MaxEvents, MaxBytes int
+	Timeout             time.Duration
+	// CA is the file of the authorities that may vouch for the receiver. Empty: the system's.
+	CA string
 }
 
 // sink is the name that its cursor and lock go by.
 func (w Webhook) sink() string { return "webhook-" + w.Name }
 
-var (
-	webhookName = regexp.MustCompile(`^[a-z0-9-]{1,40}$`)
-	webhookType = regexp.MustCompile(`^[a-z_]+(\.[a-z_]+)?$`)
-)
+var webhookName = regexp.MustCompile(`^[a-z0-9-]{1,40}$`)
 
 func webhooksFileValue(p *[]Webhook) value {
 	return value{rule: "the name of a file with a JSON array of webhooks", set: func(name string) error {
@@ -86,9 +89,22 @@ func parseWebhook(b []byte, dir string) (hook Webhook, wrong []string) {
 	var address string
 	var files []string
 	member("allow_http", "true or false", &hook.AllowHTTP, func() bool { return true })
-	member("types", `a list of event types such as "revocation" or "application.deleted"`, &hook.Types, func() bool {
-		return !slices.ContainsFunc(hook.Types, func(typ string) bool { return !webhookType.MatchString(typ) })
+	member("types", `a list of event types such as "revocation" or "application.deleted"`, &hook.Types, func() bool { return true })
+	member("max_events", "1 to 10000", &hook.MaxEvents, func() bool { return hook.MaxEvents >= 0 && hook.MaxEvents <= 10000 })
+	member("max_bytes", "a number of bytes, at least 131072", &hook.MaxBytes, func() bool { return hook.MaxBytes == 0 || hook.MaxBytes >= 128<<10 })
+	var timeout string
+	member("timeout", "a duration with its unit, 1s to 5m", &timeout, func() (ok bool) {
+		if timeout == "" {
+			return true
+		}
+		d, err := time.ParseDuration(timeout)
+		hook.Timeout = d
+		return err == nil && d >= time.Second && d <= 5*time.Minute
 	})
+	member("ca_file", "the name of a file", &hook.CA, func() bool { return true })
+	if hook.CA != "" && !filepath.IsAbs(hook.CA) {
+		hook.CA = filepath.Join(dir, hook.CA)
+	}
 	member("name", "1 to 40 of a-z 0-9 -", &hook.Name, func() bool { return webhookName.MatchString(hook.Name) })
 	member("url", "an https URL (http to loopback, or with allow_http)", &address, func() bool {
 		u, err := url.Parse(address)

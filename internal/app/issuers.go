@@ -74,10 +74,10 @@ func (v *issuers) run(ctx context.Context) error {
 
 // refresh makes a new verifier if key managers have changed.
 func (v *issuers) refresh() {
+	v.mu.Lock() // before the look at the catalog: an older one must not come last
+	defer v.mu.Unlock()
 	var managers []*catalog.KeyManager
 	v.state.Replica().View(func(s *replica.View) { managers = s.KeyManagers() })
-	v.mu.Lock()
-	defer v.mu.Unlock()
 	now := make([]version, len(managers))
 	for i, m := range managers {
 		now[i] = version{m.Iss, m.Timestamp}
@@ -85,17 +85,22 @@ func (v *issuers) refresh() {
 	if v.verifier.Load() != nil && slices.Equal(now, v.seen) {
 		return
 	}
+	v.seen = now
 	list := make([]token.Issuer, 0, len(managers))
 	kept := make(map[string]remoteKeys)
 	for _, m := range managers {
-		list = append(list, v.issuer(m, kept))
+		issuer := v.issuer(m, kept)
+		if _, err := token.NewVerifier(issuer); err != nil {
+			v.log.Error("a key manager cannot be used as it is: its tokens are taken for unknown; correct it", "issuer", m.Iss, "error", err)
+			continue
+		}
+		list = append(list, issuer)
 	}
 	verifier, err := token.NewVerifier(list...)
 	if err != nil {
-		v.log.Error("the key managers cannot be used as they are, the ones before are still; correct or delete the last change", "error", err)
-		return
+		panic(err) // each is sound by itself, and iss is unique in the catalog
 	}
-	v.remote, v.seen = kept, now
+	v.remote = kept
 	v.verifier.Store(verifier)
 }
 

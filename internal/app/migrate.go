@@ -32,7 +32,7 @@ const (
 type SchemaState struct {
 	// Version is that of the last migration; 0 before the first.
 	Version int
-	// Dirty is set while a migration runs, and stays when it fails.
+	// Dirty is set while a migration runs, and stays when it is not known what became of it.
 	Dirty bool
 }
 
@@ -91,7 +91,8 @@ func checkSchema(ctx context.Context, q rowQuerier, log *slog.Logger) error {
 // Migrate applies every migration that the database of d lacks. Of several
 // processes that call it at once, one works and the others wait. A schema newer
 // than this program stays as it is. When ctx ends, the migration at work is
-// finished first.
+// finished first. After one that Postgres refuses, the schema is as before it; only
+// where the connection was lost meanwhile, it is left dirty.
 func Migrate(ctx context.Context, d Database, log *slog.Logger) error {
 	return withSchema(ctx, d, func(s *schema) error {
 		before, err := s.state(ctx)
@@ -103,7 +104,7 @@ func Migrate(ctx context.Context, d Database, log *slog.Logger) error {
 			return nil
 		}
 		if err := s.m.Up(); err != nil && !errors.Is(err, migrate.ErrNoChange) {
-			return err
+			return s.takeBack(ctx, err)
 		}
 		if _, err := s.conn.Exec(ctx, grantSQL); err != nil {
 			return fmt.Errorf("let the service read the schema's version: %w", err)
@@ -167,6 +168,28 @@ type schema struct {
 }
 
 func (s *schema) state(ctx context.Context) (SchemaState, error) { return readSchema(ctx, s.conn) }
+
+// takeBack says that the schema is as it was before the migration up that failed with err,
+// where that is certain: Postgres ran the file as one transaction, and said itself that it
+// did not commit.
+func (s *schema) takeBack(ctx context.Context, err error) error {
+	pgErr, ok := errors.AsType[*pgconn.PgError](causeOf(err))
+	if !ok || pgErr.SeverityUnlocalized != "ERROR" { // FATAL: the connection is gone
+		return err
+	}
+	state, stateErr := s.state(ctx)
+	if stateErr != nil || !state.Dirty {
+		return errors.Join(err, stateErr)
+	}
+	before := state.Version - 1
+	if before == 0 {
+		before = database.NilVersion
+	}
+	if forceErr := s.m.Force(before); forceErr != nil {
+		return errors.Join(err, forceErr)
+	}
+	return fmt.Errorf("%w; nothing of version %d was kept: run it again once the cause is gone", causeOf(err), state.Version)
+}
 
 // lockSQL is ours rather than golang-migrate's, which hears no context.
 const lockSQL = `SELECT pg_advisory_lock(hashtext('public.` + migrations.Table + `'))`

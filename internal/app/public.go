@@ -1,6 +1,7 @@
 package app
 
 import (
+	"bytes"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -34,6 +35,11 @@ type public struct {
 	handler http.Handler
 	issuers *issuers
 	drain   func() // ends what would last
+
+	state    *follow.Follower
+	callers  *authn.Authenticator
+	entities *store.Store
+	log      *slog.Logger
 }
 
 // newPublic brings the catalog and the replica up to date, then makes what answers
@@ -66,6 +72,11 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 	configured := []token.Issuer{issuer.Issuer()}
 	for _, t := range cfg.TrustedIssuers {
 		trusted, err := newTrustedIssuer(ctx, t, entities, log)
+		if _, isConflict := errors.AsType[*store.Conflict](err); isConflict {
+			// One entry that somebody else is in the way of must not stop all revocations.
+			log.Error("an issuer of RESCIND_TRUSTED_ISSUERS_FILE is left out: its tokens are not known here", "issuer", t.Iss, "error", err)
+			continue
+		}
 		if err != nil {
 			return nil, fmt.Errorf("trusted issuer %s: %w", t.Iss, err)
 		}
@@ -78,7 +89,7 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 		return nil, err
 	}
 	debug.FreeOSMemory() // loading leaves as much garbage as there is state
-	p := &public{issuers: newIssuers(configured, cfg.KeySetNetworks, state, log)}
+	p := &public{issuers: newIssuers(configured, cfg.KeySetNetworks, state, log), state: state, callers: callers, entities: entities, log: log}
 
 	repeats := rest.NewIdempotencyStore(pool, keys)
 	admin, err := adminapi.New(adminapi.Deps{Catalog: entities, Accounts: callers, Idempotency: repeats})
@@ -89,7 +100,11 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 	if err != nil {
 		return nil, err
 	}
-	hub, err := eventhub.New(eventhub.Config{}, eventhub.Deps{
+	skew := cfg.ClockSkew
+	if skew == 0 {
+		skew = -1 // none, rather than the default
+	}
+	hub, err := eventhub.New(eventhub.Config{ClockSkew: skew}, eventhub.Deps{
 		State: state, Accounts: callers, Ledger: l, Idempotency: repeats, Registerer: reg, Log: log,
 	})
 	if err != nil {
@@ -102,6 +117,82 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 		Remote: callers.Remote, Registerer: reg, Log: log,
 	})
 	return p, err
+}
+
+// forget follows the log and drops what is remembered of clients that have changed,
+// whichever process changed them, until ctx ends.
+func (p *public) forget(ctx context.Context) error {
+	at := p.state.Replica().At()
+	for ctx.Err() == nil {
+		changed := p.state.Changed()
+		frames, err := p.state.Frames(ctx, at, 1000)
+		if errors.Is(err, follow.ErrGone) {
+			at = p.state.Replica().At() // what was remembered then is no longer used by now
+			continue
+		}
+		for _, f := range frames {
+			at = f.Position
+			if iss, consumerKey, ok := changedClient(f); ok {
+				p.callers.Forget(iss, consumerKey)
+			}
+		}
+		if len(frames) > 0 {
+			continue
+		}
+		select {
+		case <-changed:
+		case <-time.After(time.Second):
+		case <-ctx.Done():
+		}
+	}
+	return nil
+}
+
+// changedClient is the client that f is about, if it is about one. Most events are not,
+// and are not parsed.
+func changedClient(f follow.Frame) (iss, consumerKey string, ok bool) {
+	start := f.JSON[:min(len(f.JSON), 512)]
+	revoked := bytes.Contains(start, []byte(`.revocation.client.`))
+	if !revoked && !bytes.Contains(start, []byte(`.key_mapping.`)) {
+		return "", "", false
+	}
+	e, err := revocation.ParseEvent(f.JSON)
+	if err != nil {
+		return "", "", false // our own event
+	}
+	if revoked {
+		r, err := e.Revocation()
+		return r.Target.Iss, r.Target.ID, err == nil
+	}
+	change, err := catalog.ParseChange(e)
+	if err != nil {
+		return "", "", false
+	}
+	mapping, ok := change.Entity.(*catalog.KeyMapping)
+	if !ok {
+		return "", "", false
+	}
+	return mapping.Iss, mapping.ConsumerKey, true
+}
+
+// announceEvery is how long rows that a process of the schema before makes may be
+// unknown to gateways while processes are being replaced.
+const announceEvery = time.Minute
+
+// announce tells of rows that have no event yet, until ctx ends.
+func (p *public) announce(ctx context.Context) error {
+	tick := time.NewTicker(announceEvery)
+	defer tick.Stop()
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return nil
+		}
+		if err := p.entities.Announce(ctx); err != nil && ctx.Err() == nil {
+			p.log.Warn("what an older process made could not be announced, it is tried again", "in", announceEvery, "error", err)
+		}
+	}
 }
 
 func masterKeys(cfg Config) ([]authn.MasterKey, error) {

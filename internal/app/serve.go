@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"net"
 	"net/http"
 	"slices"
@@ -108,17 +109,19 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 	if err != nil {
 		return err
 	}
-	readiness := &obs.Readiness{Checks: readinessChecks(pool, feeds, etcd)}
+	readiness := &obs.Readiness{Checks: readinessChecks(pool, feeds, state, etcd)}
 	opsServer := &http.Server{
 		Handler: obs.Handler(cfg.Obs, reg, readiness), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
 		ErrorLog: slog.NewLogLogger(log.With("component", "ops").Handler(), slog.LevelWarn),
 	}
 	grace := cfg.ShutdownGrace
 	parts := []part{
-		{"operators' listener", grace, func(ctx context.Context) error { return serveHTTP(ctx, opsServer, ops, time.Second) }},
+		{"operators' listener", grace, func(ctx context.Context) error { return serveHTTP(ctx, opsServer, ops, time.Second, log) }},
 		{"ledger", cfg.CommitTimeout + grace, ledgers.Run},
 		{"replica", grace, state.Run},
 		{"issuers", grace, public.issuers.run},
+		{"callers", grace, public.forget},
+		{"catalog", grace, public.announce},
 		{"relay", grace, feeds.Run},
 		{"listener", 2 * grace, func(ctx context.Context) error {
 			stopDrain := context.AfterFunc(ctx, func() {
@@ -126,7 +129,7 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 				public.drain()
 			})
 			defer stopDrain()
-			return serveHTTP(ctx, server, publicListener, grace)
+			return serveHTTP(ctx, server, publicListener, grace, log)
 		}},
 	}
 	at := Addresses{HTTP: listener.Addr().String(), Ops: ops.Addr().String()}
@@ -156,8 +159,9 @@ func warnOfStrangers(ctx context.Context, l *ledger.Ledger, own []string, log *s
 	}
 }
 
-// serveHTTP serves until ctx ends, then waits for open requests, at most grace.
-func serveHTTP(ctx context.Context, server *http.Server, on net.Listener, grace time.Duration) error {
+// serveHTTP serves until ctx ends, then waits for open requests, at most grace. Who reads
+// a long answer slowly is cut off then, which is no failure of ours.
+func serveHTTP(ctx context.Context, server *http.Server, on net.Listener, grace time.Duration, log *slog.Logger) error {
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(on) }()
 	select {
@@ -168,7 +172,8 @@ func serveHTTP(ctx context.Context, server *http.Server, on net.Listener, grace 
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
 	defer cancel()
 	if err := server.Shutdown(ctx); err != nil {
-		return errors.Join(fmt.Errorf("wait for open requests: %w", err), server.Close())
+		log.Warn("requests that were not over in time are cut off", "grace", grace)
+		return server.Close()
 	}
 	return nil
 }
@@ -287,10 +292,21 @@ func (l relayLog) Lead(ctx context.Context, sink string) (relay.Lead, error) {
 	return l.Ledger.Lead(ctx, sink)
 }
 
-func readinessChecks(pool *pgxpool.Pool, feeds *relay.Relay, etcd *sink.Etcd) []obs.Check {
+// replicaPatience is how far behind the replica may be before /readyz warns: snapshots
+// are refused by then.
+const replicaPatience = 5 * time.Second
+
+func readinessChecks(pool *pgxpool.Pool, feeds *relay.Relay, state *follow.Follower, etcd *sink.Etcd) []obs.Check {
 	checks := []obs.Check{{Name: "postgres", Vital: true, Run: func(ctx context.Context) (obs.Status, string) {
 		if err := pool.Ping(ctx); err != nil {
 			return obs.Fail, "does not answer: revocations are refused with 503"
+		}
+		return obs.Pass, ""
+	}}, {Name: "replica", Run: func(ctx context.Context) (obs.Status, string) {
+		ctx, cancel := context.WithTimeout(ctx, time.Second)
+		defer cancel()
+		if _, err := state.Fresh(ctx, replicaPatience); err != nil {
+			return obs.Warn, fmt.Sprintf("at seq %d, and not known to be at the log's head: snapshots are refused with 503", state.Replica().At().Seq)
 		}
 		return obs.Pass, ""
 	}}}
@@ -348,7 +364,11 @@ func NewEpoch(ctx context.Context, cfg Config, log *slog.Logger) (EpochReport, e
 			return live, nil
 		}
 	}
-	if report.Before, err = l.NewEpoch(ctx, cfg.Sinks, lost); err != nil {
+	cursors, err := l.Cursors(ctx)
+	if err != nil {
+		return report, err
+	}
+	if report.Before, err = l.NewEpoch(ctx, slices.Sorted(maps.Keys(cursors)), lost); err != nil {
 		return report, err
 	}
 	if report.After, err = l.Head(ctx); err != nil {

@@ -2,6 +2,7 @@ package app
 
 import (
 	"context"
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"iter"
@@ -64,8 +65,16 @@ func newWebhook(hook Webhook) (*sink.Webhook, error) {
 	for i, s := range hook.Secrets {
 		secrets[i] = string(s)
 	}
+	var tlsConfig *tls.Config
+	if hook.CA != "" {
+		var err error
+		if tlsConfig, err = (TLSFiles{CA: hook.CA}).Config(); err != nil {
+			return nil, fmt.Errorf("webhook %s of RESCIND_WEBHOOKS_FILE: ca_file: %w", hook.Name, err)
+		}
+	}
 	s, err := sink.NewWebhook(sink.WebhookConfig{
-		URL: string(hook.URL), Secrets: secrets, Name: hook.sink(), AllowHTTP: hook.AllowHTTP, Types: hook.Types,
+		URL: string(hook.URL), Secrets: secrets, Name: hook.sink(), AllowHTTP: hook.AllowHTTP, Types: hook.Types, TLS: tlsConfig,
+		MaxEvents: hook.MaxEvents, MaxBytes: hook.MaxBytes, Timeout: hook.Timeout,
 	})
 	if err != nil {
 		return nil, fmt.Errorf("webhook %s of RESCIND_WEBHOOKS_FILE: %w", hook.Name, err)

@@ -20,15 +20,15 @@ import (
 // log's head for a few milliseconds.
 const MaxChanges = 500
 
-// ErrDoubt means that a change's commit was sent and its outcome is not known. It is
-// an [ErrUnavailable] too.
+// ErrDoubt means that a change's commit was sent, and that its outcome is not known or
+// that a fail-over may still undo it. It is an [ErrUnavailable] too.
 var ErrDoubt = errors.New("it may have been made all the same: look before it is made again")
 
 // Tx is a transaction in which state that this package does not own changes together
 // with the log. It must not be used after the function that was given it returns.
 type Tx struct {
 	pgx.Tx
-	// Now is the database's clock when the transaction began, or when it was first tried.
+	// Now is the database's clock when the transaction began. It is read anew on each try.
 	Now time.Time
 
 	written  written
@@ -53,10 +53,17 @@ func (tx *Tx) Audit(e AuditEntry) { tx.written.audit.add(e) }
 // that it appended, at most [MaxChanges] with those of its revocations. It returns the
 // log's head: with events, the position of the last of them.
 //
-// f may be run again after a deadlock or a serialization failure. Its error rolls
-// everything back and is returned as it is, unless the database went away: then
-// [ErrUnavailable], with [ErrDoubt] when the commit had been sent.
+// f may be run again after a deadlock or a serialization failure. Nothing is left of a
+// change that fails, but for those with [ErrDoubt]. An error of f is returned as it is,
+// unless the database went away or refuses for a while: then [ErrUnavailable], with
+// [ErrDoubt] when the commit had been sent. Few changes run at a time, see
+// [Ledger.Revoke] for who else needs the connections; past a bound, or when it had to
+// wait for too long, it returns [ErrBusy], and nothing was tried.
 func (l *Ledger) Change(ctx context.Context, f func(ctx context.Context, tx *Tx) error) (revocation.Position, error) {
+	if err := l.changes.enter(ctx); err != nil {
+		return revocation.Position{}, err
+	}
+	defer l.changes.leave()
 	for attempt := 0; ; attempt++ {
 		head, err := l.change(ctx, f)
 		pgErr, ok := errors.AsType[*pgconn.PgError](err)
@@ -87,9 +94,15 @@ func (l *Ledger) change(ctx context.Context, f func(ctx context.Context, tx *Tx)
 			head, sent, err = l.finishChange(ctx, conn, tx)
 		}
 	}
+	_, warned := errors.AsType[warnedError](err)
+	if err == nil || warned {
+		l.tail.add(tx.written.events)
+		l.saw(head)
+		l.grown.send()
+	}
 	if err != nil {
 		gone := conn.Conn().IsClosed()
-		if !gone {
+		if !gone && conn.Conn().PgConn().TxStatus() != txIdle {
 			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 			defer cancel()
 			_ = inner.Rollback(undo) // a connection whose transaction is open is closed by Release
@@ -98,18 +111,19 @@ func (l *Ledger) change(ctx context.Context, f func(ctx context.Context, tx *Tx)
 		case errors.Is(err, ErrRestored):
 			l.restored(err)
 			return head, fmt.Errorf("%w: %w", ErrUnavailable, err)
-		case sent && gone, sent && ctx.Err() != nil:
+		case warned, sent && gone, sent && ctx.Err() != nil:
 			return head, fmt.Errorf("%w: %w: %w", ErrUnavailable, ErrDoubt, err)
 		case gone || mayComeBack(err):
 			return head, fmt.Errorf("%w: %w", ErrUnavailable, err)
 		}
 		return head, err
 	}
-	l.tail.add(tx.written.events)
-	l.saw(head)
-	l.grown.send()
 	return head, nil
 }
+
+// txIdle is [pgconn.PgConn.TxStatus] outside a transaction: after a COMMIT, whatever
+// became of it. A ROLLBACK then earns a warning.
+const txIdle = 'I'
 
 // mayComeBack reports whether the server refused because of its own state.
 func mayComeBack(err error) bool {
@@ -158,11 +172,7 @@ func (l *Ledger) finishChange(ctx context.Context, conn *pgxpool.Conn, tx *Tx) (
 		tx.written.audit.queue(&b)
 	}
 	b.Queue(headSQL).QueryRow(func(row pgx.Row) error { return row.Scan(&head.Epoch, &head.Seq) })
-	b.Queue("COMMIT")
-	if err := conn.SendBatch(ctx, &b).Close(); err != nil {
-		return head, true, err
-	}
-	return head, true, undoubted(conn.Conn().PgConn())
+	return head, true, sendCommit(ctx, conn, &b)
 }
 
 // join adds the columns of o after those of c.

@@ -8,10 +8,13 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/rescindhq/rescind/api/directory"
 	"github.com/rescindhq/rescind/api/revocation"
@@ -156,6 +159,95 @@ func TestChangesBesideRevocations(t *testing.T) {
 			t.Fatalf("event %d has seq %d and previous %d", i+1, e.Seq, e.Previous)
 		}
 	}
+}
+
+// Changes that wait for a row, however many, leave connections to revocations.
+func TestChangesLeaveRoomForRevocations(t *testing.T) {
+	t.Parallel()
+	cfg := pgtest.New(t).Config()
+	cfg.MaxConns = 8
+	pool, err := pgxpool.NewWithConfig(t.Context(), cfg)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pool.Close()
+	l := open(t, pool, Config{CommitTimeout: time.Second})
+	stop := run(t, l)
+	defer stop() // before the pool is closed
+	if _, err := pool.Exec(t.Context(), `INSERT INTO rescind.scopes (uuid, tenant_id, name) VALUES ($1, -1234, 'a')`, uuid.NewString()); err != nil {
+		t.Fatal(err)
+	}
+	owner, err := pgx.Connect(t.Context(), ownerOf(t, pool))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer owner.Close(t.Context())
+	if _, err := owner.Exec(t.Context(), `BEGIN; SELECT FROM rescind.scopes WHERE name = 'a' FOR UPDATE`); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for range 20 {
+		wg.Go(func() {
+			_, err := l.Change(t.Context(), func(ctx context.Context, tx *Tx) error {
+				_, err := tx.Exec(ctx, `UPDATE rescind.scopes SET ts = ts + 1 WHERE name = 'a'`)
+				return err
+			})
+			if err != nil && !errors.Is(err, ErrBusy) {
+				t.Errorf("Change: %v", err)
+			}
+		})
+	}
+	await(t, func() bool {
+		var n int
+		err := owner.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()`).Scan(&n)
+		return err == nil && n >= 2 && l.changes.waiting.Load() > 0
+	})
+	mustRevoke(t, l, request("meanwhile"))
+	if _, err := owner.Exec(t.Context(), `COMMIT`); err != nil {
+		t.Fatal(err)
+	}
+	wg.Wait()
+}
+
+func TestTurnstile(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		turns := newTurnstile(2)
+		for range 2 {
+			if err := turns.enter(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+		}
+		ctx, cancel := context.WithCancelCause(t.Context())
+		gone := errors.New("gone")
+		ended := make(chan error, maxChangesWaiting)
+		for range maxChangesWaiting {
+			go func() { ended <- turns.enter(ctx) }()
+		}
+		synctest.Wait()
+		if err := turns.enter(ctx); !errors.Is(err, ErrBusy) {
+			t.Errorf("one too many: %v, want ErrBusy", err)
+		}
+		turns.leave()
+		if err := <-ended; err != nil {
+			t.Errorf("the next: %v", err)
+		}
+		cancel(gone)
+		for range maxChangesWaiting - 1 {
+			if err := <-ended; !errors.Is(err, gone) {
+				t.Errorf("one that went away: %v", err)
+			}
+		}
+		began := time.Now()
+		if err := turns.enter(t.Context()); !errors.Is(err, ErrBusy) || time.Since(began) != changeWait {
+			t.Errorf("after %s: %v, want ErrBusy after %s", time.Since(began), err, changeWait)
+		}
+		turns.leave()
+		turns.leave()
+		if err := turns.enter(t.Context()); err != nil {
+			t.Errorf("with nobody in: %v", err)
+		}
+	})
 }
 
 func TestViewIsOnePosition(t *testing.T) {

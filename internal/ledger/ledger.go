@@ -16,6 +16,9 @@
 // Entries are sorted by their unique key before the statement: two batches with
 // the same targets would else deadlock.
 //
+// Only a quarter of the connections is for changes of other state at a time: they may
+// wait for each other's rows, and revocations must not wait for them.
+//
 // The events that this process committed last are kept in memory: sinks that keep
 // up cost the database no reads.
 //
@@ -43,8 +46,8 @@ import (
 	"github.com/rescindhq/rescind/api/revocation"
 )
 
-// ErrBusy is returned when the queue is full. Nothing was stored.
-var ErrBusy = errors.New("too many revocations are waiting to be committed")
+// ErrBusy is returned when too many wait already. Nothing was stored.
+var ErrBusy = errors.New("too many revocations or changes are waiting to be committed")
 
 // ErrUnavailable is returned when a commit failed or its outcome is not known.
 // Sending the same revocation again is safe.
@@ -124,7 +127,7 @@ func Session(cfg *pgxpool.Config) {
 	onNotice := cfg.ConnConfig.OnNotice
 	cfg.ConnConfig.OnNotice = func(c *pgconn.PgConn, n *pgconn.Notice) {
 		if n.SeverityUnlocalized == "WARNING" {
-			c.CustomData()[warned] = n.Message
+			c.CustomData()[lastWarning] = n.Message
 		}
 		if onNotice != nil {
 			onNotice(c, n)
@@ -137,9 +140,9 @@ func Session(cfg *pgxpool.Config) {
 	}
 }
 
-// warned is where a connection keeps the last warning of the server. A commit whose
+// lastWarning is where a connection keeps the last warning of the server. A commit whose
 // wait for a synchronous standby was cut short is reported as done, with a warning.
-const warned = "rescind.warned"
+const lastWarning = "rescind.warning"
 
 // keepAlive makes both sides find out within about ten seconds that the other has
 // gone without a word: it may hold the head's lock.
@@ -162,6 +165,7 @@ type Ledger struct {
 	instance string // tells our own notifications from those of others
 	metrics  *metrics
 	queue    *queue
+	changes  *turnstile
 	grown    broadcast
 	tail     tail
 
@@ -184,6 +188,7 @@ func New(cfg Config, pool *pgxpool.Pool, reg prometheus.Registerer, log *slog.Lo
 		log:      log.With("component", "ledger"),
 		instance: uuid.NewString(),
 		queue:    newQueue(cfg.QueueSize),
+		changes:  newTurnstile(max(1, int(pool.Config().MaxConns)/4)),
 		fatal:    make(chan error, 1),
 	}
 	l.metrics = newMetrics(reg, l)

@@ -188,6 +188,47 @@ func TestKindsWithTime(t *testing.T) {
 	}
 }
 
+// Whatever else a batch asks about a target, a request for now kills what was issued
+// until now.
+func TestNowOutranksAnEarlierTime(t *testing.T) {
+	t.Parallel()
+	l := open(t, pgtest.New(t), Config{ClockSkew: -1})
+	past, future := time.Now().Unix()-1000, time.Now().Unix()+1000
+	for name, tt := range map[string]struct {
+		notAfter []int64
+		want     int64 // 0 is now
+	}{
+		"only now":         {[]int64{0, 0}, 0},
+		"now, then past":   {[]int64{0, past}, 0},
+		"past, then now":   {[]int64{past, 0}, 0},
+		"past alone":       {[]int64{past, past - 1}, past},
+		"now and ahead":    {[]int64{0, future, past}, future},
+		"ahead, then past": {[]int64{future, past}, future},
+	} {
+		var batch []Request
+		for _, notAfter := range tt.notAfter {
+			r := request(name)
+			r.Target.Kind, r.NotAfter = revocation.KindClient, notAfter
+			batch = append(batch, r)
+		}
+		before := time.Now().Unix()
+		if _, err := l.commit(t.Context(), batch); err != nil {
+			t.Fatal(err)
+		}
+		rev, _, err := l.Known(t.Context(), batch[0].Target)
+		if err != nil {
+			t.Fatal(err)
+		}
+		low, high := tt.want, tt.want
+		if tt.want == 0 {
+			low, high = before, time.Now().Unix()
+		}
+		if rev.NotAfter < low || rev.NotAfter > high {
+			t.Errorf("%s: not_after is %d, want %d to %d", name, rev.NotAfter, low, high)
+		}
+	}
+}
+
 // Several processes, the same targets from all: one event each, no gap, and each
 // tenant's events are chained.
 func TestSeqsWithSeveralProcesses(t *testing.T) {
@@ -620,36 +661,6 @@ func TestLogThatGoesBackStopsTheProcess(t *testing.T) {
 	next := open(t, pool, Config{})
 	if cursors, err := next.Cursors(t.Context()); err != nil || cursors["amqp"] != 1 {
 		t.Errorf("cursors %v, %v in the new epoch; its head is 1", cursors, err)
-	}
-}
-
-// The server says of a commit that its standby may lack it.
-func TestWarnedCommitIsNoSuccess(t *testing.T) {
-	t.Parallel()
-	pool := pgtest.New(t)
-	cfg := pool.Config()
-	Session(cfg)
-	sessions, err := pgxpool.NewWithConfig(t.Context(), cfg)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer sessions.Close()
-	conn, err := sessions.Acquire(t.Context())
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer conn.Release()
-	if err := undoubted(conn.Conn().PgConn()); err != nil {
-		t.Errorf("before: %v", err)
-	}
-	if _, err := conn.Exec(t.Context(), `DO $$ BEGIN RAISE WARNING 'canceling wait for synchronous replication'; END $$`); err != nil {
-		t.Fatal(err)
-	}
-	if err := undoubted(conn.Conn().PgConn()); err == nil {
-		t.Error("a warning is overlooked")
-	}
-	if err := undoubted(conn.Conn().PgConn()); err != nil {
-		t.Errorf("the warning comes twice: %v", err)
 	}
 }
 

@@ -238,8 +238,11 @@ func (l *Ledger) commit(ctx context.Context, requests []Request) ([]Result, erro
 			entries[i].seq, entries[i].added = 0, false
 		}
 		var events []revocation.Event
-		if head, events, err = l.transact(ctx, entries); err == nil {
+		head, events, err = l.transact(ctx, entries)
+		if _, warned := errors.AsType[warnedError](err); err == nil || warned {
 			l.tail.add(events)
+			l.saw(head)
+			l.grown.send()
 		}
 		if err == nil || ctx.Err() != nil || !mayRetry(err, attempt) {
 			break
@@ -255,10 +258,8 @@ func (l *Ledger) commit(ctx context.Context, requests []Request) ([]Result, erro
 		}
 		return nil, err
 	}
-	l.saw(head)
 	l.metrics.batch.Observe(float64(len(requests)))
 	l.metrics.commit.Observe(time.Since(start).Seconds())
-	l.grown.send()
 	results := make([]Result, len(requests))
 	for i, e := range of {
 		results[i] = Result{Seq: cmp.Or(entries[e].seq, head.Seq), Added: entries[e].added}
@@ -267,7 +268,9 @@ func (l *Ledger) commit(ctx context.Context, requests []Request) ([]Result, erro
 }
 
 // mayRetry allows a few tries after a serialization failure or deadlock, and one
-// after anything that smells of a lost connection.
+// after anything that smells of a lost connection. One too after a commit that the
+// server warned of: the repeat locks the rows, so its own commit is after the first in
+// what a standby gets, and waits for the standby again.
 func mayRetry(err error, attempt int) bool {
 	if pgErr, ok := errors.AsType[*pgconn.PgError](err); ok {
 		switch pgErr.Code {
@@ -298,6 +301,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 // entry is what a batch asks about one target.
 type entry struct {
 	Request
+	now   bool // tokens up to the database's clock are dead, and those up to NotAfter
 	seq   revocation.Seq
 	added bool
 }
@@ -318,8 +322,9 @@ func merge(requests []Request) (entries []entry, of []int) {
 		if n := len(entries); n > 0 && entries[n-1].Target == r.Target {
 			e := &entries[n-1]
 			e.Exp, e.NotAfter = max(e.Exp, r.Exp), max(e.NotAfter, r.NotAfter)
+			e.now = e.now || r.NotAfter == 0
 		} else {
-			entries = append(entries, entry{Request: r})
+			entries = append(entries, entry{Request: r, now: r.NotAfter == 0})
 		}
 		of[i] = len(entries) - 1
 	}
@@ -342,12 +347,12 @@ const upsertSQL = `
 INSERT INTO rescind.revocations AS r
     (id, tenant_id, kind, iss, ident, digest, exp, not_after, client_id, signature, reason, revoked_at)
 SELECT e.id, e.tenant_id, e.kind, e.iss, e.ident, e.digest, e.exp,
-    CASE WHEN NOT e.timed THEN 0 WHEN e.not_after > 0 THEN e.not_after
-        ELSE floor(extract(epoch FROM clock_timestamp()))::bigint + $14 END,
+    CASE WHEN NOT e.timed THEN 0 WHEN NOT e.now THEN e.not_after
+        ELSE greatest(e.not_after, floor(extract(epoch FROM clock_timestamp()))::bigint + $14) END,
     e.client_id, e.signature, e.reason, clock_timestamp()
 FROM unnest($1::uuid[], $2::integer[], $3::text[], $4::text[], $5::text[], $6::boolean[], $7::bigint[], $8::boolean[],
-    $9::text[], $10::text[], $11::text[], $12::integer[], $13::bigint[])
-    AS e (id, tenant_id, kind, iss, ident, digest, exp, timed, client_id, signature, reason, n, not_after)
+    $9::text[], $10::text[], $11::text[], $12::integer[], $13::bigint[], $15::boolean[])
+    AS e (id, tenant_id, kind, iss, ident, digest, exp, timed, client_id, signature, reason, n, not_after, now)
 ORDER BY e.n
 ON CONFLICT (iss, ident, kind, digest) DO UPDATE
     SET exp = greatest(r.exp, excluded.exp), not_after = greatest(r.not_after, excluded.not_after)
@@ -386,7 +391,8 @@ const notifySQL = `SELECT pg_notify('rescind_log', $1)`
 
 // transact writes entries in one transaction of two round trips, so that the head
 // stays locked for no longer than the server needs. It sets seq and added of
-// entries and returns the head and the new events.
+// entries and returns the head and the new events, which are committed too when the
+// error is a [warnedError].
 func (l *Ledger) transact(ctx context.Context, entries []entry) (head revocation.Position, events []revocation.Event, err error) {
 	conn, err := l.pool.Acquire(ctx)
 	if err != nil {
@@ -402,18 +408,14 @@ func (l *Ledger) transact(ctx context.Context, entries []entry) (head revocation
 	if len(stored) == 0 {
 		var b pgx.Batch
 		b.Queue(headSQL).QueryRow(func(row pgx.Row) error { return row.Scan(&head.Epoch, &head.Seq) })
-		b.Queue("COMMIT")
-		if err := conn.SendBatch(ctx, &b).Close(); err != nil {
-			return head, nil, err
-		}
-		return head, nil, undoubted(conn.Conn().PgConn())
+		return head, nil, sendCommit(ctx, conn, &b)
 	}
 	var w written
 	if err := l.write(&w, entries, stored); err != nil {
 		return head, nil, err
 	}
 	if head, err = l.finish(ctx, conn, &w); err != nil {
-		return head, nil, err
+		return head, w.events, err
 	}
 	base := head.Seq - revocation.Seq(len(stored))
 	for i, s := range stored {
@@ -471,26 +473,35 @@ func (l *Ledger) finish(ctx context.Context, conn *pgxpool.Conn, w *written) (he
 		})
 		return err
 	})
-	b.Queue("COMMIT")
-	err = conn.SendBatch(ctx, &b).Close()
-	behind := notBehind(revocation.Position{Epoch: head.Epoch, Seq: head.Seq - n}, seen)
-	switch {
-	case err != nil && behind != nil:
-		return head, behind
-	case err != nil:
-		return head, err
+	err = sendCommit(ctx, conn, &b)
+	if behind := notBehind(revocation.Position{Epoch: head.Epoch, Seq: head.Seq - n}, seen); err != nil && behind != nil {
+		err = behind
 	}
-	return head, undoubted(conn.Conn().PgConn())
+	return head, err
 }
 
-// undoubted returns an error if the server warned on c, and forgets the warning.
-func undoubted(c *pgconn.PgConn) error {
-	warning, ok := c.CustomData()[warned]
-	if !ok {
-		return nil
+// sendCommit sends b and a COMMIT after it. Its error is a [warnedError] if that
+// committed, and the server warned meanwhile. What it warned of before, as of the version
+// of a collation when the connection was made, says nothing about this commit.
+func sendCommit(ctx context.Context, conn *pgxpool.Conn, b *pgx.Batch) error {
+	data := conn.Conn().PgConn().CustomData()
+	delete(data, lastWarning)
+	b.Queue("COMMIT")
+	if err := conn.SendBatch(ctx, b).Close(); err != nil {
+		return err
 	}
-	delete(c.CustomData(), warned)
-	return fmt.Errorf("the server committed with a warning, a standby may lack it: %v", warning)
+	if text, ok := data[lastWarning].(string); ok {
+		return warnedError(text)
+	}
+	return nil
+}
+
+// warnedError is the server's warning at a commit: it is done there, and a standby that
+// it should have waited for may lack it.
+type warnedError string
+
+func (e warnedError) Error() string {
+	return "the server committed with a warning, a standby may lack it: " + string(e)
 }
 
 // noEpoch is the epoch of no log.
@@ -508,7 +519,7 @@ func (l *Ledger) upsert(ctx context.Context, conn *pgxpool.Conn, b *pgx.Batch, e
 	ids, tenants, kinds, iss := make([]string, n), make([]int32, n), make([]string, n), make([]string, n)
 	idents, digests, exps, timed := make([]string, n), make([]bool, n), make([]int64, n), make([]bool, n)
 	clients, signatures, reasons, order := make([]string, n), make([]string, n), make([]string, n), make([]int32, n)
-	notAfter := make([]int64, n)
+	notAfter, now := make([]int64, n), make([]bool, n)
 	byTarget := make(map[revocation.Target]int, n)
 	for i, e := range entries {
 		id, err := uuid.NewV7()
@@ -518,11 +529,11 @@ func (l *Ledger) upsert(ctx context.Context, conn *pgxpool.Conn, b *pgx.Batch, e
 		ids[i], tenants[i], kinds[i], iss[i] = id.String(), e.Tenant.ID, string(e.Target.Kind), e.Target.Iss
 		idents[i], digests[i], exps[i], timed[i] = e.Target.ID, e.Target.Digest, e.Exp, e.Target.Kind.HasTime()
 		clients[i], signatures[i], reasons[i], order[i] = e.ClientID, e.Signature, e.Reason, int32(i)
-		notAfter[i] = e.NotAfter
+		notAfter[i], now[i] = e.NotAfter, e.now
 		byTarget[e.Target] = i
 	}
 	b.Queue(upsertSQL, ids, tenants, kinds, iss, idents, digests, exps, timed,
-		clients, signatures, reasons, order, notAfter, int64(l.cfg.ClockSkew/time.Second)).Query(func(rows pgx.Rows) error {
+		clients, signatures, reasons, order, notAfter, int64(l.cfg.ClockSkew/time.Second), now).Query(func(rows pgx.Rows) error {
 		changed, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (stored, error) {
 			var s stored
 			t := &s.Target

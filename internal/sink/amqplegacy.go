@@ -27,7 +27,7 @@ type AMQPLegacyConfig struct {
 }
 
 // AMQPLegacy publishes what WSO2's gateways of the era of JMS maps understand of the
-// events: API Manager up to 3.2, API Microgateway 3.0 and 3.1.
+// events: API Manager 3.2, API Microgateway 3.0 and 3.1.
 type AMQPLegacy struct {
 	publisher *amqpPublisher
 	keys      map[string]string // by topic

@@ -14,12 +14,12 @@ import (
 	"net"
 	"net/http"
 	"net/url"
-	"regexp"
 	"slices"
 	"strconv"
 	"strings"
 	"time"
 
+	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/relay"
 )
@@ -39,8 +39,8 @@ type WebhookConfig struct {
 	// AllowHTTP permits http to any host. The signature keeps anybody from changing
 	// what is sent, and nobody from reading it.
 	AllowHTTP bool
-	// Types are what the receiver wants: nouns ("revocation") and whole types
-	// ("application.deleted"). Empty: everything.
+	// Types are what the receiver wants: nouns ("revocation", or one of [catalog.Nouns])
+	// and whole types ("revocation.client", "application.deleted"). Empty: everything.
 	Types []string
 	// MaxEvents caps the events in one request. More are faster to a distant receiver,
 	// and repeated together if an answer is lost. Default 100, 1 to 10000.
@@ -55,7 +55,9 @@ type WebhookConfig struct {
 // CloudEvents as a JSON array (application/cloudevents-batch+json), signed as Standard
 // Webhooks demand (version 1.0.0, github.com/standard-webhooks/standard-webhooks). The
 // next batch waits for the answer to the one before; 2xx says that the receiver has it
-// safe. The id of a batch, "<epoch>:<first seq>-<last seq>", and its body are the same
+// safe, and 410 that it wants nothing more, which stops the sink. After any other answer
+// the batch is sent again: what is wrong may be mended at the far side, where nobody can
+// restart us. After 413 batches are smaller for a while. The id of a batch, "<epoch>:<first seq>-<last seq>", and its body are the same
 // whenever it is sent again; how events are divided into batches may differ then, so
 // receivers go by the id of each event.
 //
@@ -85,6 +87,9 @@ type Webhook struct {
 	// of it that the receiver has: a receiver that takes a little at a time gets on.
 	failed revocation.Position
 	safe   revocation.Seq
+	// atOnce is how many events the receiver takes in one request: events at first, half of
+	// a batch that it finds too large, and one more after each that it takes.
+	atOnce int
 	// notBefore is when the receiver wants to be asked again.
 	notBefore time.Time
 }
@@ -100,8 +105,6 @@ const (
 
 	webhookSecretPrefix = "whsec_"
 )
-
-var webhookType = regexp.MustCompile(`^[a-z_]+(\.[a-z_]+)?$`)
 
 // NewWebhook checks cfg. It does not connect.
 func NewWebhook(cfg WebhookConfig) (*Webhook, error) {
@@ -135,7 +138,8 @@ func NewWebhook(cfg WebhookConfig) (*Webhook, error) {
 		s.keys = append(s.keys, key)
 	}
 	for _, typ := range cfg.Types {
-		check(webhookType.MatchString(typ), "type %q is neither a noun such as revocation nor a type such as application.deleted", typ)
+		check(knownType(typ), "there are no events of type %q; a noun is revocation or one of %s, a whole type is such as revocation.client or application.deleted",
+			typ, catalog.Nouns)
 	}
 	check(1 <= s.events && s.events <= 10000, "events in one request are %d, must be 1 to 10000", s.events)
 	check(s.bytes >= 128<<10, "bytes in one request are %d, must be at least %d", s.bytes, 128<<10)
@@ -143,6 +147,7 @@ func NewWebhook(cfg WebhookConfig) (*Webhook, error) {
 	if len(errs) > 0 {
 		return nil, fmt.Errorf("sink %s: %w", s.name, errors.Join(errs...))
 	}
+	s.atOnce = s.events
 	http1 := new(http.Protocols)
 	http1.SetHTTP1(true) // there is one request at a time
 	s.client = &http.Client{
@@ -154,6 +159,22 @@ func NewWebhook(cfg WebhookConfig) (*Webhook, error) {
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}
 	return s, nil
+}
+
+// knownType reports whether typ is a noun or a type of events that there are.
+func knownType(typ string) bool {
+	noun, verb, whole := strings.Cut(typ, ".")
+	switch {
+	case noun == "revocation":
+		return !whole || slices.Contains(revocation.Kinds, revocation.Kind(verb))
+	case !slices.Contains(catalog.Nouns, catalog.Noun(noun)):
+		return false
+	}
+	verbs := []catalog.Verb{catalog.Created, catalog.Updated, catalog.Deleted}
+	if catalog.Noun(noun) == catalog.NounAPI {
+		verbs = append(verbs, catalog.LifecycleChanged, catalog.Deployed, catalog.Undeployed)
+	}
+	return !whole || slices.Contains(verbs, catalog.Verb(verb))
 }
 
 func isLoopback(host string) bool {
@@ -176,10 +197,16 @@ func (s *Webhook) Deliver(ctx context.Context, events []revocation.Event) error 
 			return relay.Permanent(err)
 		}
 		if b.id != "" {
-			if err := s.post(ctx, b.id, b.body); err != nil {
+			err := s.post(ctx, b.id, b.body)
+			if errors.Is(err, errTooLarge) && b.sent > 1 {
+				s.atOnce = b.sent / 2
+				continue
+			}
+			if err != nil {
 				s.failed = first
 				return fmt.Errorf("sink %s: post events to %s: %w", s.name, s.url.Host, err)
 			}
+			s.atOnce = min(s.atOnce+1, s.events)
 		}
 		s.safe = b.through
 		events = events[b.n:]
@@ -190,7 +217,7 @@ func (s *Webhook) Deliver(ctx context.Context, events []revocation.Event) error 
 
 // Close implements [relay.Closer].
 func (s *Webhook) Close() {
-	s.failed, s.notBefore = revocation.Position{}, time.Time{}
+	s.failed, s.notBefore, s.atOnce = revocation.Position{}, time.Time{}, s.events
 	s.client.CloseIdleConnections()
 }
 
@@ -198,6 +225,7 @@ func (s *Webhook) Close() {
 type webhookBatch struct {
 	n       int // events, those included that the receiver does not want
 	through revocation.Seq
+	sent    int // those that it does
 	// id is empty, and there is no body, if there is nothing to send.
 	id   string
 	body []byte
@@ -209,7 +237,6 @@ func (s *Webhook) take(events []revocation.Event) (webhookBatch, error) {
 	var (
 		b           webhookBatch
 		first, last revocation.Seq
-		sent        int
 	)
 	for _, e := range events {
 		if e.Seq > s.safe && s.wants(e.Type) {
@@ -218,10 +245,10 @@ func (s *Webhook) take(events []revocation.Event) (webhookBatch, error) {
 			if err != nil {
 				return b, err
 			}
-			if sent == s.events || sent > 0 && len(b.body)+len(body)+len(",]") > s.bytes {
+			if b.sent == s.atOnce || b.sent > 0 && len(b.body)+len(body)+len(",]") > s.bytes {
 				break
 			}
-			if sent == 0 {
+			if b.sent == 0 {
 				first = e.Seq
 				b.body = append(b.body, '[')
 			} else {
@@ -229,11 +256,11 @@ func (s *Webhook) take(events []revocation.Event) (webhookBatch, error) {
 			}
 			b.body = append(b.body, body...)
 			last = e.Seq
-			sent++
+			b.sent++
 		}
 		b.n, b.through = b.n+1, e.Seq
 	}
-	if sent > 0 {
+	if b.sent > 0 {
 		b.body = append(b.body, ']')
 		b.id = fmt.Sprintf("%s:%d-%d", events[0].Epoch, first, last)
 	}
@@ -311,22 +338,25 @@ func (s *Webhook) judge(resp *http.Response) error {
 	if 200 <= code && code <= 299 {
 		return nil
 	}
+	if wait := retryAfter(resp.Header.Get("Retry-After"), s.now()); wait > 0 {
+		s.notBefore = s.now().Add(wait)
+	}
 	err := fmt.Errorf("the answer is %d %s", code, http.StatusText(code))
 	switch {
-	case code == http.StatusRequestTimeout, code == http.StatusTooEarly, code == http.StatusTooManyRequests, code >= 500:
-		if wait := retryAfter(resp.Header.Get("Retry-After"), s.now()); wait > 0 {
-			s.notBefore = s.now().Add(wait)
-		}
-		return err
 	case 300 <= code && code <= 399:
-		return relay.Permanent(fmt.Errorf("%w, and redirects are not followed: set the URL that it leads to", err))
+		return fmt.Errorf("%w, and redirects are not followed: set the URL that it leads to", err)
 	case code == http.StatusUnauthorized, code == http.StatusForbidden:
-		return relay.Permanent(fmt.Errorf("%w: compare the secret, and the URL's user and password, with the receiver's", err))
+		return fmt.Errorf("%w: compare the secret, and the URL's user and password, with the receiver's", err)
+	case code == http.StatusGone:
+		return relay.Permanent(fmt.Errorf("%w: the receiver wants no more events", err))
 	case code == http.StatusRequestEntityTooLarge:
-		return relay.Permanent(fmt.Errorf("%w: lower the bounds on a request below %d events and %d bytes", err, s.events, s.bytes))
+		return fmt.Errorf("%w: %w", err, errTooLarge)
 	}
-	return relay.Permanent(err)
+	return err
 }
+
+// errTooLarge is of 413. A batch of one event cannot be made smaller.
+var errTooLarge = errors.New("the receiver must take an event of 64 KiB")
 
 // retryAfter reads the header of that name (RFC 9110, section 10.2.3), up to
 // webhookMaxWait. What cannot be read asks for nothing.

@@ -305,6 +305,42 @@ func TestWebhookGoesOnWhereItFailed(t *testing.T) {
 	}
 }
 
+// Batches that the receiver finds too large are halved, and grow again with what it takes.
+func TestWebhookTooLarge(t *testing.T) {
+	t.Parallel()
+	r := newReceiver(t)
+	s := newTestWebhook(t, WebhookConfig{URL: r.url, MaxEvents: 8})
+	r.answers = []int{413, 413, 200, 413, 413}
+	events := relaytest.Events(1, 6)
+	if err := s.Deliver(t.Context(), events); err == nil || !strings.Contains(err.Error(), "413") || isPermanent(err) {
+		t.Errorf("error is %v, want one that says 413 and that is not permanent", err)
+	}
+	mustDeliver(t, s, events...)
+	var ids []string
+	for _, req := range r.seen() {
+		_, id, _ := strings.Cut(req.ID, ":")
+		ids = append(ids, id)
+	}
+	if diff := cmp.Diff([]string{"1-6", "1-3", "1-1", "2-3", "2-2", "2-2", "3-4", "5-6"}, ids); diff != "" {
+		t.Errorf("requests (-want +got):\n%s", diff)
+	}
+}
+
+func TestWebhookTypes(t *testing.T) {
+	t.Parallel()
+	for typ, want := range map[string]bool{
+		"revocation": true, "revocation.client": true, "revocation.key": true, "application": true, "key_mapping.deleted": true,
+		"api.lifecycle_changed": true, "api.deployed": true, "tenant.created": true,
+		"revocations": false, "revocation.clients": false, "revocation.": false, "revocation.created": false, "application.removed": false,
+		"application.deployed": false, "Application": false, "heartbeat": false, "": false, "api.": false,
+	} {
+		_, err := NewWebhook(WebhookConfig{URL: "https://hooks.example.com/", Secrets: []string{webhookSecret}, Types: []string{typ}})
+		if (err == nil) != want {
+			t.Errorf("type %q: %v, want it to be known: %t", typ, err, want)
+		}
+	}
+}
+
 func isPermanent(err error) bool {
 	return strings.Contains(err.Error(), relay.Permanent(errors.New("")).Error())
 }
@@ -313,8 +349,8 @@ func TestWebhookAnswers(t *testing.T) {
 	t.Parallel()
 	for status, want := range map[int]string{
 		200: "", 201: "", 204: "", 299: "",
-		301: "permanent", 302: "permanent", 304: "permanent", 307: "permanent", 308: "permanent",
-		400: "permanent", 401: "permanent", 403: "permanent", 404: "permanent", 410: "permanent", 413: "permanent", 422: "permanent",
+		301: "retry", 302: "retry", 304: "retry", 307: "retry", 308: "retry",
+		400: "retry", 401: "retry", 403: "retry", 404: "retry", 410: "permanent", 413: "retry", 422: "retry",
 		408: "retry", 425: "retry", 429: "retry", 500: "retry", 501: "retry", 502: "retry", 503: "retry", 504: "retry", 599: "retry",
 	} {
 		t.Run(strconv.Itoa(status), func(t *testing.T) {

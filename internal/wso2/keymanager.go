@@ -68,7 +68,7 @@ type claimMapping struct {
 // KeyManagerProperties are what WSO2 calls the additional properties, or the
 // configuration, of a key manager (WSO2 contract, section 5): those that we have a
 // word for, and [catalog.KeyManager.Properties] that are none of these. The values
-// have the JSON types that gateways assert; none is null.
+// have the JSON types that gateways assert; none is null, at any depth.
 func KeyManagerProperties(k *catalog.KeyManager) map[string]any {
 	mappings := make([]claimMapping, len(k.ClaimMappings))
 	for i, m := range k.ClaimMappings {
@@ -91,10 +91,34 @@ func KeyManagerProperties(k *catalog.KeyManager) map[string]any {
 	all := maps.Clone(own)
 	for name, value := range k.Properties {
 		if value != nil && !hasFold(own, name) {
-			all[name] = value
+			all[name] = withoutNull(value)
 		}
 	}
 	return all
+}
+
+// withoutNull is v, of JSON, without the members and items that are null. It leaves v
+// as it is.
+func withoutNull(v any) any {
+	switch v := v.(type) {
+	case map[string]any:
+		kept := make(map[string]any, len(v))
+		for name, value := range v {
+			if value != nil {
+				kept[name] = withoutNull(value)
+			}
+		}
+		return kept
+	case []any:
+		kept := make([]any, 0, len(v))
+		for _, value := range v {
+			if value != nil {
+				kept = append(kept, withoutNull(value))
+			}
+		}
+		return kept
+	}
+	return v
 }
 
 // hasFold reports whether a gateway in Go, which reads names without regard to their

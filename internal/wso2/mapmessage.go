@@ -13,7 +13,7 @@ import (
 const MapContentType = "jms/map-message"
 
 // MapMessages are what gateways that know only maps of JMS are told about e as of now
-// (WSO2 contract, section 2.5): API Manager up to 3.2, API Microgateway 3.0 and 3.1.
+// (WSO2 contract, section 2.5): API Manager 3.2, API Microgateway 3.0 and 3.1.
 // It is like [Messages], but that these gateways have no word for the revocation of
 // more than one token, and know [TopicKeyManagerJava] only. A newer gateway drops
 // these messages, so they need routing keys of their own.

@@ -163,20 +163,25 @@ func eventTypes(c catalog.Change) []string {
 		}
 		return []string{"APPLICATION_REGISTRATION_CREATE"} // there is no update; this one replaces
 	case catalog.NounSubscription:
+		if s := c.Entity.(*catalog.Subscription); c.Verb == catalog.Updated && s.Effective() == catalog.OnHold {
+			// A gateway in Java does not put on hold what it has.
+			return []string{"SUBSCRIPTIONS_DELETE", "SUBSCRIPTIONS_UPDATE"}
+		}
 		return []string{"SUBSCRIPTIONS" + suffix}
 	case catalog.NounPolicy:
 		return []string{"POLICY" + suffix}
 	case catalog.NounScope:
 		return []string{"SCOPE" + suffix}
 	case catalog.NounAPI:
-		switch c.Verb {
-		case catalog.Deployed:
+		retired := c.Entity.(*catalog.API).Status == catalog.APIRetired
+		switch {
+		case c.Verb == catalog.Deployed:
 			return []string{"DEPLOY_API_IN_GATEWAY"}
-		case catalog.Undeployed:
+		case c.Verb == catalog.Undeployed:
 			return []string{"REMOVE_API_FROM_GATEWAY"}
-		case catalog.LifecycleChanged:
+		case c.Verb == catalog.LifecycleChanged, c.Verb == catalog.Updated && retired:
 			// A gateway in Java reads the API again at the first, and removes it at the
-			// second if it is RETIRED now: the other way round it would come back.
+			// second if it is RETIRED: the other way round it would come back.
 			return []string{"API_UPDATE", "API_LIFECYCLE_CHANGE"}
 		}
 		return []string{"API" + suffix}

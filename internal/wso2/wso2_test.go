@@ -134,7 +134,7 @@ var (
 		ClaimMappings: []catalog.ClaimMapping{{Remote: "sub", Local: "user"}},
 		Properties: map[string]any{
 			"issuer": "https://evil.example.com", "Self_Validate_JWT": false, "claim_mappings": nil, "token_endpoint": nil,
-			"grant_types": []any{"client_credentials"}, "enable_token_hash": false, "VALIDITY_PERIOD": "3600",
+			"grant_types": []any{"client_credentials", nil, map[string]any{"none": nil, "some": []any{nil}}}, "enable_token_hash": false, "VALIDITY_PERIOD": "3600",
 		},
 	}
 	resident = catalog.KeyManager{
@@ -191,6 +191,9 @@ func changeExamples(t testing.TB) (list []example) {
 		}
 		add(name+"-bare", catalog.Change{Verb: catalog.Updated, Entity: e})
 	}
+	add("api-retired-updated", catalog.Change{Verb: catalog.Updated, Entity: with(api, func(a *catalog.API) { a.Status = catalog.APIRetired })})
+	add("subscription-on-hold", catalog.Change{Verb: catalog.Updated,
+		Entity: with(subscription, func(s *catalog.Subscription) { s.State = catalog.OnHold })})
 	return list
 }
 
@@ -641,6 +644,48 @@ func TestTwoMessagesOfOneEvent(t *testing.T) {
 	}
 }
 
+// Whatever happened before, API Manager's gateway ends with what the last event says: it
+// would keep a subscription that is put on hold, and read an API again that is RETIRED.
+func TestJavaGatewayEndsAtTheNewestState(t *testing.T) {
+	t.Parallel()
+	states := []string{catalog.Unblocked, catalog.OnHold, catalog.Blocked, catalog.OnHold, catalog.OnHold, catalog.Unblocked}
+	statuses := []string{catalog.APIPublished, catalog.APIRetired, catalog.APIRetired, catalog.APIPublished}
+	listed := true // in the answer to GET /apis
+	g := wso2test.NewJavaGateway(func(string) bool { return listed })
+	seq := revocation.Seq(0)
+	tell := func(verb catalog.Verb, e catalog.Entity) {
+		seq++
+		event := changeEvent(t, seq, catalog.Change{Verb: verb, Entity: e})
+		for range 2 { // events come at least once
+			for _, m := range mustMessages(t, event) {
+				if err := g.Take(m.Topic, m.Body); err != nil {
+					t.Fatal(err)
+				}
+			}
+		}
+	}
+	for i, state := range states {
+		verb := catalog.Updated
+		if i == 0 {
+			verb = catalog.Created
+		}
+		tell(verb, with(subscription, func(s *catalog.Subscription) { s.State, s.Timestamp = state, int64(1000+i) }))
+		if got := g.Subscriptions["7.12"]; got != state {
+			t.Errorf("step %d: the subscription is %q, want %q", i, got, state)
+		}
+	}
+	for i, status := range statuses {
+		for _, verb := range []catalog.Verb{catalog.LifecycleChanged, catalog.Updated} {
+			for _, listed = range []bool{true, status != catalog.APIRetired} {
+				tell(verb, with(api, func(a *catalog.API) { a.Status = status }))
+				if got, want := g.APIs[api.UUID], status != catalog.APIRetired; got != want {
+					t.Errorf("step %d, %s: the API is there: %t, want %t", i, verb, got, want)
+				}
+			}
+		}
+	}
+}
+
 // The expected value is from an independent implementation (Python's uuid.uuid5).
 func TestEventID(t *testing.T) {
 	t.Parallel()
@@ -659,7 +704,7 @@ func TestKeyManagerProperties(t *testing.T) {
 	}{
 		{"external", keyManager1, `{"VALIDITY_PERIOD":"3600","certificate_type":"JWKS","certificate_value":"https://idp.example.com/jwks",` +
 			`"claim_mappings":[{"remoteClaim":"sub","localClaim":"user"}],"consumer_key_claim":"client_id","enable_token_hash":false,` +
-			`"grant_types":["client_credentials"],"issuer":"https://idp.example.com","scopes_claim":"scp","self_validate_jwt":true}`},
+			`"grant_types":["client_credentials",{"some":[]}],"issuer":"https://idp.example.com","scopes_claim":"scp","self_validate_jwt":true}`},
 		{"resident", resident, `{"certificate_type":"JWKS","certificate_value":"https://km.example.com/t/org.example/oauth2/jwks",` +
 			`"claim_mappings":[],"consumer_key_claim":"azp","issuer":"https://km.example.com/t/org.example","scopes_claim":"scope",` +
 			`"self_validate_jwt":true}`},
@@ -676,7 +721,7 @@ func TestKeyManagerProperties(t *testing.T) {
 			t.Errorf("%s (-want +got):\n%s", tt.name, diff)
 		}
 	}
-	if _, ok := keyManager1.Properties["Self_Validate_JWT"]; !ok || len(keyManager1.Properties) != 7 {
+	if _, ok := keyManager1.Properties["Self_Validate_JWT"]; !ok || len(keyManager1.Properties) != 7 || len(keyManager1.Properties["grant_types"].([]any)) != 3 {
 		t.Error("the key manager was changed")
 	}
 }
