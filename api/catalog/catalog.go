@@ -289,13 +289,13 @@ type KeyManager struct {
 	// MaxTokenLifetime is the longest from iat to exp of its tokens, in seconds, 1 to
 	// 315360000: revocations of more than one token are kept that long. It may only rise.
 	MaxTokenLifetime int32 `json:"max_token_lifetime"`
-	// JWKSURI is where its key set is, https unless the host is loopback. Empty where the
-	// process is configured with its keys.
+	// JWKSURI is where its key set is, https unless the host is loopback, without a query,
+	// which could be a secret. Empty where the process is configured with its keys.
 	JWKSURI string `json:"jwks_uri,omitempty"`
 	// Algorithms are the JWS algorithms that its tokens may be signed with. Empty: RS256, PS256,
 	// ES256 and EdDSA.
 	Algorithms []string `json:"algorithms,omitempty"`
-	// AllowTyp are values of typ beside at+jwt: JWT is the only one.
+	// AllowTyp are values of typ that its tokens may have besides at+jwt, for example JWT.
 	AllowTyp []string `json:"allow_typ,omitempty"`
 	// ConsumerKeyClaim and ScopesClaim name claims. Defaults azp and scope.
 	ConsumerKeyClaim string `json:"consumer_key_claim,omitempty"`
@@ -304,7 +304,8 @@ type KeyManager struct {
 	ClaimMappings []ClaimMapping `json:"claim_mappings,omitempty"`
 	// TokenType is DIRECT, EXCHANGED or BOTH.
 	TokenType string `json:"token_type"`
-	// Properties are passed on to WSO2's gateways as they are. They are no place for secrets.
+	// Properties are passed on to WSO2's gateways as they are: those that their code knows have
+	// the JSON type that it asserts, and none is null. They are no place for secrets.
 	Properties map[string]any `json:"properties,omitempty"`
 }
 

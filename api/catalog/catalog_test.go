@@ -36,7 +36,7 @@ var changes = map[string]catalog.Change{
 		Meta: meta(1), Name: "IdP", DisplayName: "Identity", Description: "Ours for people.", Type: "KeyCloak", Enabled: true, Iss: "https://idp.example.com",
 		MaxTokenLifetime: 7200, JWKSURI: "https://idp.example.com/jwks", Algorithms: []string{"RS256", "ES256"}, AllowTyp: []string{"JWT"},
 		ConsumerKeyClaim: "client_id", ScopesClaim: "scp", ClaimMappings: []catalog.ClaimMapping{{Remote: "email", Local: "mail"}},
-		TokenType: "BOTH", Properties: map[string]any{"b": []any{1.5, nil, true}, "a": map[string]any{"x": "y"}},
+		TokenType: "BOTH", Properties: map[string]any{"b": []any{1.5, "c", true}, "a": map[string]any{"x": "y"}},
 	}},
 	"key_manager-least": {Verb: catalog.Created, Entity: &catalog.KeyManager{
 		Meta: meta(2), Name: "Resident Key Manager", Type: "default", Resident: true, Iss: "https://km.example.com", MaxTokenLifetime: 3600, TokenType: "DIRECT",
@@ -274,11 +274,33 @@ func TestValidate(t *testing.T) {
 		}
 		return m
 	}
+	properties := func(p map[string]any) catalog.Entity {
+		return km(func(k *catalog.KeyManager) { k.Properties = p })
+	}
 	for _, tt := range []struct {
 		name   string
 		entity catalog.Entity
 		want   string // the members that are wrong
 	}{
+		{"keys at a URL", km(func(k *catalog.KeyManager) { k.JWKSURI = "https://k/jwks" }), ""},
+		{"keys at a URL with a query", km(func(k *catalog.KeyManager) { k.JWKSURI = "https://k/jwks?apikey=x" }), "#/jwks_uri"},
+		{"keys at a URL with an empty query", km(func(k *catalog.KeyManager) { k.JWKSURI = "https://k/jwks?" }), "#/jwks_uri"},
+		{"properties as gateways assert them", properties(map[string]any{
+			"self_validate_jwt": true, "enable_oauth_app_creation": false, "grant_types": []string{"password"}, "ServerURL": "https://k",
+			"VALIDITY_PERIOD": "3600", "other": []any{1, "x", map[string]any{}},
+		}), ""},
+		{"properties of other types", properties(map[string]any{
+			"self_validate_jwt": "true", "enable_oauth_app_creation": 1, "enable_map_oauth_consumer_apps": "", "enable_token_generation": []any{},
+			"enable_token_hash": map[string]any{}, "enable_token_encryption": "false", "Validation_Enable": nil,
+			"ServerURL": 1, "RevokeURL": true, "token_endpoint": []any{"x"}, "revoke_endpoint": nil, "token_format_string": []any{}, "VALIDITY_PERIOD": 3600,
+		}), "#/properties/RevokeURL #/properties/ServerURL #/properties/VALIDITY_PERIOD #/properties/Validation_Enable " +
+			"#/properties/enable_map_oauth_consumer_apps #/properties/enable_oauth_app_creation #/properties/enable_token_encryption " +
+			"#/properties/enable_token_generation #/properties/enable_token_hash #/properties/revoke_endpoint #/properties/self_validate_jwt " +
+			"#/properties/token_endpoint #/properties/token_format_string"},
+		{"grant types that are not all strings", properties(map[string]any{"grant_types": []any{"password", 1}}), "#/properties/grant_types"},
+		{"grant types as one string", properties(map[string]any{"grant_types": "password"}), "#/properties/grant_types"},
+		{"null at any depth", properties(map[string]any{"a": nil, "b": []any{1, map[string]any{"c/d": nil, "e": []any{nil}}}}),
+			"#/properties/a #/properties/b/1/c~1d #/properties/b/1/e/0"},
 		{"a tenant", &catalog.Tenant{DisplayName: "a\x00b"}, "#/display_name"},
 		{"a tenant without a name", &catalog.Tenant{}, ""},
 		{"nothing of an API", &catalog.API{}, "#/context #/name #/provider #/status #/type #/version"},

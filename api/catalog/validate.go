@@ -271,8 +271,12 @@ func (k *KeyManager) Validate() error {
 	c.text("iss", k.Iss)
 	c.number("max_token_lifetime", int64(k.MaxTokenLifetime), 1, 315360000)
 	c.optional("jwks_uri", k.JWKSURI, maxDescription)
-	if u, err := url.Parse(k.JWKSURI); k.JWKSURI != "" && (err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Hostname() == "" || u.User != nil) {
+	switch u, err := url.Parse(k.JWKSURI); {
+	case k.JWKSURI == "":
+	case err != nil || u.Scheme != "https" && u.Scheme != "http" || u.Hostname() == "" || u.User != nil:
 		c.add("jwks_uri", "must be a URL such as https://idp.example.com/jwks, without a user")
+	case u.RawQuery != "" || u.ForceQuery:
+		c.add("jwks_uri", "must have no query") // it may be a secret, and is published
 	}
 	c.texts("algorithms", k.Algorithms)
 	for i, alg := range k.Algorithms {
@@ -290,13 +294,90 @@ func (k *KeyManager) Validate() error {
 		}
 	}
 	c.oneOf("token_type", k.TokenType, "DIRECT", "EXCHANGED", "BOTH")
-	switch b, err := json.Marshal(k.Properties); {
+	c.properties(k.Properties)
+	return c.err()
+}
+
+func (c *checker) properties(given map[string]any) {
+	var properties map[string]any
+	b, err := json.Marshal(given)
+	if err == nil {
+		err = json.Unmarshal(b, &properties) // numbers and lists of one type each
+	}
+	switch {
 	case err != nil || len(b) > maxPropertiesBytes:
 		c.add("properties", "must be at most %d bytes as JSON", maxPropertiesBytes)
-	case hasNUL(k.Properties):
+		return
+	case hasNUL(properties):
 		c.add("properties", "must have no NUL character") // the database cannot store one
+		return
 	}
-	return c.err()
+	for _, name := range slices.Sorted(maps.Keys(properties)) {
+		at, value := "properties/"+escape(name), properties[name]
+		known, ok := gatewayTypes[strings.ToLower(name)]
+		switch {
+		case ok && known == aBool && !is[bool](value):
+			c.add(at, "must be true or false")
+			continue
+		case ok && known == aText && !is[string](value):
+			c.add(at, "must be a string")
+			continue
+		case ok && known == texts && !isTexts(value):
+			c.add(at, "must be an array of strings")
+			continue
+		}
+		c.noNull(at, value)
+	}
+}
+
+// gatewayTypes are the JSON types that WSO2's gateways assert of properties, by their names
+// in lower case, as a gateway in Go would take them: a value of another type ends its process.
+var gatewayTypes = map[string]propertyType{
+	"self_validate_jwt":              aBool,
+	"enable_oauth_app_creation":      aBool,
+	"enable_map_oauth_consumer_apps": aBool,
+	"enable_token_generation":        aBool,
+	"enable_token_hash":              aBool,
+	"enable_token_encryption":        aBool,
+	"validation_enable":              aBool,
+	"grant_types":                    texts,
+	"serverurl":                      aText,
+	"revokeurl":                      aText,
+	"token_endpoint":                 aText,
+	"revoke_endpoint":                aText,
+	"token_format_string":            aText,
+	"validity_period":                aText,
+}
+
+type propertyType int
+
+const (
+	aBool propertyType = iota
+	aText
+	texts
+)
+
+func is[T any](v any) bool { _, ok := v.(T); return ok }
+
+func isTexts(v any) bool {
+	list, ok := v.([]any)
+	return ok && !slices.ContainsFunc(list, func(v any) bool { return !is[string](v) })
+}
+
+// noNull adds every null in v.
+func (c *checker) noNull(at string, v any) {
+	switch v := v.(type) {
+	case nil:
+		c.add(at, "must not be null")
+	case []any:
+		for i, item := range v {
+			c.noNull(fmt.Sprintf("%s/%d", at, i), item)
+		}
+	case map[string]any:
+		for _, name := range slices.Sorted(maps.Keys(v)) {
+			c.noNull(at+"/"+escape(name), v[name])
+		}
+	}
 }
 
 // hasNUL reports whether a name or a text in v, which JSON was decoded into, has a NUL.

@@ -91,7 +91,10 @@ func (a *archive) append(c class, rec Record) uint32 {
 func (a *archive) close() {
 	full := a.chunks[a.open]
 	full.text = strings.Clone(a.text.String()) // without the builder's spare room
-	if full.dead >= chunkSize/2 {
+	switch {
+	case full.dead == chunkSize:
+		a.give(a.open)
+	case full.dead >= chunkSize/2:
 		a.worn = append(a.worn, a.open)
 	}
 	a.text = strings.Builder{}
@@ -113,9 +116,20 @@ func (a *archive) kill(n uint32) {
 	c.records[n%chunkSize].died.Store(a.version)
 	c.dead++
 	a.live--
-	if i != a.open && c.dead == chunkSize/2 {
+	switch {
+	case i == a.open:
+	case c.dead == chunkSize:
+		a.worn = slices.DeleteFunc(a.worn, func(worn int) bool { return worn == i })
+		a.give(i)
+	case c.dead == chunkSize/2:
 		a.worn = append(a.worn, i)
 	}
+}
+
+// give gives up chunk i, of which no list to come has anything.
+func (a *archive) give(i int) {
+	a.chunks[i] = nil
+	a.free = append(a.free, i)
 }
 
 // compact gives up one worn chunk, if there is any, after adding its live records
@@ -134,8 +148,7 @@ func (a *archive) compact(moved func(t revocation.Target, n uint32)) {
 			a.live-- // it was counted twice
 		}
 	}
-	a.chunks[i] = nil
-	a.free = append(a.free, i)
+	a.give(i)
 }
 
 func (r *record) read(text string, issuers []string, tenants []revocation.Tenant) Record {

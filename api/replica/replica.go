@@ -25,13 +25,15 @@
 // those who serve lists, see [Config.Records].
 //
 // What has ended is forgotten while events are applied, a little at a time, some
-// minutes later than it must be kept: a clock that was wrong for a while and is set
-// back un-revokes nothing.
+// minutes later than it must be kept, and by the clock that is behind: this process's
+// or the log's, which the events tell. So a clock that is fast here un-revokes nothing,
+// and a snapshot is taken as it is.
 package replica
 
 import (
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -90,9 +92,11 @@ type Replica struct {
 	at    atomic.Pointer[revocation.Position] // written under mu
 	marks atomic.Pointer[marks]               // state.marks, for Check
 
-	mu    sync.RWMutex
-	state *state
-	swept int64 // the second in which sweep last ran
+	mu     sync.RWMutex
+	state  *state
+	loads  uint64 // states that there were
+	latest int64  // the greatest time of an event, in Unix seconds: the log's clock
+	swept  int64  // the second in which sweep last ran
 }
 
 // state is what a snapshot replaces. It belongs to whoever holds Replica.mu, but for
@@ -124,17 +128,19 @@ func New(cfg Config) *Replica {
 // At is the position of the last event in the state. The zero value: nothing was loaded.
 func (r *Replica) At() revocation.Position { return *r.at.Load() }
 
-// grace is how much longer an entry is kept than it can match.
-const grace = 10 * time.Minute
+// Kept is how long after its end a revocation is part of the state: the leeway in which
+// it can match, and ten minutes more for clocks that differ.
+const Kept = revocation.MaxLeeway + 10*time.Minute
 
 // leeway and kept are seconds.
 const (
 	leeway = int64(revocation.MaxLeeway / time.Second)
-	kept   = leeway + int64(grace/time.Second)
+	kept   = int64(Kept / time.Second)
 )
 
-// cutoff is the end, in Unix seconds, before which entries are forgotten at now.
-func cutoff(now time.Time) int64 { return now.Unix() - kept }
+// cutoff is the end, in Unix seconds, before which entries are forgotten. Until there
+// was an event nothing is. It needs r.mu.
+func (r *Replica) cutoff(now time.Time) int64 { return min(now.Unix(), r.latest) - kept }
 
 // Load replaces the state by what fill adds, as it was at at; fill must not keep the
 // loader. Events can be applied while fill runs: if they have led past at in its epoch
@@ -142,7 +148,7 @@ func cutoff(now time.Time) int64 { return now.Unix() - kept }
 // revocations there were stay until they end (a restored log may lack them). If fill
 // returns an error, or adds what is no revocation, the state stays as it was.
 func (r *Replica) Load(at revocation.Position, fill func(*Loader) error) error {
-	l := &Loader{state: newState(r.cfg), cutoff: cutoff(r.now())}
+	l := &Loader{state: newState(r.cfg)}
 	if err := fill(l); err != nil {
 		return err
 	}
@@ -158,9 +164,10 @@ func (r *Replica) Load(at revocation.Position, fill func(*Loader) error) error {
 		return nil
 	}
 	if was.Epoch != "" && was.Epoch != at.Epoch {
-		l.state.join(r.state, l.cutoff)
+		l.state.join(r.state, r.cutoff(r.now()))
 	}
 	r.state = l.state
+	r.loads++
 	r.marks.Store(l.state.marks)
 	r.at.Store(&at)
 	return nil
@@ -169,9 +176,8 @@ func (r *Replica) Load(at revocation.Position, fill func(*Loader) error) error {
 // Loader takes a snapshot's content. It is for one goroutine, and for the length of
 // [Replica.Load]'s function.
 type Loader struct {
-	state  *state
-	cutoff int64
-	err    error
+	state *state
+	err   error
 }
 
 // Revocation adds a revocation. Of two with one target the later end counts.
@@ -183,8 +189,11 @@ func (l *Loader) Revocation(rec Record) {
 		l.err = fmt.Errorf("load revocation of kind %q: %w", rec.Target.Kind, err)
 		return
 	}
-	l.state.add(rec, l.cutoff)
+	l.state.add(rec, dropNothing)
 }
+
+// dropNothing is the cutoff of a snapshot: whoever made it knows what is needed.
+const dropNothing = math.MinInt64
 
 // Entity adds an entity of the catalog, which must not be changed afterwards.
 func (l *Loader) Entity(e catalog.Entity) { l.state.shelves.change(e, false) }
@@ -206,6 +215,7 @@ func (r *Replica) Apply(e revocation.Event) error {
 		return fmt.Errorf("apply event %s at %s: %w", e.Position, at, ErrGap)
 	}
 	now := r.now()
+	r.latest = max(r.latest, e.Time.Unix())
 	switch {
 	case strings.HasPrefix(e.Type, "revocation."):
 		rev, err := e.Revocation()
@@ -214,7 +224,7 @@ func (r *Replica) Apply(e revocation.Event) error {
 		}
 		r.state.add(Record{
 			Target: rev.Target, Tenant: rev.Tenant, Exp: rev.Exp, NotAfter: rev.NotAfter, Signature: rev.Signature,
-		}, cutoff(now))
+		}, r.cutoff(now))
 	case catalog.IsChange(e.Type):
 		c, err := catalog.ParseChange(e)
 		if err != nil {
@@ -232,7 +242,7 @@ func (r *Replica) Apply(e revocation.Event) error {
 func (r *Replica) tidy(now time.Time) {
 	if second := now.Unix(); second != r.swept {
 		r.swept = second
-		r.state.marks.sweep(cutoff(now), r.state.drop)
+		r.state.marks.sweep(r.cutoff(now), r.state.drop)
 	}
 	if r.state.archive != nil {
 		r.state.compact()
@@ -338,5 +348,5 @@ func (s *state) join(o *state, cutoff int64) {
 func (r *Replica) View(f func(v *View)) {
 	r.mu.RLock()
 	defer r.mu.RUnlock()
-	f(&View{at: r.At(), state: r.state})
+	f(&View{at: r.At(), loads: r.loads, state: r.state})
 }

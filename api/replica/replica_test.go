@@ -6,6 +6,7 @@ import (
 	"maps"
 	"math"
 	"math/rand/v2"
+	"os"
 	"runtime"
 	"slices"
 	"strings"
@@ -46,6 +47,17 @@ func (c *clock) newReplica(records bool) *Replica {
 	return r
 }
 
+// heavy makes tests as large as they once were for a good while.
+var heavy = os.Getenv("RESCIND_HEAVY") != ""
+
+// size is of what a test makes: much if it may take long, else some.
+func size(some, much int) int {
+	if heavy {
+		return much
+	}
+	return some
+}
+
 func must(t testing.TB, err error) {
 	t.Helper()
 	if err != nil {
@@ -77,6 +89,7 @@ func revoke(rec Record) revocation.Event {
 
 // model is the log and the state that it stands for, done plainly.
 type model struct {
+	clock    *clock // of the log; nil: its events have no time
 	log      []revocation.Event
 	revoked  map[revocation.Target]Record
 	entities map[string]catalog.Entity
@@ -93,6 +106,9 @@ func (m *model) head() revocation.Position {
 func (m *model) append(e revocation.Event) revocation.Event {
 	e.Position = revocation.Position{Epoch: epoch, Seq: revocation.Seq(len(m.log) + 1)}
 	e.Source = iss
+	if m.clock != nil {
+		e.Time = time.Unix(m.clock.now(), 0)
+	}
 	m.log = append(m.log, e)
 	return e
 }
@@ -263,6 +279,7 @@ func (c *choices) entity() catalog.Entity {
 // runHistory makes up a history, delivers it badly, and compares what comes of it.
 func runHistory(t *testing.T, data []byte) {
 	c, m, clk := &choices{data}, newModel(), newClock()
+	m.clock = clk
 	r, gateway := clk.newReplica(true), clk.newReplica(false)
 	load(t, r, m.head())
 	load(t, gateway, m.head())
@@ -535,7 +552,7 @@ func isNil(e catalog.Entity) bool {
 
 func TestHistories(t *testing.T) {
 	t.Parallel()
-	for seed := range 40 {
+	for seed := range size(12, 40) {
 		data := make([]byte, 4000)
 		rng := rand.NewChaCha8([32]byte{byte(seed)})
 		rng.Read(data)
@@ -663,6 +680,9 @@ func TestLoad(t *testing.T) {
 			})
 		}
 		clk.seconds.Add(1000 + kept + 10)
+		must(t, r.Apply(revocation.Event{
+			Position: revocation.Position{Epoch: newEpoch, Seq: 4}, Type: "moon.risen", Time: time.Unix(clk.now(), 0),
+		}))
 		load(t, r, revocation.Position{Epoch: epoch, Seq: 1})
 		if got := r.entries(); got != 0 {
 			t.Errorf("%d ended entries came along to a new epoch", got)
@@ -719,6 +739,7 @@ func (r *Replica) entries() (n int) {
 func TestForget(t *testing.T) {
 	t.Parallel()
 	clk, m := newClock(), newModel()
+	m.clock = clk
 	r := clk.newReplica(true)
 	load(t, r, m.head())
 	const n = 20_000 // several tables and chunks
@@ -768,11 +789,126 @@ func TestForget(t *testing.T) {
 	})
 }
 
+// A clock that is wrong un-revokes nothing: what forgets is the slower of this one and
+// the log's.
+func TestWrongClock(t *testing.T) {
+	t.Parallel()
+	const year = 365 * 24 * 3600
+	for _, tt := range []struct {
+		name       string
+		here, log  int64 // seconds off
+		forgetting bool
+	}{
+		{"right", 0, 0, true},
+		{"fast here", year, 0, false},
+		{"fast in the log", 0, year, false},
+		{"fast in both", year, year, true},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			const n = 2000
+			clk, m := newClock(), newModel()
+			m.clock = newClock()
+			r := clk.newReplica(true)
+			past := begin
+			if tt.name == "right" {
+				past -= year
+			}
+			clk.seconds.Add(tt.here)
+			m.clock.seconds.Add(tt.log)
+			load(t, r, m.head(), func(l *Loader) {
+				for i := range n {
+					l.Revocation(Record{Target: token(uuidOf(i)), Tenant: acme, Exp: past + 100})
+				}
+			})
+			holds := func(when string) {
+				t.Helper()
+				for i := range 2 * n {
+					if _, ok := r.Check(Token{Iss: iss, JTI: uuidOf(i)}, past+100); !ok {
+						t.Fatalf("%s: %d is not revoked", when, i)
+					}
+				}
+			}
+			for i := range n {
+				must(t, r.Apply(m.revoke(Record{Target: token(uuidOf(n + i)), Tenant: acme, Exp: past + 100 + kept + year})))
+			}
+			if r.entries() < n || !tt.forgetting && r.entries() != 2*n {
+				t.Fatalf("%d entries after as many events", r.entries())
+			}
+			for range 2 * sweepSteps {
+				clk.seconds.Add(1)
+				must(t, r.Apply(m.append(revocation.Event{Type: "moon.risen"})))
+			}
+			if tt.forgetting {
+				if got := r.entries(); got != n {
+					t.Errorf("%d entries are left, want %d", got, n)
+				}
+				return
+			}
+			holds("a while later")
+			load(t, r, revocation.Position{Epoch: newEpoch, Seq: 1})
+			holds("in a new epoch")
+		})
+	}
+}
+
+// Whatever is added and dies, the lists have what lives, and no memory is held for what
+// does not.
+func TestArchive(t *testing.T) {
+	t.Parallel()
+	for seed := range uint64(10) {
+		rng := rand.New(rand.NewPCG(seed, 1))
+		a := newArchive()
+		numbers, next := map[string]uint32{}, 0
+		compact := func() {
+			a.compact(func(target revocation.Target, n uint32) { numbers[target.ID] = n })
+		}
+		for range 30 {
+			for range rng.IntN(2 * chunkSize) {
+				id := uuidOf(next)
+				next++
+				numbers[id] = a.append(uuids, Record{Target: token(id), Tenant: acme, Exp: begin})
+			}
+			share := rng.IntN(4) // of three
+			for id, n := range numbers {
+				if rng.IntN(3) < share {
+					a.kill(n)
+					delete(numbers, id)
+				}
+			}
+			if rng.IntN(2) == 0 {
+				compact()
+			}
+			got := maps.Collect(byTarget(t, a.list()))
+			if len(got) != len(numbers) {
+				t.Fatalf("%d records are listed, want %d", len(got), len(numbers))
+			}
+			for id := range numbers {
+				if _, ok := got[token(id)]; !ok {
+					t.Fatalf("%s is not listed", id)
+				}
+			}
+		}
+		for _, n := range numbers {
+			a.kill(n)
+		}
+		for i, c := range a.chunks {
+			if c != nil && i != a.open {
+				t.Errorf("chunk %d of %d is held, and all of it is dead", i, c.dead)
+			}
+		}
+		if len(a.worn) > 0 || len(a.free) != len(a.chunks)-1 {
+			t.Errorf("%d chunks are to be copied, %d of %d are free", len(a.worn), len(a.free), len(a.chunks))
+		}
+	}
+}
+
 // Readers at all times, while entries come, are extended and forgotten.
 func TestReadersWhileApplying(t *testing.T) {
 	t.Parallel()
 	clk, m := newClock(), newModel()
-	const n, ends, window = 30_000, 300, 5000
+	const ends, window = 300, 5000
+	n := size(15_000, 30_000)
 	record := func(seq int) Record { // of the event of seq
 		if seq%3 == 0 {
 			return Record{Target: token(uuidOf(seq / 2)), Tenant: acme, Exp: begin + int64(seq)/10 + 2*ends}
@@ -781,6 +917,7 @@ func TestReadersWhileApplying(t *testing.T) {
 	}
 	for seq := 1; seq <= n; seq++ {
 		m.revoke(record(seq))
+		m.log[seq-1].Time = time.Unix(begin+int64(seq)/10, 0)
 	}
 	r := clk.newReplica(true)
 	load(t, r, revocation.Position{Epoch: epoch})
@@ -837,7 +974,7 @@ func TestReadersWhileApplying(t *testing.T) {
 		var l taken
 		r.View(func(v *View) { l = taken{v.At(), v.Revocations()} })
 		lists = append(lists, l)
-		next = l.at.Seq + n/20
+		next = l.at.Seq + revocation.Seq(n/20)
 		for _, l := range lists { // while others write to what they share
 			got := 0
 			for range l.list.All() {

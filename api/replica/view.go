@@ -12,11 +12,16 @@ import (
 // be changed. A lookup that finds nothing returns nil.
 type View struct {
 	at    revocation.Position
+	loads uint64
 	state *state
 }
 
 // At is the position of the state.
 func (v *View) At() revocation.Position { return v.at }
+
+// Loads is how many snapshots the replica has loaded. Between two of them the lists of
+// one position are the same, in the same order.
+func (v *View) Loads() uint64 { return v.loads }
 
 // Revocations are those that were there at this position, also after View's end. It
 // panics without [Config.Records]: there is no list that could be taken for an empty one.

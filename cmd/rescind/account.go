@@ -3,6 +3,7 @@ package main
 import (
 	"context"
 	"errors"
+	"flag"
 	"fmt"
 	"io"
 	"os"
@@ -16,12 +17,12 @@ import (
 )
 
 const (
-	usageAccount = "rescind account put NAME --role ROLE | list | delete NAME  [flags]"
+	usageAccount = "rescind account put NAME [--role ROLE] | list | delete NAME  [flags]"
 	aboutAccount = `Manages the accounts of people and gateways, which use the management API, the
 snapshots and the event hub with a user name and a password.
 
   put NAME     makes the account, or changes its password, its extra tenants and
-               its form; its role and tenant stay as they are
+               its form, those that are given; its role and tenant stay as they are
   list         shows all accounts
   delete NAME  removes the account; a running service lets it in for some seconds
                more
@@ -32,12 +33,12 @@ The roles: admin (everything), tenant_admin (everything of its tenant), gateway
 
 func runAccount(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	inv := newInvocation("rescind account", usageAccount, aboutAccount, stdout, stderr)
-	var a authn.Account
-	inv.flags.StringVar(&a.Role, "role", "", "The `role`, for put: admin, tenant_admin, gateway, notifier or auditor.")
-	inv.flags.StringVar(&a.Tenant.Domain, "tenant", revocation.SuperTenant.Domain, "The `domain` of the account's tenant, for put.")
-	extra := inv.flags.String("extra-tenants", "", "The `domains`, with commas, of more tenants that it sees, or * for all, for put.")
-	form := inv.flags.String("revoked-jwt-form", "array", "The `form` in which it reads revoked tokens, for put: array, or object for gateways since 4.3.")
-	passwordFile := inv.flags.String("password-file", "", "The `file` that holds the password, or - for standard input, for put. Default: it keeps the one that it has.")
+	var c authn.AccountChange
+	inv.flags.StringVar(&c.Role, "role", "", "The `role`, for put: admin, tenant_admin, gateway, notifier or auditor. A new account needs it.")
+	inv.flags.StringVar(&c.Tenant, "tenant", "", "The `domain` of the account's tenant, for put. A new account is of "+revocation.SuperTenant.Domain+" without it.")
+	extra := inv.flags.String("extra-tenants", "", "The `domains`, with commas, of more tenants that it sees, or * for all, or empty for none, for put.")
+	form := inv.flags.String("revoked-jwt-form", "", "The `form` in which it reads revoked tokens, for put: array, as a new account without it, or object for gateways since 4.3.")
+	passwordFile := inv.flags.String("password-file", "", "The `file` that holds the password, or - for standard input, for put. A new account needs it.")
 	asJSON := inv.flags.Bool("json", false, "Write JSON, for list.")
 	cfg, code, ok := inv.settings(app.ForApply, args)
 	if !ok {
@@ -47,20 +48,22 @@ func runAccount(ctx context.Context, args []string, stdout, stderr io.Writer) in
 	if err != nil {
 		return inv.misused("%v", err)
 	}
-	var password string
 	if verb == "put" {
-		a.Username = name
-		switch {
-		case a.Role == "":
-			return inv.misused("put needs --role")
-		case *form != "array" && *form != "object":
+		c.Username = name
+		inv.flags.Visit(func(f *flag.Flag) { // what is not given stays as it is
+			switch f.Name {
+			case "revoked-jwt-form":
+				object := *form == "object"
+				c.RevokedJWTObject = &object
+			case "extra-tenants":
+				domains := strings.FieldsFunc(*extra, func(r rune) bool { return r == ',' })
+				c.ExtraTenants = &domains
+			}
+		})
+		if c.RevokedJWTObject != nil && *form != "array" && *form != "object" {
 			return inv.misused("--revoked-jwt-form is %q: it must be array or object", *form)
 		}
-		a.RevokedJWTObject = *form == "object"
-		if *extra != "" {
-			a.ExtraTenants = strings.Split(*extra, ",")
-		}
-		if password, err = readPassword(*passwordFile); err != nil {
+		if c.Password, err = readPassword(*passwordFile); err != nil {
 			return inv.failed(err)
 		}
 	}
@@ -71,9 +74,9 @@ func runAccount(ctx context.Context, args []string, stdout, stderr io.Writer) in
 	defer tools.Close()
 	switch verb {
 	case "put":
-		err = tools.Accounts.PutAccount(ctx, a, password)
+		err = tools.PutAccount(ctx, c)
 	case "delete":
-		err = tools.Accounts.DeleteAccount(ctx, name)
+		err = tools.DeleteAccount(ctx, name)
 	case "list":
 		var all []authn.Account
 		if all, err = tools.Accounts.Accounts(ctx); err == nil {

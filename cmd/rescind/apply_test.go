@@ -11,20 +11,23 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5"
 
 	"github.com/rescindhq/rescind/internal/pgtest"
 )
 
 // commandWorld is a migrated database, and the flags that lead a command to it.
 type commandWorld struct {
-	t     *testing.T
-	flags []string
+	t        *testing.T
+	database string
+	flags    []string
 }
 
 func newCommandWorld(t *testing.T) commandWorld {
 	t.Helper()
-	return commandWorld{t, []string{
-		"--database-url-file", writeFile(t, "url", pgtest.Create(t).ServiceURL),
+	database := pgtest.Create(t).ServiceURL
+	return commandWorld{t, database, []string{
+		"--database-url-file", writeFile(t, "url", database),
 		"--master-key-file", writeFile(t, "key", "AAECAwQFBgcICQoLDA0ODxAREhMUFRYXGBkaGxwdHh8="),
 		"--issuer", "https://km.example.com", "--log-level", "error",
 	}}
@@ -200,7 +203,7 @@ func TestAccountCommand(t *testing.T) {
 	w.expect(2, "", "say what to do: put NAME, list or delete NAME", "account")
 	w.expect(2, "", `"add" is none of`, "account add x")
 	w.expect(2, "", "put takes the name of one account", "account put")
-	w.expect(2, "", "put needs --role", "account put gw")
+	w.expect(1, "", "a new account needs a role", "account put gw", "--password-file", password)
 	w.expect(2, "", "it must be array or object", "account put gw", "--role", "gateway", "--revoked-jwt-form", "map")
 	w.expect(1, "", "password", "account put gw", "--role", "gateway") // a new one needs it
 	w.expect(1, "", "role", "account put gw", "--role", "king", "--password-file", password)
@@ -209,6 +212,7 @@ func TestAccountCommand(t *testing.T) {
 	w.expect(0, "", "", "account put gw", "--role", "gateway", "--password-file", password)
 	w.expect(0, "", "", "account put boss", "--role", "admin", "--password-file", password)
 	w.expect(0, "", "", "account put gw", "--role", "gateway", "--extra-tenants", "b.example,*", "--revoked-jwt-form", "object")
+	w.expect(0, "", "", "account put gw", "--password-file", password) // all else stays
 	want := `NAME  ROLE     TENANT        EXTRA TENANTS  REVOKED JWT FORM
 boss  admin    carbon.super                 array
 gw    gateway  carbon.super  b.example,*    object
@@ -223,4 +227,17 @@ gw    gateway  carbon.super  b.example,*    object
 	}
 	w.expect(0, "", "", "account delete gw")
 	w.expect(1, "", "it does not exist", "account delete gw")
+
+	rows, err := pgtest.Pool(t, w.database).Query(t.Context(), `SELECT action || ' ' || subject || ' ' || actor || ' ' || tenant_id FROM rescind.audit ORDER BY id`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	audited, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	wantAudited := []string{
+		"put_account gw system -1234", "put_account boss system -1234", "put_account gw system -1234", "put_account gw system -1234",
+		"delete_account gw system -1234",
+	}
+	if diff := cmp.Diff(wantAudited, audited); err != nil || diff != "" {
+		t.Errorf("%v, audit (-want +got):\n%s", err, diff)
+	}
 }

@@ -14,7 +14,12 @@
 // A parameter that is not known is refused: revoke_token=false, with an s left out, would
 // else revoke.
 //
-// What another tenant has does not exist for those who may not see it: 404, never 403.
+// What another tenant has does not exist for those who may not see it: 404, never 403. The
+// extra tenants of an account count here for an auditor only, who reads them too: lists show
+// one of them when it is named. For others they are about snapshots, events and WSO2's reads.
+//
+// Whose tokens are believed concerns all tenants: key managers are made and deleted by the
+// role admin.
 package adminapi
 
 import (
@@ -111,6 +116,9 @@ func caller(w http.ResponseWriter, r *http.Request) store.Caller {
 	// What else a tenant's admin may read, its role ends with its tenant.
 	if account.SeesAll() && account.Role != rest.TenantAdmin {
 		c.Tenant = ""
+	}
+	if account.Role == rest.Auditor {
+		c.AlsoReads = account.ExtraTenants
 	}
 	return c
 }

@@ -50,9 +50,9 @@ var lives = []life{
 		`{"id":1001,"uuid":"` + tenantUUID + `","tenant":{"domain":"globex.com"},"display_name":"Globex"}`,
 		`{"display_name":"Globex & Söhne"}`, `{}`,
 	}, {
-		"acme-admin", "/v1/key-managers", keyManagerUUID, 2001,
-		`{"id":2001,"uuid":"` + keyManagerUUID + `","name":"idp","iss":"https://idp.acme.com","max_token_lifetime":600,
-		  "jwks_uri":"https://idp.acme.com/jwks","properties":{"a":[1,{"b":null}]}}`,
+		"admin", "/v1/key-managers", keyManagerUUID, 2001,
+		`{"tenant":{"domain":"acme.com"},"id":2001,"uuid":"` + keyManagerUUID + `","name":"idp","iss":"https://idp.acme.com","max_token_lifetime":600,
+		  "jwks_uri":"https://idp.acme.com/jwks","properties":{"a":[1,{"b":"c"}]}}`,
 		`{"name":"idp","iss":"https://idp.acme.com","max_token_lifetime":900,"jwks_uri":"https://idp.acme.com/keys","type":"KeyCloak","enabled":false,
 		  "display_name":"IdP","description":"theirs","algorithms":["RS256"],"allow_typ":["JWT"],"consumer_key_claim":"client_id",
 		  "scopes_claim":"scp","claim_mappings":[{"remote":"given_name","local":"first"}],"token_type":"BOTH"}`,
@@ -276,6 +276,12 @@ func TestAccess(t *testing.T) {
 			try("wide-admin", 403)
 			continue
 		}
+		if strings.HasPrefix(route.Pattern, "/v1/key-managers") && (route.Method == http.MethodPost || route.Method == http.MethodDelete) {
+			try("super-admin", 403)
+			try("acme-admin", 403)
+			try("wide-admin", 403)
+			continue
+		}
 		switch {
 		case read && !strings.Contains(strings.TrimPrefix(route.Pattern, "/v1/policies/{kind}"), "{"): // a list of everything
 			for _, who := range []string{"super-admin", "auditor"} {
@@ -338,6 +344,63 @@ func TestAdminOfAllTenantsReadsButAdministersOne(t *testing.T) {
 	}
 }
 
+// An auditor reads the tenants that it was given, and no others; an admin administers its own.
+func TestExtraTenants(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.populate()
+	w.must(201, "admin", "POST", "/v1/scopes", `{"id":4002,"name":"theirs","tenant":{"domain":"globex.com"}}`)
+	for _, l := range lives {
+		one := l.path + "/" + l.uuid
+		if l.path == "/v1/tenants" { // globex.com
+			w.must(404, "two-auditor", "GET", one, "")
+			continue
+		}
+		w.must(200, "two-auditor", "GET", one, "")
+		w.must(404, "two-admin", "GET", one, "")
+		list := l.path
+		if list != keysOfApplication {
+			if a := w.must(200, "two-auditor", "GET", list, ""); strings.Contains(a.body, l.uuid) {
+				t.Errorf("GET %s has another tenant: %s", list, a.body)
+			}
+			list += "?tenant=acme.com"
+			if a := w.must(200, "two-admin", "GET", list, ""); a.body != `{"items":[]}` {
+				t.Errorf("GET %s as an admin of another tenant: %s", list, a.body)
+			}
+		}
+		if a := w.must(200, "two-auditor", "GET", list, ""); !strings.Contains(a.body, l.uuid) {
+			t.Errorf("GET %s has not %s: %s", list, l.uuid, a.body)
+		}
+	}
+	for path, want := range map[string]int{"/v1/tenants?name=acme.com": 1, "/v1/tenants?name=globex.com": 0, "/v1/tenants": 1, "/v1/scopes?tenant=globex.com": 0} {
+		var page struct{ Items []json.RawMessage }
+		if w.must(200, "two-auditor", "GET", path, "").into(t, &page); len(page.Items) != want {
+			t.Errorf("GET %s: %d items, want %d", path, len(page.Items), want)
+		}
+	}
+	w.must(404, "two-auditor", "GET", "/v1/scopes/4002", "")
+}
+
+// A tenant's admin decides what is done with an issuer's tokens, not which are believed.
+func TestKeyManagerOfATenantAdmin(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.populate()
+	const at = "/v1/key-managers/2001"
+	body := func(member string) string {
+		return `{"name":"idp","iss":"https://idp.acme.com","max_token_lifetime":600,"enabled":false,"token_type":"BOTH",` + member + `}`
+	}
+	before := w.state()
+	a := w.must(400, "acme-admin", "PUT", at, body(`"jwks_uri":"https://10.0.0.1/jwks"`), "If-Match", "*")
+	if !strings.Contains(a.body, `"#/jwks_uri"`) || !strings.Contains(a.body, "those who see all tenants") {
+		t.Errorf("%s", a.body)
+	}
+	if diff := cmp.Diff(before, w.state()); diff != "" {
+		t.Errorf("it has changed something:\n%s", diff)
+	}
+	w.must(200, "acme-admin", "PUT", at, body(`"jwks_uri":"https://idp.acme.com/jwks"`), "If-Match", "*")
+}
+
 // The table of bad input: each is a clear problem, and nothing has changed.
 func TestBadInput(t *testing.T) {
 	t.Parallel()
@@ -396,7 +459,10 @@ func TestBadInput(t *testing.T) {
 		{"an id that is taken", "POST", "/v1/scopes", `{"id":4001,"name":"read"}`, 409, nil},
 		{"a UUID that is taken", "POST", "/v1/scopes", `{"uuid":"` + scopeUUID + `","name":"read"}`, 409, nil},
 		{"a context that is taken", "POST", "/v1/apis", `{"name":"Pasta","version":"1","context":"/pizza/1.0.0","provider":"admin"}`, 409, nil},
-		{"an issuer that another tenant has", "POST", "/v1/key-managers", `{"name":"x","iss":"` + iss + `","max_token_lifetime":60}`, 409, nil},
+		{"an issuer that another tenant has", "POST", "/v1/key-managers", `{"tenant":{"domain":"acme.com"},"name":"x","iss":"` + iss + `","max_token_lifetime":60}`, 409, nil},
+		{"an issuer below our own", "POST", "/v1/key-managers", `{"name":"x","iss":"` + iss + `/t1","max_token_lifetime":60}`, 409, nil},
+		{"properties that a gateway falls over", "POST", "/v1/key-managers",
+			`{"name":"x","iss":"https://x.example","max_token_lifetime":60,"jwks_uri":"https://x.example/?k=1","properties":{"enable_token_hash":"no","a":[null]}}`, 400, nil},
 		{"a subscription that is there", "POST", "/v1/subscriptions", `{"application":{"id":6001},"api":{"id":5001}}`, 409, nil},
 		{"a subscription to nothing", "POST", "/v1/subscriptions", `{"application":{"id":6998},"api":{"id":99999}}`, 400, nil},
 		{"a subscription of nothing", "POST", "/v1/subscriptions", `{}`, 400, nil},
@@ -469,7 +535,11 @@ func TestBadInput(t *testing.T) {
 	} {
 		before := w.state()
 		fmt.Fprintf(&w.out, "# %s\n", tt.name)
-		a := w.do(who, tt.method, tt.path, tt.body, tt.header...)
+		by := who
+		if strings.HasPrefix(tt.path, "/v1/key-managers") {
+			by = "admin"
+		}
+		a := w.do(by, tt.method, tt.path, tt.body, tt.header...)
 		if a.status != tt.status {
 			t.Errorf("%s: status %d, want %d: %s", tt.name, a.status, tt.status, a.body)
 		}

@@ -79,7 +79,7 @@ func (a *API) keysOf(w http.ResponseWriter, r *http.Request) (place, error) {
 		return place{}, err
 	}
 	return place{
-		path: applicationsPath + "/" + app.UUID + "/keys", filter: store.Filter{Application: app.UUID},
+		path: applicationsPath + "/" + app.UUID + "/keys", filter: store.Filter{Tenant: app.Tenant.Domain, Application: app.UUID},
 		holds: func(e catalog.Entity) bool { return e.(*catalog.KeyMapping).Application.ID == app.ID },
 	}, nil
 }
@@ -199,15 +199,12 @@ func (a *API) rotateKey(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	if version != 0 && version != e.Base().Timestamp {
-		return store.ErrStale // a mapping never changes, so this holds until the secret is stored
-	}
 	// Who ends the previous secret at once believes that others have it.
 	revoke := b.EndPrevious
 	if b.RevokeTokens != nil {
 		revoke = *b.RevokeTokens
 	}
-	mapping, credentials, err := a.deps.Catalog.RotateKey(r.Context(), caller(w, r), e.Base().UUID, b.ConsumerSecret, b.EndPrevious, revoke)
+	mapping, credentials, err := a.deps.Catalog.RotateKey(r.Context(), caller(w, r), e.Base().UUID, version, b.ConsumerSecret, b.EndPrevious, revoke)
 	if err != nil {
 		return ofSecret(err)
 	}

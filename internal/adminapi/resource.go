@@ -20,6 +20,7 @@ type resource struct {
 	path    string // pattern of the collection
 	id      string // URL parameter that names one of it
 	writers []string
+	makers  []string // who may create and delete; nil: the writers
 	filters []string // parameters of the list
 	// revokes are the methods that can end what a consumer key may do: they take
 	// revoke_tokens.
@@ -51,7 +52,7 @@ var resources = []*resource{
 		body: func(place) body { return &tenantBody{} },
 	},
 	{
-		noun: catalog.NounKeyManager, path: "/v1/key-managers", writers: writers, filters: []string{paramTenant, paramName},
+		noun: catalog.NounKeyManager, path: "/v1/key-managers", writers: writers, makers: admins, filters: []string{paramTenant, paramName},
 		body: func(place) body { return &keyManagerBody{Enabled: true} },
 	},
 	{
@@ -109,12 +110,16 @@ func (res *resource) routes() []Route {
 	if res.create != nil {
 		create = res.create
 	}
+	makers := res.makers
+	if makers == nil {
+		makers = res.writers
+	}
 	one := res.path + "/{" + res.param() + "}"
 	routes := []Route{
 		{http.MethodGet, res.path, readers, bind((*resource).list)},
-		{http.MethodPost, res.path, res.writers, create},
+		{http.MethodPost, res.path, makers, create},
 		{http.MethodGet, one, readers, bind((*resource).get)},
-		{http.MethodDelete, one, res.writers, bind((*resource).delete)},
+		{http.MethodDelete, one, makers, bind((*resource).delete)},
 	}
 	if res.body != nil {
 		routes = append(routes, Route{http.MethodPut, one, res.writers, bind((*resource).put)})

@@ -51,6 +51,8 @@ var accounts = map[string]authn.Account{
 	"auditor":      {Tenant: revocation.SuperTenant, Role: rest.Auditor},
 	"acme-auditor": {Tenant: acme, Role: rest.Auditor},
 	"wide-auditor": {Tenant: acme, Role: rest.Auditor, ExtraTenants: []string{"*"}},
+	"two-auditor":  {Tenant: revocation.SuperTenant, Role: rest.Auditor, ExtraTenants: []string{"acme.com"}},
+	"two-admin":    {Tenant: revocation.SuperTenant, Role: rest.TenantAdmin, ExtraTenants: []string{"acme.com"}},
 	"gateway":      {Tenant: revocation.SuperTenant, Role: rest.Gateway, ExtraTenants: []string{"*"}},
 	"notifier":     {Tenant: revocation.SuperTenant, Role: rest.Notifier},
 }

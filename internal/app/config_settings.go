@@ -111,7 +111,7 @@ func settings(c *Config) []setting {
 	}, tlsSettings("DATABASE", "Postgres", forAll, &c.Database.TLS), []setting{
 		{name: "DATABASE_MAX_CONNS", use: ForServe, def: "16", value: countValue(&c.Database.MaxConns, "connections", 4, 1000),
 			help: "Most connections to Postgres of one process. Commits share a few; each sink that this process leads holds one more for its lock."},
-		{name: "SINKS", use: forState, def: "amqp,amqp-wso2,etcd", value: sinksValue(&c.Sinks),
+		{name: "SINKS", use: forLog, def: "amqp,amqp-wso2,etcd", value: sinksValue(&c.Sinks),
 			help: "What the log is fed to. A sink that is left out keeps its place in the log, and the log keeps what it has not had."},
 		{name: "AMQP_URL", use: ForServe, value: secretValue(&c.AMQP.URL, "a URL such as amqps://user:password@host:5671/vhost", checkAMQPURL),
 			help: "RabbitMQ, with user, password and virtual host. Needed by the sinks whose names begin with amqp."},
@@ -134,14 +134,14 @@ func settings(c *Config) []setting {
 			help: "The routing key of key manager events as MapMessages. Empty: there are none."},
 		{name: "AMQP_WINDOW", use: ForServe, def: "1024", value: countValue(&c.AMQP.Window, "messages", 1, 65536),
 			help: "Most messages that wait for RabbitMQ's confirms. More means more throughput, and more repeats after a lost connection."},
-		{name: "ETCD_ENDPOINTS", use: forState, value: endpointsValue(&c.Etcd.Endpoints),
+		{name: "ETCD_ENDPOINTS", use: forLog, value: endpointsValue(&c.Etcd.Endpoints),
 			help: "The members of the etcd cluster. Needed by the sink etcd."},
-		{name: "ETCD_USERNAME", use: forState, value: textValue(&c.Etcd.Username, "1 to 255 bytes of printable ASCII", regexp.MustCompile(`^[!-~]{1,255}$`)),
+		{name: "ETCD_USERNAME", use: forLog, value: textValue(&c.Etcd.Username, "1 to 255 bytes of printable ASCII", regexp.MustCompile(`^[!-~]{1,255}$`)),
 			help: "The user at etcd, where it asks for one."},
-		{name: "ETCD_PASSWORD", use: forState, value: secretValue(&c.Etcd.Password, "a password", func(string) error { return nil }),
+		{name: "ETCD_PASSWORD", use: forLog, value: secretValue(&c.Etcd.Password, "a password", func(string) error { return nil }),
 			help: "The password of RESCIND_ETCD_USERNAME."},
-	}, tlsSettings("ETCD", "etcd", forState, &c.Etcd.TLS), []setting{
-		{name: "ETCD_PREFIX", use: forState, value: textValue(&c.Etcd.Prefix, "empty, or a path such as /rescind that begins with / and does not end with it", regexp.MustCompile(`^((/[A-Za-z0-9._~-]+)+)?$`)),
+	}, tlsSettings("ETCD", "etcd", forLog, &c.Etcd.TLS), []setting{
+		{name: "ETCD_PREFIX", use: forLog, value: textValue(&c.Etcd.Prefix, "empty, or a path such as /rescind that begins with / and does not end with it", regexp.MustCompile(`^((/[A-Za-z0-9._~-]+)+)?$`)),
 			help: "What every key of the directory begins with."},
 		{name: "ETCD_RECONCILE_INTERVAL", use: ForServe, def: "5m", value: periodValue(&c.Etcd.ReconcileInterval, time.Second, 24*time.Hour),
 			help: "How often the directory is compared with Postgres and repaired. Each time reads every live revocation."},
@@ -158,7 +158,7 @@ func settings(c *Config) []setting {
 		{name: "MAX_IN_FLIGHT", use: ForServe, def: "5000", value: countValue(&c.HTTP.MaxInFlight, "requests", 1, 100_000),
 			help: "Most requests at work at once. Past it the answer is 503 with Retry-After."},
 		{name: "MAX_CONNECTIONS", use: ForServe, def: "10000", value: countValue(&c.HTTP.MaxConnections, "connections", 1, 1_000_000),
-			help: "Most open connections to RESCIND_LISTEN. Past it the one that has been idle for longest is closed. Keep the limit of open files above it."},
+			help: "Most open connections to RESCIND_LISTEN. Past it the one that has been idle for longest is closed. 40 % may be streams of events, 30 % snapshots, 20 % WSO2's gateways. Keep the limit of open files above it."},
 		{name: "OPS_LISTEN", use: ForServe, def: "127.0.0.1:9090", value: addressValue(&c.OpsListen),
 			help: "Where operators' tools reach /healthz, /readyz and /metrics, unauthenticated. Not for clients."},
 		{name: "PPROF", use: ForServe, def: "0", value: boolValue(&c.Obs.Pprof),
@@ -230,7 +230,8 @@ func (p *configParser) checkTogether(c *Config) {
 			fmt.Sprintf("two of the routing keys %s are the same: a gateway that reads text ends at a MapMessage. Choose others for the sink amqp-wso2-legacy", strings.Join(keys, ", ")),
 			"AMQP_WSO2_ROUTING_KEY", "AMQP_WSO2_LEGACY_ROUTING_KEY", "AMQP_WSO2_LEGACY_NOTIFICATION_KEY", "AMQP_WSO2_LEGACY_KEY_MANAGER_KEY")
 	}
-	p.together(len(c.Etcd.Endpoints) == 0 && slices.Contains(c.Sinks, "etcd"),
+	// The log itself tells whoever only changes it whether etcd is a sink.
+	p.together(p.use != ForApply && len(c.Etcd.Endpoints) == 0 && slices.Contains(c.Sinks, "etcd"),
 		"RESCIND_ETCD_ENDPOINTS is not set: the sink etcd needs it. Set it, or leave etcd out of RESCIND_SINKS",
 		"ETCD_ENDPOINTS", "SINKS")
 	p.together(c.QueueSize < c.MaxBatch,

@@ -304,7 +304,8 @@ func TestParseConfigForACommand(t *testing.T) {
 		{"migrate without database", ForMigrate, nil, "RESCIND_MIGRATE_DATABASE_URL is not set"},
 		{"epoch", ForEpoch, []string{"RESCIND_DATABASE_URL=" + testDBURL, "RESCIND_ISSUER=https://km.example.com", "RESCIND_ETCD_ENDPOINTS=http://a:1"}, ""},
 		{"epoch without database", ForEpoch, nil, "RESCIND_DATABASE_URL (or RESCIND_DATABASE_URL_FILE) is not set"},
-		{"apply", ForApply, []string{"RESCIND_DATABASE_URL=" + testDBURL, "RESCIND_ISSUER=https://km.example.com", "RESCIND_MASTER_KEY=" + testKey, "RESCIND_SINKS=none at all"}, ""},
+		{"apply", ForApply, []string{"RESCIND_DATABASE_URL=" + testDBURL, "RESCIND_ISSUER=https://km.example.com", "RESCIND_MASTER_KEY=" + testKey, "RESCIND_AMQP_URL=none at all"}, ""},
+		{"apply with a sink that is none", ForApply, []string{"RESCIND_DATABASE_URL=" + testDBURL, "RESCIND_ISSUER=https://km.example.com", "RESCIND_MASTER_KEY=" + testKey, "RESCIND_SINKS=none at all"}, "RESCIND_SINKS is"},
 		{"apply without master key", ForApply, []string{"RESCIND_DATABASE_URL=" + testDBURL, "RESCIND_ISSUER=https://km.example.com"}, "RESCIND_MASTER_KEY (or RESCIND_MASTER_KEY_FILE) is not set"},
 		{"serve", ForServe, nil, "RESCIND_MASTER_KEY (or RESCIND_MASTER_KEY_FILE) is not set"},
 	} {

@@ -64,7 +64,7 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 		return nil, err
 	}
 	issuer, err := sts.New(ctx, sts.Config{
-		Issuer: cfg.Issuer, KeyManagerID: own.ID, TokenLifetime: cfg.TokenLifetime, Algorithm: cfg.SigningAlgorithm,
+		Issuer: cfg.Issuer, KeyManagerID: own.ID, State: state, TokenLifetime: cfg.TokenLifetime, Algorithm: cfg.SigningAlgorithm,
 	}, pool, keys, callers, log)
 	if err != nil {
 		return nil, err
@@ -96,7 +96,9 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 	if err != nil {
 		return nil, err
 	}
-	reads, err := snapshotapi.New(snapshotapi.Config{}, snapshotapi.Deps{Follower: state, Accounts: callers, Registerer: reg, Log: log})
+	reads, err := snapshotapi.New(snapshotapi.Config{
+		MaxReaders: share(cfg, snapshotShare), MaxStreams: share(cfg, streamShare),
+	}, snapshotapi.Deps{Follower: state, Accounts: callers, Registerer: reg, Log: log})
 	if err != nil {
 		return nil, err
 	}
@@ -104,7 +106,7 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 	if skew == 0 {
 		skew = -1 // none, rather than the default
 	}
-	hub, err := eventhub.New(eventhub.Config{ClockSkew: skew}, eventhub.Deps{
+	hub, err := eventhub.New(eventhub.Config{MaxInFlight: share(cfg, hubShare), ClockSkew: skew}, eventhub.Deps{
 		State: state, Accounts: callers, Ledger: l, Idempotency: repeats, Registerer: reg, Log: log,
 	})
 	if err != nil {
@@ -118,6 +120,16 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 	})
 	return p, err
 }
+
+// Requests that last take at most these shares of the connections, in percent, so that
+// there is always room for those who revoke.
+const (
+	streamShare   = 40
+	snapshotShare = 30
+	hubShare      = 20
+)
+
+func share(cfg Config, percent int) int { return max(1, cfg.HTTP.MaxConnections*percent/100) }
 
 // forget follows the log and drops what is remembered of clients that have changed,
 // whichever process changed them, until ctx ends.
@@ -218,7 +230,7 @@ func newTrustedIssuer(ctx context.Context, t TrustedIssuer, entities *store.Stor
 		return token.Issuer{}, err
 	}
 	issuer := token.Issuer{
-		Iss: t.Iss, Tenant: manager.Tenant, Algorithms: t.Algorithms, AllowTypes: t.AllowTyp, MaxLifetime: t.MaxTokenLifetime,
+		Iss: t.Iss, Tenant: manager.Tenant, Algorithms: t.Algorithms, AllowTypes: t.AllowTyp, MaxLifetime: time.Duration(manager.MaxTokenLifetime) * time.Second,
 	}
 	log = log.With("issuer", t.Iss)
 	if t.JWKSFile != "" {

@@ -168,8 +168,6 @@ type Client struct {
 	MaxTokenLifetime time.Duration
 	// Public is a client without a secret: it has said who it is, and proved nothing.
 	Public bool
-	// Blocked is a client whose application gets no tokens. It may still end those it has.
-	Blocked bool
 
 	Scopes, DefaultScopes, Audience []string
 	// TokenLifetime is 0 for the server's default.

@@ -118,13 +118,12 @@ func lookupError(ctx context.Context, err error) error {
 }
 
 const clientSQL = `
-SELECT m.application_id, a.blocked, t.id, t.domain, k.iss, k.max_token_lifetime, c.auth_method,
+SELECT m.application_id, t.id, t.domain, k.iss, k.max_token_lifetime, c.auth_method,
        c.scopes, c.default_scopes, c.audience, coalesce(c.token_lifetime, 0),
        c.revoke_by_jti, c.revoke_opaque AND NOT k.resident, coalesce(c.revoke_quota, 0),
        s.macs, s.key_ids, s.expiries
 FROM rescind.clients c
 JOIN rescind.key_mappings m ON m.id = c.key_mapping_id
-JOIN rescind.applications a ON a.id = m.application_id
 JOIN rescind.key_managers k ON k.id = m.key_manager_id
 JOIN rescind.tenants t ON t.id = k.tenant_id
 CROSS JOIN LATERAL (
@@ -146,7 +145,7 @@ func (a *Authenticator) readClient(ctx context.Context, id string) (clientRow, e
 		expiries              []*time.Time
 	)
 	err := a.pool.QueryRow(ctx, clientSQL, id).Scan(
-		&c.ApplicationID, &c.Blocked, &c.Tenant.ID, &c.Tenant.Domain, &c.Issuer, &maxLifetime, &row.method,
+		&c.ApplicationID, &c.Tenant.ID, &c.Tenant.Domain, &c.Issuer, &maxLifetime, &row.method,
 		&c.Scopes, &c.DefaultScopes, &c.Audience, &lifetime,
 		&c.RevokeByJTI, &c.RevokeOpaque, &c.RevokeQuota,
 		&macs, &keyIDs, &expiries)

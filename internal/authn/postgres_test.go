@@ -169,22 +169,6 @@ func TestClientIsWhatWasRegistered(t *testing.T) {
 	}
 }
 
-func TestBlockedApplication(t *testing.T) {
-	t.Parallel()
-	pool, app := newDatabase(t)
-	a := newOn(t, pool)
-	cred := mustCreate(t, a, app, issOwn, Registration{})
-	for _, blocked := range []bool{true, false} {
-		if _, err := pool.Exec(t.Context(), `UPDATE rescind.applications SET blocked = $1`, blocked); err != nil {
-			t.Fatal(err)
-		}
-		a.Forget(issOwn, cred.ID)
-		if client, status := a.try(cred.ID, cred.Secret); status != 200 || client.Blocked != blocked {
-			t.Errorf("status %d, blocked %t, want it to be let in, blocked %t", status, client.Blocked, blocked)
-		}
-	}
-}
-
 func TestStoreClientIsIdempotent(t *testing.T) {
 	t.Parallel()
 	pool, app := newDatabase(t)
@@ -511,6 +495,13 @@ func TestPutAccount(t *testing.T) {
 	mustCreate(t, a, app, issOwn, Registration{ID: "c"})
 	other := revocation.Tenant{ID: 7, Domain: "other"}
 	put := func(acc Account, password string) error { return a.PutAccount(t.Context(), acc, password) }
+	remove := func(username string) error {
+		defer a.ForgetAccount(username)
+		return pgx.BeginFunc(t.Context(), pool, func(tx pgx.Tx) error {
+			_, err := a.DeleteAccount(t.Context(), tx, username)
+			return err
+		})
+	}
 	log := func(password string) (Account, error) { return a.Account(accountRequest("gw", password)) }
 
 	gateway := Account{Username: "gw", Tenant: other, Role: "gateway", ExtraTenants: []string{"a.example", "carbon.super"}, RevokedJWTObject: true}
@@ -526,6 +517,28 @@ func TestPutAccount(t *testing.T) {
 	if got, err := log("pw"); err != nil || !cmp.Equal(got, gateway) {
 		t.Errorf("%+v, %v, want %+v by the password of before", got, err, gateway)
 	}
+	store := func(c AccountChange) (acc Account, err error) {
+		defer a.ForgetAccount(c.Username)
+		err = pgx.BeginFunc(t.Context(), pool, func(tx pgx.Tx) error {
+			acc, err = a.StoreAccount(t.Context(), tx, c)
+			return err
+		})
+		return acc, err
+	}
+	if got, err := store(AccountChange{Username: "gw", Password: "pw2"}); err != nil || !cmp.Equal(got, gateway) {
+		t.Errorf("%+v, %v, want all of %+v but the password as it was", got, err, gateway)
+	}
+	if got, err := log("pw2"); err != nil || !cmp.Equal(got, gateway) {
+		t.Errorf("%+v, %v, want %+v by the new password", got, err, gateway)
+	}
+	wantNew := Account{Username: "new", Tenant: revocation.SuperTenant, Role: "notifier", ExtraTenants: []string{}}
+	if got, err := store(AccountChange{Username: "new", Role: "notifier", Password: "pw"}); err != nil || !cmp.Equal(got, wantNew) {
+		t.Errorf("%+v, %v, want %+v", got, err, wantNew)
+	}
+	if err := remove("new"); err != nil {
+		t.Error(err)
+	}
+	_, noRole := store(AccountChange{Username: "new", Password: "pw"})
 	auditor := Account{Username: "aud", Tenant: revocation.SuperTenant, Role: "auditor", ExtraTenants: []string{"*"}}
 	if err := put(auditor, "pw"); err != nil {
 		t.Fatal(err)
@@ -552,14 +565,15 @@ func TestPutAccount(t *testing.T) {
 		"a long name":          {put(with(func(a *Account) { a.Username = strings.Repeat("a", 256) }), "pw"), nil, "255"},
 		"a long password":      {put(gateway, strings.Repeat("a", 1025)), nil, "1024"},
 		"new, and no password": {put(with(func(a *Account) { a.Username = "new" }), ""), nil, "password"},
-		"nobody to delete":     {a.DeleteAccount(t.Context(), "nobody"), ErrNotFound, "nobody"},
+		"new, and no role":     {noRole, nil, "a role"},
+		"nobody to delete":     {remove("nobody"), ErrNotFound, "nobody"},
 	} {
 		if tt.err == nil || tt.want != nil && !errors.Is(tt.err, tt.want) || !strings.Contains(fmt.Sprint(tt.err), tt.text) || strings.Contains(fmt.Sprint(tt.err), "SQLSTATE") {
 			t.Errorf("%s: %v, want %v that says %q", name, tt.err, tt.want, tt.text)
 		}
 	}
 
-	if err := a.DeleteAccount(t.Context(), "gw"); err != nil {
+	if err := remove("gw"); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := log("pw"); err == nil {

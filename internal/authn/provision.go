@@ -1,6 +1,7 @@
 package authn
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -227,8 +228,7 @@ func (a *Authenticator) RotateClient(ctx context.Context, tx pgx.Tx, clientID, g
 }
 
 // Forget makes the next look at a consumer key ask the database. It is called after
-// the commit of what made, changed or removed its client or its key mapping, or
-// blocked its application.
+// the commit of what made, changed or removed its client or its key mapping.
 func (a *Authenticator) Forget(iss, consumerKey string) {
 	a.clients.forget(consumerKey)
 	a.owners.forget(consumer{iss, consumerKey})
@@ -271,14 +271,23 @@ func (a *Authenticator) storeSecret(ctx context.Context, tx pgx.Tx, cred Credent
 
 const (
 	tenantSQL           = `SELECT id FROM rescind.tenants WHERE domain = $1`
-	accountForUpdateSQL = `SELECT role, tenant_id FROM rescind.accounts WHERE username = $1 FOR UPDATE`
-	insertAccountSQL    = `
+	accountForUpdateSQL = `
+SELECT a.role, t.id, t.domain, a.extra_tenants, a.revoked_jwt_form
+FROM rescind.accounts a
+JOIN rescind.tenants t ON t.id = a.tenant_id
+WHERE a.username = $1
+FOR UPDATE OF a`
+	insertAccountSQL = `
 INSERT INTO rescind.accounts (username, tenant_id, role, password_hash, extra_tenants, revoked_jwt_form)
 VALUES ($1, $2, $3, $4, $5, $6)`
 	updateAccountSQL = `
 UPDATE rescind.accounts
 SET password_hash = coalesce(nullif($2, ''), password_hash), extra_tenants = $3, revoked_jwt_form = $4
 WHERE username = $1`
+	deleteAccountSQL = `
+DELETE FROM rescind.accounts a USING rescind.tenants t
+WHERE a.username = $1 AND t.id = a.tenant_id
+RETURNING a.role, t.id, t.domain, a.extra_tenants, a.revoked_jwt_form`
 	clientExistsSQL = `SELECT EXISTS (SELECT FROM rescind.clients WHERE client_id = $1)`
 )
 
@@ -290,91 +299,140 @@ const (
 	formObject = "object"
 )
 
-// PutAccount makes the account unless it is there, and sees to it that password is its
-// password and that it has acc's extra tenants and form. Of acc.Tenant only the domain
-// counts. An empty password keeps that of an account that is there. Other processes see
-// the change within [Config.Freshness].
+// AccountChange is what an account is to have. What is empty or nil stays as it is.
+type AccountChange struct {
+	Username string
+	// Role and Tenant, a domain, are those of the account for ever. A new one must be
+	// given a role, and is of the super tenant unless another one is given.
+	Role, Tenant string
+	// Password is needed by a new account.
+	Password string
+	// ExtraTenants and RevokedJWTObject are as in [Account]. A new account that is not
+	// given them has none, and false.
+	ExtraTenants     *[]string
+	RevokedJWTObject *bool
+}
+
+// PutAccount is [Authenticator.StoreAccount] with all of acc, of whose tenant only the
+// domain counts, in a transaction of its own. An empty password stays as it is.
+func (a *Authenticator) PutAccount(ctx context.Context, acc Account, password string) error {
+	defer a.ForgetAccount(acc.Username)
+	return pgx.BeginFunc(ctx, a.pool, func(tx pgx.Tx) error {
+		_, err := a.StoreAccount(ctx, tx, AccountChange{
+			Username: acc.Username, Role: acc.Role, Tenant: acc.Tenant.Domain, Password: password,
+			ExtraTenants: &acc.ExtraTenants, RevokedJWTObject: &acc.RevokedJWTObject,
+		})
+		return err
+	})
+}
+
+// StoreAccount makes the account in tx unless it is there, sees to it that it has what c
+// says, and returns it. Once tx is committed, [Authenticator.ForgetAccount] is to be
+// called; other processes see the change within [Config.Freshness].
 //
 // Errors: [ErrExists] when the name is taken by an account of another tenant or role,
 // or by a client; [ErrNotFound] when there is no such tenant; another one that says
-// what is wrong with acc or password.
-func (a *Authenticator) PutAccount(ctx context.Context, acc Account, password string) error {
-	err := validateAccount(acc, password)
+// what is wrong with c.
+func (a *Authenticator) StoreAccount(ctx context.Context, tx pgx.Tx, c AccountChange) (Account, error) {
+	acc, err := Account{}, c.validate()
 	if err == nil {
-		hash := ""
-		if password != "" {
-			hash = newPHC(password).String() // before the transaction: it is slow
-		}
-		err = pgx.BeginFunc(ctx, a.pool, func(tx pgx.Tx) error { return putAccount(ctx, tx, acc, hash) })
-		a.accounts.forget(acc.Username)
+		acc, err = storeAccount(ctx, tx, c)
 	}
 	if err != nil {
-		return fmt.Errorf("put account %q: %w", acc.Username, err)
+		return Account{}, fmt.Errorf("put account %q: %w", c.Username, err)
 	}
-	return nil
+	return acc, nil
 }
 
-func validateAccount(acc Account, password string) error {
+func (c AccountChange) validate() error {
 	var errs []error
-	if acc.Username == "" || len(acc.Username) > maxIDBytes || strings.Contains(acc.Username, ":") || !isText(acc.Username) {
+	if c.Username == "" || len(c.Username) > maxIDBytes || strings.Contains(c.Username, ":") || !isText(c.Username) {
 		errs = append(errs, fmt.Errorf("its name must be UTF-8 of 1 to %d bytes without a colon", maxIDBytes))
 	}
-	if !slices.Contains(roles, acc.Role) {
-		errs = append(errs, fmt.Errorf("role %q: must be one of %s", acc.Role, strings.Join(roles, ", ")))
+	if c.Role != "" && !slices.Contains(roles, c.Role) {
+		errs = append(errs, fmt.Errorf("role %q: must be one of %s", c.Role, strings.Join(roles, ", ")))
 	}
-	if !catalog.ValidDomain(acc.Tenant.Domain) {
-		errs = append(errs, fmt.Errorf("tenant %q: must be the domain of a tenant, such as %s", acc.Tenant.Domain, revocation.SuperTenant.Domain))
+	if c.Tenant != "" && !catalog.ValidDomain(c.Tenant) {
+		errs = append(errs, fmt.Errorf("tenant %q: must be the domain of a tenant, such as %s", c.Tenant, revocation.SuperTenant.Domain))
 	}
-	for _, domain := range acc.ExtraTenants {
-		if domain != allTenants && !catalog.ValidDomain(domain) {
-			errs = append(errs, fmt.Errorf("extra tenant %q: must be the domain of a tenant, or %s for all", domain, allTenants))
+	if c.ExtraTenants != nil {
+		for _, domain := range *c.ExtraTenants {
+			if domain != allTenants && !catalog.ValidDomain(domain) {
+				errs = append(errs, fmt.Errorf("extra tenant %q: must be the domain of a tenant, or %s for all", domain, allTenants))
+			}
 		}
 	}
-	if !isSecret(password) {
+	if !isSecret(c.Password) {
 		errs = append(errs, fmt.Errorf("its password must be UTF-8 of 1 to %d bytes", maxSecretBytes))
 	}
 	return errors.Join(errs...)
 }
 
-func putAccount(ctx context.Context, tx pgx.Tx, acc Account, hash string) error {
-	if err := lockName(ctx, tx, acc.Username); err != nil {
-		return err
+func storeAccount(ctx context.Context, tx pgx.Tx, c AccountChange) (Account, error) {
+	hash := ""
+	if c.Password != "" {
+		hash = newPHC(c.Password).String() // before anything is locked: it is slow
 	}
-	if err := refuseIf(ctx, tx, clientExistsSQL, acc.Username); err != nil {
-		return err
+	if err := lockName(ctx, tx, c.Username); err != nil {
+		return Account{}, err
 	}
-	var tenantID int32
-	switch err := tx.QueryRow(ctx, tenantSQL, acc.Tenant.Domain).Scan(&tenantID); {
-	case errors.Is(err, pgx.ErrNoRows):
-		return fmt.Errorf("tenant %q: %w: make it first, or correct the domain", acc.Tenant.Domain, ErrNotFound)
-	case err != nil:
-		return err
+	if err := refuseIf(ctx, tx, clientExistsSQL, c.Username); err != nil {
+		return Account{}, err
 	}
-	extra, form := acc.ExtraTenants, formArray
-	if extra == nil {
-		extra = []string{}
+	acc, err := scanAccount(tx.QueryRow(ctx, accountForUpdateSQL, c.Username), c.Username)
+	isNew := errors.Is(err, pgx.ErrNoRows)
+	if err != nil && !isNew {
+		return Account{}, err
 	}
+	if isNew {
+		acc.Role, acc.Tenant.Domain, acc.ExtraTenants = c.Role, cmp.Or(c.Tenant, revocation.SuperTenant.Domain), []string{}
+	}
+	if c.Tenant != "" || isNew {
+		switch err := tx.QueryRow(ctx, tenantSQL, cmp.Or(c.Tenant, acc.Tenant.Domain)).Scan(&acc.Tenant.ID); {
+		case errors.Is(err, pgx.ErrNoRows):
+			return Account{}, fmt.Errorf("tenant %q: %w: make it first, or correct the domain", c.Tenant, ErrNotFound)
+		case err != nil:
+			return Account{}, err
+		}
+	}
+	switch {
+	case isNew && c.Role == "":
+		return Account{}, fmt.Errorf("a new account needs a role, one of %s", strings.Join(roles, ", "))
+	case isNew && hash == "":
+		return Account{}, errors.New("a new account needs a password")
+	case c.Role != "" && c.Role != acc.Role, c.Tenant != "" && c.Tenant != acc.Tenant.Domain:
+		return Account{}, fmt.Errorf("%w: an account's tenant and role stay as they are, so delete it first", ErrExists)
+	}
+	if c.ExtraTenants != nil {
+		acc.ExtraTenants = append([]string{}, *c.ExtraTenants...) // never NULL
+	}
+	if c.RevokedJWTObject != nil {
+		acc.RevokedJWTObject = *c.RevokedJWTObject
+	}
+	form := formArray
 	if acc.RevokedJWTObject {
 		form = formObject
 	}
-	var (
-		oldTenantID int32
-		oldRole     string
-	)
-	err := tx.QueryRow(ctx, accountForUpdateSQL, acc.Username).Scan(&oldRole, &oldTenantID)
-	switch {
-	case errors.Is(err, pgx.ErrNoRows) && hash == "":
-		return errors.New("a new account needs a password")
-	case errors.Is(err, pgx.ErrNoRows):
-		_, err = tx.Exec(ctx, insertAccountSQL, acc.Username, tenantID, acc.Role, hash, extra, form)
-	case err != nil:
-	case oldRole != acc.Role || oldTenantID != tenantID:
-		return fmt.Errorf("%w: an account's tenant and role stay as they are, so delete it first", ErrExists)
-	default:
-		_, err = tx.Exec(ctx, updateAccountSQL, acc.Username, hash, extra, form)
+	if isNew {
+		_, err = tx.Exec(ctx, insertAccountSQL, acc.Username, acc.Tenant.ID, acc.Role, hash, acc.ExtraTenants, form)
+	} else {
+		_, err = tx.Exec(ctx, updateAccountSQL, acc.Username, hash, acc.ExtraTenants, form)
 	}
-	return err
+	return acc, err
 }
+
+// scanAccount reads a row of what [accountForUpdateSQL] selects.
+func scanAccount(row pgx.Row, username string) (Account, error) {
+	acc := Account{Username: username}
+	var form string
+	err := row.Scan(&acc.Role, &acc.Tenant.ID, &acc.Tenant.Domain, &acc.ExtraTenants, &form)
+	acc.RevokedJWTObject = form == formObject
+	return acc, err
+}
+
+// ForgetAccount makes the next look at an account ask the database. It is called after
+// the commit of what made, changed or removed it.
+func (a *Authenticator) ForgetAccount(username string) { a.accounts.forget(username) }
 
 const accountsSQL = `
 SELECT a.username, a.role, t.id, t.domain, a.extra_tenants, a.revoked_jwt_form
@@ -403,18 +461,18 @@ func (a *Authenticator) Accounts(ctx context.Context) ([]Account, error) {
 	return all, nil
 }
 
-// DeleteAccount removes an account, which other processes let in for at most
-// [Config.Freshness] more. Its error is [ErrNotFound] when there is none.
-func (a *Authenticator) DeleteAccount(ctx context.Context, username string) error {
-	tag, err := a.pool.Exec(ctx, `DELETE FROM rescind.accounts WHERE username = $1`, username)
-	a.accounts.forget(username)
-	if err == nil && tag.RowsAffected() == 0 {
+// DeleteAccount removes an account in tx and returns what it was. Once tx is committed,
+// [Authenticator.ForgetAccount] is to be called; other processes let the account in for
+// at most [Config.Freshness] more. Its error is [ErrNotFound] when there is none.
+func (a *Authenticator) DeleteAccount(ctx context.Context, tx pgx.Tx, username string) (Account, error) {
+	acc, err := scanAccount(tx.QueryRow(ctx, deleteAccountSQL, username), username)
+	if errors.Is(err, pgx.ErrNoRows) {
 		err = ErrNotFound
 	}
 	if err != nil {
-		return fmt.Errorf("delete account %q: %w", username, err)
+		return Account{}, fmt.Errorf("delete account %q: %w", username, err)
 	}
-	return nil
+	return acc, nil
 }
 
 // lockName keeps two transactions from giving one name to a client and to an account.

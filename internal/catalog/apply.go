@@ -119,6 +119,10 @@ func prepare(by Caller, index int, c Change) (*step, error) {
 	if st.noun == catalog.NounTenant && by.Tenant != "" {
 		return nil, st.fail(catalog.Invalid{{Pointer: "#/tenant", Detail: "tenants are created, changed and deleted by those who see all of them"}})
 	}
+	if st.noun == catalog.NounKeyManager && by.Tenant != "" && c.Op != Update {
+		return nil, st.fail(catalog.Invalid{{Pointer: "#/iss", Detail: "whose tokens are believed is decided by those who see all tenants: " +
+			"they create and delete key managers"}})
+	}
 	switch c.Op {
 	case Create:
 	case Update, Delete:

@@ -275,6 +275,10 @@ func TestRefusals(t *testing.T) {
 		{"a domain twice", create(&catalog.Tenant{Meta: in("a.example")}), "exists #/tenant/domain"},
 		{"a tenant's id twice", create(&catalog.Tenant{Meta: catalog.Meta{ID: -1234, Tenant: revocation.Tenant{Domain: "c.example"}}}), "exists #/id"},
 		{"a key manager's name twice", create(&catalog.KeyManager{Name: "km", Iss: "https://x", MaxTokenLifetime: 1}), "exists #/name"},
+		{"an issuer below ours", create(with(keyManager("x"), func(k *catalog.KeyManager) { k.Iss = ownIss + "/t1" })), "exists #/iss"},
+		{"ours with a slash", create(with(keyManager("x"), func(k *catalog.KeyManager) { k.Iss = ownIss + "/" })), "exists #/iss"},
+		{"ours", create(with(keyManager("x"), func(k *catalog.KeyManager) { k.Iss = ownIss })), "exists #/iss"},
+		{"keys at a URL with a query", create(with(keyManager("x"), func(k *catalog.KeyManager) { k.JWKSURI += "?key=s3cret" })), "invalid #/jwks_uri"},
 		{"an issuer twice", create(&catalog.KeyManager{Meta: in("a.example"), Name: "x", Iss: km.Iss, MaxTokenLifetime: 1}), "exists #/iss"},
 		{"a policy twice", create(&catalog.Policy{Kind: catalog.PolicySubscription, Name: "Gold"}), "exists #/name"},
 		{"a scope twice", create(&catalog.Scope{Name: "order"}), "exists #/name"},
@@ -474,7 +478,7 @@ func TestTenantAdminSeesItsTenantOnly(t *testing.T) {
 	w.apply(create(&catalog.Tenant{Meta: in("a.example")}), create(&catalog.Tenant{Meta: in("b.example")}))
 	own := store.Caller{Tenant: "a.example"}
 	mine, _, err := w.Apply(t.Context(), own, []store.Change{
-		create(application("mine")), create(api("mine")), create(keyManager("mine")), create(&catalog.Scope{Name: "s"}),
+		create(application("mine")), create(api("mine")), create(&catalog.Scope{Name: "s"}),
 		create(&catalog.Policy{Kind: catalog.PolicyAPI, Name: "p"}),
 	})
 	if err != nil || mine[0].Base().Tenant.Domain != "a.example" {
@@ -503,7 +507,11 @@ func TestTenantAdminSeesItsTenantOnly(t *testing.T) {
 		_, _, err = w.Apply(t.Context(), own, []store.Change{update(e)})
 		try("update "+n, "not found", err)
 		_, _, err = w.Apply(t.Context(), own, []store.Change{remove(e)})
-		try("delete "+n, "not found", err)
+		want := "not found"
+		if e.Noun() == catalog.NounKeyManager {
+			want = "invalid #/iss" // also of its own
+		}
+		try("delete "+n, want, err)
 		for _, f := range []store.Filter{{}, {Tenant: "b.example"}} {
 			list, err := w.List(t.Context(), own, e.Noun(), f, 0, 100)
 			if err != nil || slices.ContainsFunc(list, func(e catalog.Entity) bool { return e.Base().Tenant.Domain != "a.example" }) {
@@ -513,7 +521,7 @@ func TestTenantAdminSeesItsTenantOnly(t *testing.T) {
 	}
 	_, err = w.Block(t.Context(), own, theirs[0].Base().UUID, 0, true, false)
 	try("block", "not found", err)
-	_, _, err = w.RotateKey(t.Context(), own, theirs[5].Base().UUID, "", false, false)
+	_, _, err = w.RotateKey(t.Context(), own, theirs[5].Base().UUID, 0, "", false, false)
 	try("rotate", "not found", err)
 	_, _, err = w.CreateKey(t.Context(), own, store.NewKey{Mapping: *mapping(theirs[0], "theirs", "k2", catalog.Production)})
 	try("key of theirs", "invalid #/application", err)

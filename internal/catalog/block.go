@@ -138,7 +138,7 @@ func (s *Store) deleteApplication(ctx context.Context, by Caller, asked *step) (
 				return b.failed("read", err)
 			}
 			var err error
-			done, err = b.end(ctx, st)
+			done, err = b.end(ctx, st, first)
 			return err
 		})
 		s.forget(b)
@@ -155,8 +155,9 @@ const heldSQL = `
 SELECT (SELECT count(*) FROM rescind.subscriptions WHERE application_id = $1),
        (SELECT count(*) FROM rescind.key_mappings WHERE application_id = $1)`
 
-// end deletes st's application with all that it holds, or blocks it and deletes a part.
-func (b *batch) end(ctx context.Context, st *step) (done bool, err error) {
+// end deletes st's application with all that it holds, or blocks it and deletes a part. With
+// first, it ends the tokens also of one that is blocked already: they may have been kept.
+func (b *batch) end(ctx context.Context, st *step, first bool) (done bool, err error) {
 	a := st.cur.(*catalog.Application)
 	var held, keys int
 	if err := b.tx.QueryRow(ctx, heldSQL, a.ID).Scan(&held, &keys); err != nil {
@@ -176,7 +177,7 @@ func (b *batch) end(ctx context.Context, st *step) (done bool, err error) {
 		return false, st.fail(&Conflict{Slug: "limit", Detail: fmt.Sprintf("the application has %d consumer keys: delete some first", keys)})
 	}
 	app := &step{op: Update, cur: a, want: copyOf(a), keepTokens: st.keepTokens}
-	if err := b.block(ctx, app, true, applicationDeleted, false); err != nil {
+	if err := b.block(ctx, app, true, applicationDeleted, first); err != nil {
 		return false, err
 	}
 	entities, err := b.fetch(ctx, subscriptions{}, subscriptionsOfSQL, []int32{a.ID}, maxEvents-b.size())

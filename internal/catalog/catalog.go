@@ -13,10 +13,14 @@
 // Changes within one tenant are made one after the other: each locks the tenant's row
 // first, those of several tenants in ascending order. Nearly every rule is about two
 // entities of one tenant (a policy is not deleted while an application is created with
-// it), and with one lock none of them has a race, nor two changes a deadlock. The log's head
-// lines writers up anyway, and a transaction of 500 changes holds the lock for well
-// under 0.1 s. Revocations do not wait for it. Keys of the database are a second net,
-// for rows of older versions of the service.
+// it), and with one lock none of them has a race. The log's head lines writers up anyway,
+// and a transaction of 500 changes holds the lock for well under 0.1 s. Revocations do not
+// wait for it, unless they are of a client that the change itself revokes. Keys of the
+// database are a second net, for rows of older versions of the service.
+//
+// What is unique over all tenants (an issuer, an id or a UUID that is given) may still make
+// two changes wait for each other, and so may an announcement: the database ends one of
+// them, and the log runs it again.
 //
 // Consecutive changes of one noun and op are made together, in a fixed number of
 // statements, so the cost of a batch is in its rows and not in its round trips. Later ones
@@ -67,6 +71,8 @@ type Caller struct {
 	Traceparent string
 	// Tenant is the domain of the only tenant that it sees; "" sees all.
 	Tenant string
+	// AlsoReads are domains of other tenants that Get and List show it.
+	AlsoReads []string
 }
 
 // Op is what to do with an entity.

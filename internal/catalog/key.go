@@ -120,22 +120,30 @@ func (b *batch) findKeyManager(ctx context.Context, m *catalog.KeyMapping) (resi
 
 // RotateKey gives a generated key, by its mapping's UUID or id, a second secret, or with
 // endPrevious a first, and with revoke ends the key's tokens so far. The secret is in the
-// credentials, and can never be read again. Errors are those of Apply.
-func (s *Store) RotateKey(ctx context.Context, by Caller, mapping, given string, endPrevious, revoke bool) (*catalog.KeyMapping, authn.Credentials, error) {
+// credentials, and can never be read again. ifTimestamp is the timestamp that it demands of
+// the mapping; 0 is any. Errors are those of Apply.
+func (s *Store) RotateKey(ctx context.Context, by Caller, mapping string, ifTimestamp int64, given string, endPrevious, revoke bool) (*catalog.KeyMapping, authn.Credentials, error) {
 	found, err := s.Get(ctx, by, catalog.NounKeyMapping, mapping)
 	if err != nil {
 		return nil, authn.Credentials{}, err
 	}
+	asked := step{op: Update, noun: catalog.NounKeyMapping, uuid: found.Base().UUID, ifTimestamp: ifTimestamp}
 	m := found.(*catalog.KeyMapping)
-	if !m.Generated {
-		return nil, authn.Credentials{}, &Conflict{Slug: "immutable", Detail: "the key was mapped, not generated: its secret is with its key manager"}
-	}
-	cred := authn.Credentials{ID: m.ConsumerKey}
+	var cred authn.Credentials
 	_, err = s.ledger.Change(ctx, func(ctx context.Context, tx *ledger.Tx) error {
-		b := newBatch(by, tx)
-		if err := b.lock(ctx, wanted{domains: []string{m.Tenant.Domain}}); err != nil {
+		b, st := newBatch(by, tx), asked
+		if err := b.lock(ctx, wanted{domains: []string{found.Base().Tenant.Domain}}); err != nil {
 			return err
 		}
+		// The key may have gone to another application since it was looked up.
+		if err := b.load(ctx, keyMappings{}, []*step{&st}, `FOR NO KEY UPDATE OF e`); err != nil {
+			return b.failed("read", err)
+		}
+		m = st.cur.(*catalog.KeyMapping)
+		if !m.Generated {
+			return &Conflict{Slug: "immutable", Detail: "the key was mapped, not generated: its secret is with its key manager"}
+		}
+		cred.ID = m.ConsumerKey
 		var err error
 		cred.Secret, err = s.clients.RotateClient(ctx, tx, m.ConsumerKey, given, endPrevious)
 		if errors.Is(err, authn.ErrNotFound) {
@@ -162,6 +170,9 @@ func (s *Store) RotateKey(ctx context.Context, by Caller, mapping, given string,
 		return nil
 	})
 	s.clients.Forget(m.Iss, m.ConsumerKey)
+	if failed, ok := errors.AsType[*Failed](err); ok {
+		err = failed.Err // there is only one
+	}
 	if err != nil {
 		return nil, authn.Credentials{}, err
 	}

@@ -120,10 +120,21 @@ func (keyManagers) keep(b *batch, cur, want catalog.Entity) *Conflict {
 	return fixed(members...)
 }
 
-func (keyManagers) refer(_ context.Context, b *batch, run []*step) error {
+func (keyManagers) refer(ctx context.Context, b *batch, run []*step) error {
 	for _, st := range run {
 		cur, _ := st.cur.(*catalog.KeyManager)
-		uri := st.want.(*catalog.KeyManager).JWKSURI
+		want := st.want.(*catalog.KeyManager)
+		if cur == nil {
+			if err := b.refuseBelowOurs(ctx, st, want.Iss); err != nil {
+				return err
+			}
+		}
+		if b.by.Tenant != "" && cur != nil {
+			if wrong := trustOnly(cur, want); len(wrong) > 0 {
+				return st.fail(wrong)
+			}
+		}
+		uri := want.JWKSURI
 		if uri == "" || cur != nil && cur.JWKSURI == uri || b.system {
 			continue
 		}
@@ -132,6 +143,43 @@ func (keyManagers) refer(_ context.Context, b *batch, run []*step) error {
 		}
 	}
 	return nil
+}
+
+// oursAboveSQL finds an issuer of our own that $1 is below.
+const oursAboveSQL = `SELECT iss FROM rescind.key_managers WHERE resident AND starts_with($1, rtrim(iss, '/') || '/') LIMIT 1`
+
+// refuseBelowOurs keeps names that people take for ours from others.
+func (b *batch) refuseBelowOurs(ctx context.Context, st *step, iss string) error {
+	if st.want.(*catalog.KeyManager).Resident {
+		return nil
+	}
+	var ours string
+	switch err := b.tx.QueryRow(ctx, oursAboveSQL, iss).Scan(&ours); {
+	case errors.Is(err, pgx.ErrNoRows):
+		return nil
+	case err != nil:
+		return err
+	}
+	return st.fail(taken("#/iss", fmt.Sprintf("it is below %s, an issuer of our own: nobody else has names there", ours)))
+}
+
+// trustOnly finds what only those who see all tenants may change: what decides which tokens
+// are believed, from where every process fetches keys, and how long revocations are kept.
+func trustOnly(cur, want *catalog.KeyManager) (wrong catalog.Invalid) {
+	for _, m := range []member{
+		{"type", want.Type == cur.Type},
+		{"max_token_lifetime", want.MaxTokenLifetime == cur.MaxTokenLifetime},
+		{"jwks_uri", want.JWKSURI == cur.JWKSURI},
+		{"algorithms", reflect.DeepEqual(want.Algorithms, cur.Algorithms)},
+		{"allow_typ", reflect.DeepEqual(want.AllowTyp, cur.AllowTyp)},
+	} {
+		if !m.same {
+			wrong = append(wrong, catalog.FieldError{
+				Pointer: "#/" + m.name, Detail: "is changed by those who see all tenants: leave it as it is, or ask them",
+			})
+		}
+	}
+	return wrong
 }
 
 // isSafe reports whether keys may be fetched from uri: over plain HTTP anybody on the way
@@ -148,7 +196,7 @@ func isSafe(uri string) bool {
 // Revocations made with a lower lifetime would end before the tokens of the time before.
 func lowerLifetime(old, lower int32) string {
 	return fmt.Sprintf("its longest token lifetime is %d s and cannot become %d s while tokens of before live: "+
-		"go on with %d s; once it has made no longer ones for that long, lower it in its row of rescind.key_managers first", old, lower, old)
+		"go on with %d s; once it has made no longer ones for that long, lower it in its row of rescind.key_managers", old, lower, old)
 }
 
 // The revocations of its tokens are no use: without it, gateways accept none.
@@ -183,13 +231,19 @@ LIMIT 1`
 // of its Iss to have its MaxTokenLifetime, JWKSURI, Algorithms and AllowTyp, and returns it as
 // it is. What else it is at first, callers may have changed. An empty Name is that of an issuer
 // of our own; another one than it has is ignored with a warning: others refer to it by its name.
+// So is a MaxTokenLifetime below the one that it has: revocations must last as long as the
+// tokens of before, and callers who raised it must keep no process from starting. A JWKSURI
+// that has a query or a user is not stored: it could be a secret.
 //
-// A lower MaxTokenLifetime, another tenant, a change between resident and external, a name
-// that another one has and a second resident one are refused, with what to do.
+// Errors: a [Conflict], which says what to do, for another tenant, a change between resident and
+// external, a name that another one has, a second resident one and an external one below ours.
 func (s *Store) EnsureKeyManager(ctx context.Context, k catalog.KeyManager) (*catalog.KeyManager, error) {
 	set(&k.Tenant.Domain, revocation.SuperTenant.Domain)
 	if k.Resident {
 		set(&k.Name, residentName)
+	}
+	if u, err := url.Parse(k.JWKSURI); err != nil || u.RawQuery != "" || u.User != nil {
+		k.JWKSURI = ""
 	}
 	keyManagers{}.complete(&k)
 	var done catalog.Entity
@@ -207,6 +261,11 @@ func (s *Store) EnsureKeyManager(ctx context.Context, k catalog.KeyManager) (*ca
 	if made.Name != k.Name {
 		s.log.Warn("an issuer is configured with another name than it has, which never changes: it keeps it; correct the configuration",
 			"issuer", k.Iss, "name", made.Name, "configured", k.Name)
+	}
+	if made.MaxTokenLifetime > k.MaxTokenLifetime {
+		s.log.Warn("an issuer is configured with a lower longest token lifetime than it has: it keeps it; correct the configuration, "+
+			"or once it has made no longer tokens for that long, lower it in its row of rescind.key_managers",
+			"issuer", k.Iss, "seconds", made.MaxTokenLifetime, "configured", k.MaxTokenLifetime)
 	}
 	return made, nil
 }
@@ -235,9 +294,9 @@ func (b *batch) ensure(ctx context.Context, k catalog.KeyManager) (catalog.Entit
 		case err != nil:
 			return nil, err
 		case resident:
-			return nil, fmt.Errorf("the database belongs to issuer %q: configure that one (RESCIND_ISSUER), or use another database", other)
+			return nil, taken("#/iss", fmt.Sprintf("the database belongs to issuer %q: configure that one (RESCIND_ISSUER), or use another database", other))
 		default:
-			return nil, fmt.Errorf("tenant %q has an issuer named %q already, %q: choose another name", tenant.Domain, k.Name, other)
+			return nil, taken("#/name", fmt.Sprintf("tenant %q has an issuer named %q already, %q: choose another name", tenant.Domain, k.Name, other))
 		}
 		st := &step{op: Create, want: &k, reason: "configured"}
 		err := b.create(ctx, keyManagers{}, []*step{st})
@@ -246,18 +305,18 @@ func (b *batch) ensure(ctx context.Context, k catalog.KeyManager) (catalog.Entit
 	cur := found[0].(*catalog.KeyManager)
 	switch {
 	case cur.Tenant != tenant:
-		return nil, fmt.Errorf("it belongs to tenant %q and cannot go to %q: name its own tenant", cur.Tenant.Domain, tenant.Domain)
+		return nil, taken("#/tenant", fmt.Sprintf("it belongs to tenant %q and cannot go to %q: name its own tenant, or delete it there first",
+			cur.Tenant.Domain, tenant.Domain))
 	case cur.Resident != k.Resident:
 		was, is := "an external issuer", "our own"
 		if cur.Resident {
 			was, is = is, was
 		}
-		return nil, fmt.Errorf("it is registered as %s and cannot become %s: correct the configuration, or use another database", was, is)
-	case cur.MaxTokenLifetime > k.MaxTokenLifetime:
-		return nil, errors.New(lowerLifetime(cur.MaxTokenLifetime, k.MaxTokenLifetime))
+		return nil, &Conflict{Slug: "immutable", Pointer: "#/resident",
+			Detail: fmt.Sprintf("it is registered as %s and cannot become %s: correct the configuration, or use another database", was, is)}
 	}
 	want := copyOf(cur).(*catalog.KeyManager)
-	want.MaxTokenLifetime, want.JWKSURI, want.Algorithms, want.AllowTyp = k.MaxTokenLifetime, k.JWKSURI, k.Algorithms, k.AllowTyp
+	want.MaxTokenLifetime, want.JWKSURI, want.Algorithms, want.AllowTyp = max(cur.MaxTokenLifetime, k.MaxTokenLifetime), k.JWKSURI, k.Algorithms, k.AllowTyp
 	st := &step{op: Update, cur: cur, want: want, reason: "configured"}
 	err = b.put(ctx, keyManagers{}, []*step{st})
 	return st.want, err

@@ -15,6 +15,7 @@ import (
 
 	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/internal/authn"
 	store "github.com/rescindhq/rescind/internal/catalog"
 )
 
@@ -49,6 +50,48 @@ func TestQuickerThanUs(t *testing.T) {
 		if _, err := w.pool.Exec(t.Context(), `DELETE FROM rescind.scopes WHERE name = 'ours'`); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// A key that goes elsewhere while its secret is being rotated keeps its secret.
+func TestRotationOfWhatIsGone(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	if _, err := w.EnsureKeyManager(t.Context(), catalog.KeyManager{Iss: ownIss, Resident: true, Enabled: true, MaxTokenLifetime: 3600}); err != nil {
+		t.Fatal(err)
+	}
+	app := made[*catalog.Application](w, create(application("app")))
+	key, _, err := w.CreateKey(t.Context(), admin, store.NewKey{Mapping: *mapping(app, "", "", catalog.Production), Client: &authn.Registration{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	const secretsSQL = `SELECT count(*) FROM rescind.client_secrets`
+	before := w.count(secretsSQL)
+	tx, err := w.pool.Begin(t.Context())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tx.Exec(t.Context(), `SELECT FROM rescind.tenants WHERE id = -1234 FOR NO KEY UPDATE`); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() {
+		_, _, err := w.RotateKey(t.Context(), admin, key.UUID, 0, "", true, true)
+		done <- err
+	}()
+	w.waitFor(`SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%FROM rescind.tenants t%' AND datname = current_database()`)
+	// As when it is deleted, and made again by another application.
+	if _, err := tx.Exec(t.Context(), `UPDATE rescind.key_mappings SET uuid = gen_random_uuid()`); err != nil {
+		t.Fatal(err)
+	}
+	if err := tx.Commit(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; why(err) != "not found" {
+		t.Errorf("%v, want that it is not found", err)
+	}
+	if n := w.count(secretsSQL); n != before {
+		t.Errorf("%d secrets after %d", n, before)
 	}
 }
 

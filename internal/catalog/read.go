@@ -6,7 +6,9 @@ import (
 	"fmt"
 	"iter"
 	"math"
+	"slices"
 	"strconv"
+	"strings"
 
 	"github.com/jackc/pgx/v5"
 
@@ -38,7 +40,7 @@ func (s *Store) Get(ctx context.Context, by Caller, n catalog.Noun, id string) (
 		return nil, notFound(n, id)
 	case err != nil:
 		return nil, fmt.Errorf("read %s %s: %w", n, id, err)
-	case !by.sees(e):
+	case !by.sees(e) && !slices.Contains(by.AlsoReads, e.Base().Tenant.Domain):
 		return nil, notFound(n, id)
 	}
 	return e, nil
@@ -75,13 +77,17 @@ const (
 )
 
 // List reads up to limit entities by ascending id, after the id after (0 begins). Those of
-// tenants begin below 0. It returns a [catalog.Invalid] for a filter that the noun does not have.
+// tenants begin below 0. Without a tenant in the filter, it is of all, or of the caller's own: what
+// else it reads, it names. It returns a [catalog.Invalid] for a filter that the noun does not have.
 func (s *Store) List(ctx context.Context, by Caller, n catalog.Noun, f Filter, after int32, limit int) ([]catalog.Entity, error) {
+	if n == catalog.NounTenant {
+		set(&f.Tenant, f.Name)
+	}
 	if by.Tenant != "" {
-		if f.Tenant != "" && f.Tenant != by.Tenant {
+		set(&f.Tenant, by.Tenant)
+		if f.Tenant != by.Tenant && !slices.Contains(by.AlsoReads, f.Tenant) {
 			return nil, nil
 		}
-		f.Tenant = by.Tenant
 	}
 	if n == catalog.NounTenant && after == 0 {
 		after = math.MinInt32
@@ -194,9 +200,27 @@ const (
 // announceChunk rows make at most two events each.
 const announceChunk = maxEvents / 2
 
-// Announce tells of the rows that have no event yet, such as those that a migration made.
-// Any number of processes may do it at once.
+// anyUnannouncedSQL finds out whether there is something to announce.
+func anyUnannouncedSQL() string {
+	parts := make([]string, len(catalog.Nouns))
+	for i, n := range catalog.Nouns {
+		parts[i] = `EXISTS (SELECT FROM ` + kindOf(n).sql().table + ` WHERE ts = 0)`
+	}
+	return `SELECT ` + strings.Join(parts, ` OR `)
+}
+
+// Announce tells of the rows that have no event yet: those that a migration made, and
+// those of processes of the version before, while there still are some. Any number of
+// processes may do it at any time; when there is nothing to tell, it costs one small query.
 func (s *Store) Announce(ctx context.Context) error {
+	const doing = "announce what has no event: %w"
+	var some bool
+	if err := s.pool.QueryRow(ctx, anyUnannouncedSQL()).Scan(&some); err != nil {
+		return fmt.Errorf(doing, err)
+	}
+	if !some {
+		return nil
+	}
 	for _, n := range catalog.Nouns {
 		for told := announceChunk; told == announceChunk; {
 			_, err := s.ledger.Change(ctx, func(ctx context.Context, tx *ledger.Tx) (err error) {
@@ -204,7 +228,7 @@ func (s *Store) Announce(ctx context.Context) error {
 				return err
 			})
 			if err != nil {
-				return fmt.Errorf("announce what has no event: %w", err)
+				return fmt.Errorf(doing, err)
 			}
 		}
 	}

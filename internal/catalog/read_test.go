@@ -191,6 +191,22 @@ func TestAnnounce(t *testing.T) {
 	if diff := cmp.Diff(w.fold(state, 0), w.all()); diff != "" {
 		t.Errorf("folded (-) and read (+):\n%s", diff)
 	}
+
+	// When there is nothing, the log is not asked; and a process of the version before may still make some.
+	away := store.New(w.pool, refusing{}, w.clients, discard)
+	if err := away.Announce(t.Context()); err != nil {
+		t.Errorf("nothing to announce: %v", err)
+	}
+	if _, err := w.pool.Exec(t.Context(), `INSERT INTO rescind.applications (tenant_id, owner, name) VALUES (-1234, 'admin', 'late')`); err != nil {
+		t.Fatal(err)
+	}
+	head := w.head()
+	if err := w.Announce(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{"application.created late"}, w.told(head)); diff != "" {
+		t.Errorf("told (-want +got):\n%s", diff)
+	}
 }
 
 func TestKeys(t *testing.T) {
@@ -244,7 +260,7 @@ func TestKeys(t *testing.T) {
 		if i > 0 {
 			before = "moved"
 		}
-		m, rotated, err := w.RotateKey(t.Context(), admin, made1.UUID, tt.given, tt.endPrevious, tt.revoke)
+		m, rotated, err := w.RotateKey(t.Context(), admin, made1.UUID, made1.Timestamp, tt.given, tt.endPrevious, tt.revoke)
 		if err != nil || m.UUID != made1.UUID || rotated.ID != cred.ID || tt.given != "" && rotated.Secret != tt.given {
 			t.Fatal(m, err)
 		}
@@ -300,11 +316,14 @@ func TestKeys(t *testing.T) {
 	refused("another issuer's client", "exists #/consumer_key", store.NewKey{Mapping: *mapping(app, "", "theirs", catalog.Sandbox), Client: client})
 	refused("a person's name", "exists #/consumer_key", store.NewKey{Mapping: *mapping(app, "", "person", catalog.Sandbox), Client: client})
 	refused("a registration", "invalid #/auth_method", store.NewKey{Mapping: *mapping(app, "", "", catalog.Sandbox), Client: &authn.Registration{AuthMethod: "x"}})
-	if _, _, err := w.RotateKey(t.Context(), admin, mapped.UUID, "", false, false); why(err) != "immutable" {
+	if _, _, err := w.RotateKey(t.Context(), admin, mapped.UUID, 0, "", false, false); why(err) != "immutable" {
 		t.Errorf("rotate a mapped key: %v", err)
 	}
-	if _, _, err := w.RotateKey(t.Context(), admin, uuid.NewString(), "", false, false); why(err) != "not found" {
+	if _, _, err := w.RotateKey(t.Context(), admin, uuid.NewString(), 0, "", false, false); why(err) != "not found" {
 		t.Errorf("rotate nothing: %v", err)
+	}
+	if _, _, err := w.RotateKey(t.Context(), admin, made1.UUID, made1.Timestamp-1, "", false, false); why(err) != "stale" {
+		t.Errorf("rotate another version: %v", err)
 	}
 
 	w.apply(remove(theirs))
@@ -357,27 +376,41 @@ func TestEnsureKeyManager(t *testing.T) {
 	if got := ensure(own); got.Enabled || got.DisplayName != "ours" || !got.Resident || got.MaxTokenLifetime != 7200 {
 		t.Errorf("%+v", got)
 	}
+	// Callers, and processes configured otherwise, keep nobody from starting.
+	for _, lower := range []catalog.KeyManager{higher, own} {
+		lower.MaxTokenLifetime = 60
+		if got := ensure(lower); got.MaxTokenLifetime != 7200 {
+			t.Errorf("lifetime %d after a lower one, want it as it was", got.MaxTokenLifetime)
+		}
+	}
+	// What may be a secret is not published.
+	secret := higher
+	secret.JWKSURI = "https://idp.example/jwks?key=s3cret"
+	if got := ensure(secret); got.JWKSURI != "" {
+		t.Errorf("stored %s", got.JWKSURI)
+	}
 	same := first
 	same.Meta, same.Iss = catalog.Meta{}, "https://super.example"
 	ensure(same) // the same name in another tenant
 
 	for _, tt := range []struct {
-		name   string
-		change func(*catalog.KeyManager)
-		want   []string
+		name     string
+		change   func(*catalog.KeyManager)
+		conflict bool // the others are mistakes in the configuration itself
+		want     []string
 	}{
-		{"lower lifetime", func(k *catalog.KeyManager) { k.MaxTokenLifetime = 3600 }, []string{"7200 s", "3600 s", "cannot", "go on with"}},
-		{"another tenant", func(k *catalog.KeyManager) { k.Meta = in("b.example") }, []string{"a.example", "b.example"}},
-		{"no such tenant", func(k *catalog.KeyManager) { k.Meta = in("c.example") }, []string{"no tenant", "c.example"}},
-		{"a taken name", func(k *catalog.KeyManager) { k.Iss, k.Name = "https://new.example", "IdP" }, []string{"IdP", "https://idp.example", "another name"}},
-		{"our own", func(k *catalog.KeyManager) { k.Iss, k.Meta = ownIss, catalog.Meta{} }, []string{"our own", "external"}},
-		{"becomes our own", func(k *catalog.KeyManager) { k.Resident = true }, []string{"our own", "external"}},
+		{"another tenant", func(k *catalog.KeyManager) { k.Meta = in("b.example") }, true, []string{"a.example", "b.example"}},
+		{"no such tenant", func(k *catalog.KeyManager) { k.Meta = in("c.example") }, false, []string{"no tenant", "c.example"}},
+		{"a taken name", func(k *catalog.KeyManager) { k.Iss, k.Name = "https://new.example", "IdP" }, true, []string{"IdP", "https://idp.example", "another name"}},
+		{"our own", func(k *catalog.KeyManager) { k.Iss, k.Meta = ownIss, catalog.Meta{} }, true, []string{"our own", "external"}},
+		{"below our own", func(k *catalog.KeyManager) { k.Iss, k.Name = ownIss+"/idp", "new" }, true, []string{"below", "our own"}},
+		{"becomes our own", func(k *catalog.KeyManager) { k.Resident = true }, true, []string{"our own", "external"}},
 		{"a second of our own", func(k *catalog.KeyManager) {
 			*k = catalog.KeyManager{Iss: "https://second.example", Resident: true, MaxTokenLifetime: 3600}
-		}, []string{ownIss, "RESCIND_ISSUER"}},
-		{"no iss", func(k *catalog.KeyManager) { k.Iss = "" }, []string{"iss is empty"}},
-		{"no name, no lifetime", func(k *catalog.KeyManager) { k.Name, k.MaxTokenLifetime = "", 0 }, []string{"name", "lifetime 0 s"}},
-		{"too long", func(k *catalog.KeyManager) { k.MaxTokenLifetime = 315360001 }, []string{"315360000"}},
+		}, true, []string{ownIss, "RESCIND_ISSUER"}},
+		{"no iss", func(k *catalog.KeyManager) { k.Iss = "" }, false, []string{"iss is empty"}},
+		{"no name, no lifetime", func(k *catalog.KeyManager) { k.Name, k.MaxTokenLifetime = "", 0 }, false, []string{"name", "lifetime 0 s"}},
+		{"too long", func(k *catalog.KeyManager) { k.MaxTokenLifetime = 315360001 }, false, []string{"315360000"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
@@ -386,6 +419,9 @@ func TestEnsureKeyManager(t *testing.T) {
 			got, err := w.EnsureKeyManager(t.Context(), k)
 			if err == nil || got != nil {
 				t.Fatalf("EnsureKeyManager = %v, %v, want an error", got, err)
+			}
+			if _, ok := errors.AsType[*store.Conflict](err); ok != tt.conflict {
+				t.Errorf("a conflict: %t (%v)", ok, err)
 			}
 			for _, want := range append(tt.want, k.Iss) {
 				if !strings.Contains(err.Error(), want) {
@@ -396,6 +432,46 @@ func TestEnsureKeyManager(t *testing.T) {
 	}
 }
 
+// Who sees one tenant decides what is done with an issuer's tokens, not which are believed.
+func TestKeyManagersOfOneTenant(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.apply(create(&catalog.Tenant{Meta: in("a.example")}))
+	own := store.Caller{Tenant: "a.example"}
+	km := made[*catalog.KeyManager](w, create(with(keyManager("km"), func(k *catalog.KeyManager) { k.Meta = in("a.example") })))
+	head := w.head()
+	for name, tt := range map[string]struct {
+		change store.Change
+		want   string
+	}{
+		"create":   {create(with(keyManager("x"), func(k *catalog.KeyManager) { k.Meta = in("a.example") })), "invalid #/iss"},
+		"delete":   {remove(km), "invalid #/iss"},
+		"lifetime": {update(with(km, func(k *catalog.KeyManager) { k.MaxTokenLifetime++ })), "invalid #/max_token_lifetime"},
+		"keys":     {update(with(km, func(k *catalog.KeyManager) { k.JWKSURI = "https://10.0.0.1/" })), "invalid #/jwks_uri"},
+		"no keys":  {update(with(km, func(k *catalog.KeyManager) { k.JWKSURI = "" })), "invalid #/jwks_uri"},
+		"more": {update(with(km, func(k *catalog.KeyManager) {
+			k.Type, k.Algorithms, k.AllowTyp = "KeyCloak", []string{"RS256"}, []string{"JWT"}
+		})), "invalid #/algorithms #/allow_typ #/type"},
+	} {
+		if _, _, err := w.Apply(t.Context(), own, []store.Change{tt.change}); why(err) != tt.want {
+			t.Errorf("%s: %q (%v), want %q", name, why(err), err, tt.want)
+		}
+	}
+	if w.head() != head {
+		t.Errorf("told %q", w.told(head))
+	}
+	want := with(km, func(k *catalog.KeyManager) {
+		k.DisplayName, k.Description, k.Enabled, k.TokenType, k.ConsumerKeyClaim, k.ScopesClaim = "d", "e", false, "BOTH", "cid", "scp"
+		k.ClaimMappings, k.Properties = []catalog.ClaimMapping{{Remote: "r", Local: "l"}}, map[string]any{"a": "b"}
+	})
+	got, _, err := w.Apply(t.Context(), own, []store.Change{update(want)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	want.Timestamp = got[0].Base().Timestamp
+	wantIs(w, want, got[0])
+}
+
 func TestEnsuredAtOnce(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
@@ -403,16 +479,8 @@ func TestEnsuredAtOnce(t *testing.T) {
 	for i := range 8 {
 		wg.Go(func() {
 			k := catalog.KeyManager{Iss: "https://idp.example", Name: "IdP", MaxTokenLifetime: int32(i+1) * 3600}
-			for {
-				_, err := w.EnsureKeyManager(t.Context(), k)
-				if err == nil {
-					return
-				}
-				if !strings.Contains(err.Error(), "cannot become") {
-					t.Error(err)
-					return
-				}
-				k.MaxTokenLifetime = 8 * 3600
+			if _, err := w.EnsureKeyManager(t.Context(), k); err != nil {
+				t.Error(err)
 			}
 		})
 	}

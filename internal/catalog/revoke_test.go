@@ -79,6 +79,10 @@ func TestRevocations(t *testing.T) {
 		{"application unblocked", both(block(true, true), block(false, false)),
 			[]string{"application.updated app", "subscription.updated", "application.updated app", "subscription.updated"}},
 		{"blocked already by its application", both(block(true, true), state(catalog.Blocked)),
+			[]string{"application.updated app", "subscription.updated", prod, sand, "subscription.updated"}},
+		{"blocked for production, by its application for all", both(block(true, true), state(catalog.ProdOnlyBlocked)),
+			[]string{"application.updated app", "subscription.updated", prod, "subscription.updated"}},
+		{"changed while its application is blocked", both(block(true, true), state(catalog.TierUpdatePending)),
 			[]string{"application.updated app", "subscription.updated", "subscription.updated"}},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -199,21 +203,26 @@ func TestCascades(t *testing.T) {
 	if _, err := w.pool.Exec(t.Context(), `UPDATE rescind.subscriptions SET application_blocked = false WHERE id % 2 = 0`); err != nil {
 		t.Fatal(err)
 	}
+	// What was revoked within this second would not be told again.
+	again := func() {
+		t.Helper()
+		if _, err := w.pool.Exec(t.Context(), `UPDATE rescind.revocations SET not_after = 1`); err != nil {
+			t.Fatal(err)
+		}
+	}
+	again()
 	head = w.head()
 	if _, err := w.Block(t.Context(), admin, app.UUID, 0, true, false); err != nil {
 		t.Fatal(err)
 	}
-	if diff := cmp.Diff(map[string]int{"subscription.updated": 550}, tally(head)); diff != "" {
+	if diff := cmp.Diff(map[string]int{"revocation.client": 1, "subscription.updated": 550}, tally(head)); diff != "" {
 		t.Errorf("finish block (-want +got):\n%s", diff)
 	}
 	if _, err := w.Block(t.Context(), admin, app.UUID, 0, false, false); err != nil {
 		t.Fatal(err)
 	}
 
-	// What was revoked within this second would not be told again.
-	if _, err := w.pool.Exec(t.Context(), `UPDATE rescind.revocations SET not_after = 1`); err != nil {
-		t.Fatal(err)
-	}
+	again()
 	head = w.head()
 	two := []store.Change{remove(app), create(application("other"))}
 	if _, _, err := w.Apply(t.Context(), admin, two); why(err) != "limit" || w.head() != head {
@@ -245,5 +254,20 @@ func TestCascades(t *testing.T) {
 	}
 	if n := w.count(`SELECT count(*) FROM rescind.applications`); n != 0 {
 		t.Errorf("%d applications are left", n)
+	}
+}
+
+// The tokens that a block kept are not kept by a deletion, however long it takes.
+func TestDeletionOfWhatIsBlocked(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	app := w.held(600)
+	if _, err := w.Block(t.Context(), admin, app.UUID, 0, true, true); err != nil {
+		t.Fatal(err)
+	}
+	head := w.head()
+	w.apply(remove(app))
+	if first := w.told(head)[0]; first != "revocation.client ck" {
+		t.Errorf("begins with %q", first)
 	}
 }

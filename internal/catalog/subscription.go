@@ -127,7 +127,8 @@ func (subscriptions) release(ctx context.Context, b *batch, run []*step) error {
 }
 
 // endSubscriptions revokes the keys that run no longer lets through. A deletion ends all:
-// a token may be from before it was blocked, and have been kept.
+// a token may be from before it was blocked, and have been kept. So may those of a blocked
+// application, which ends nothing by itself here: only State counts.
 func endSubscriptions(ctx context.Context, b *batch, run []*step, reason string) error {
 	ends := func(st *step, keyType string) bool {
 		if st.keepTokens {
@@ -159,9 +160,9 @@ func endSubscriptions(ctx context.Context, b *batch, run []*step, reason string)
 	return nil
 }
 
-// lets reports whether a subscription lets requests with keys of a type through.
+// lets reports whether a subscription's own state lets requests with keys of a type through.
 func lets(e catalog.Entity, keyType string) bool {
-	switch e.(*catalog.Subscription).Effective() {
+	switch e.(*catalog.Subscription).State {
 	case catalog.Blocked, catalog.OnHold, catalog.Rejected:
 		return false
 	case catalog.ProdOnlyBlocked:

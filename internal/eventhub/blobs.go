@@ -1,6 +1,7 @@
 package eventhub
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"io"
@@ -55,7 +56,8 @@ type blob struct {
 	take   func() needed
 	encode func(*encoder, needed)
 
-	at     revocation.Position // zero until its content was taken
+	begun  bool                // its content is being taken, or was
+	at     revocation.Position // zero until it was
 	packed bool                // known with the first chunk
 	chunks [][]byte            // those before low are nil
 	size   int
@@ -85,7 +87,7 @@ func (c *blobs) open(k blobKey, head revocation.Position, take func() needed, en
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	b, result := c.byKey[k], listShared
-	if b != nil && (b.at != revocation.Position{}) && (b.at.Epoch != head.Epoch || b.at.Seq < head.Seq) {
+	if b != nil && b.begun && (b.at.Epoch != head.Epoch || b.at.Seq < head.Seq) {
 		c.retire(b)
 		b = nil
 	}
@@ -109,7 +111,7 @@ func (c *blobs) open(k blobKey, head revocation.Position, take func() needed, en
 	return &reading{c: c, b: b}, nil
 }
 
-// The methods from here to put need c.mu.
+// The methods from here to abandoned need c.mu.
 
 func (c *blobs) retire(b *blob) {
 	if b.retired {
@@ -156,7 +158,7 @@ func (c *blobs) makeRoom() {
 			return
 		}
 		c.retire(longest)
-		if len(longest.chunks)-longest.low > ahead {
+		for len(longest.chunks)-longest.low > ahead { // its slowest have lost already
 			c.drop(longest)
 		}
 	}
@@ -167,29 +169,26 @@ func (b *blob) changed() {
 	b.grown = make(chan struct{})
 }
 
+// full reports whether b is far enough ahead of its readers.
+func (b *blob) full() bool { return len(b.chunks)-b.front >= ahead && !b.abandoned() }
+
+func (b *blob) abandoned() bool { return b.retired && b.readers == 0 }
+
 // put adds a chunk to b, once its fastest reader is near enough. Others encode meanwhile.
 func (c *blobs) put(b *blob, packed bool, chunk []byte) error {
 	c.mu.Lock()
+	if b.full() {
+		<-c.encodings
+		for b.full() {
+			b.room.Wait()
+		}
+		c.mu.Unlock()
+		c.encodings <- struct{}{}
+		c.mu.Lock()
+	}
 	defer c.mu.Unlock()
-	for waits := false; ; waits = true {
-		if b.retired && b.readers == 0 {
-			if waits {
-				c.encodings <- struct{}{}
-			}
-			return errAbandoned
-		}
-		if len(b.chunks)-b.front < ahead {
-			if waits {
-				c.mu.Unlock()
-				c.encodings <- struct{}{}
-				c.mu.Lock()
-			}
-			break
-		}
-		if !waits {
-			<-c.encodings
-		}
-		b.room.Wait()
+	if b.abandoned() {
+		return errAbandoned
 	}
 	b.packed = packed
 	b.chunks = append(b.chunks, chunk)
@@ -197,7 +196,6 @@ func (c *blobs) put(b *blob, packed bool, chunk []byte) error {
 	b.size += len(chunk)
 	c.bytes += len(chunk)
 	c.makeRoom()
-	c.free(b)
 	b.changed()
 	return nil
 }
@@ -206,6 +204,9 @@ func (c *blobs) put(b *blob, packed bool, chunk []byte) error {
 func (c *blobs) build(b *blob) {
 	c.encodings <- struct{}{}
 	defer func() { <-c.encodings }()
+	c.mu.Lock()
+	b.begun = true
+	c.mu.Unlock()
 	content := b.take()
 	c.mu.Lock()
 	b.at = content.at
@@ -265,7 +266,7 @@ func (w *blobWriter) Write(p []byte) (int, error) {
 // finish takes the last bytes of the encoder.
 func (w *blobWriter) finish(last []byte) error {
 	if w.zip == nil && (!w.b.key.packed || len(last) < minPacked) {
-		return w.c.put(w.b, false, last)
+		return w.c.put(w.b, false, bytes.Clone(last)) // its buffer is large
 	}
 	if _, err := w.emit(last); err != nil {
 		return err
@@ -273,7 +274,7 @@ func (w *blobWriter) finish(last []byte) error {
 	if err := w.zip.Close(); err != nil {
 		return err
 	}
-	return w.c.put(w.b, true, w.out)
+	return w.c.put(w.b, true, bytes.Clone(w.out))
 }
 
 func (c *blobs) held() int {

@@ -10,7 +10,7 @@
 //
 // An account that may read gets no 4xx for a read of what a gateway asks for, whatever
 // the parameters: many gateways take a 4xx for the end of their start. What cannot be
-// understood, or is of another tenant, is an empty list.
+// understood, or is of another tenant, is an empty list of the catalog.
 //
 // # Decisions
 //
@@ -20,9 +20,15 @@
 // Requests that have to wait do so before they are refused: some gateways take the
 // first answer of any status as their last, and run without revocations after a 503.
 //
+// Lists of revocations are encoded once for all who wait for them at the same time, see
+// blobs; a thousand gateways of a fleet start at once. Slow readers hold places and not
+// turns to encode, of which there are few, and when memory is short they are the ones
+// that have to come again. No account takes more than a quarter of anything.
+//
 // A request that names no tenant gets the catalog of its account's own tenant, and
-// revocations of all tenants that the account sees: gateways ask once for these, and a
-// revocation that is not needed does no harm.
+// revocations of all tenants that the account sees, as does one for revocations of a tenant
+// that it does not see: gateways ask once for these, and a revocation that is not needed
+// does no harm.
 //
 // Encoded lists are shared. A list stays good while it has the same entities with the
 // same timestamps, however many revocations are added to the log meanwhile.
@@ -48,16 +54,25 @@ import (
 
 // Config tunes the event hub. The zero value is ready for production.
 type Config struct {
-	// MaxInFlight is how many requests are here at a time, waiting ones too; past it the
-	// answer is 503. Each costs some tens of KiB. Default 4096, 1 to 100000.
+	// MaxInFlight is how many requests of gateways are here at a time, waiting ones too, a
+	// quarter of them of one account at most; past it the answer is 503. Each costs some
+	// tens of KiB. Notifications have as many places again as a quarter of these. Default
+	// 4096, 1 to 100000.
 	MaxInFlight int
-	// MaxStreams is how many lists of revocations are sent at a time; others wait. Each
-	// takes a good part of a CPU while its reader keeps up, and up to 2 MiB. Default 16, 1
-	// to 1000.
-	MaxStreams int
-	// StreamWait is how long a request waits for its turn to be sent one before it is
-	// 503. Default 20s, 1s to 5m.
-	StreamWait time.Duration
+	// MaxReaders is how many are sent lists of revocations at a time, a quarter of them of
+	// one account at most; others wait. Default 1024, 1 to 100000.
+	MaxReaders int
+	// MaxEncodings is how many answers are encoded at a time, each of which takes a CPU;
+	// others wait. Default 4, 1 to 1000.
+	MaxEncodings int
+	// Wait is how long a request waits for its turn before it is 503, each of the two times
+	// that it may have to. Default 20s, 1s to 5m.
+	Wait time.Duration
+	// SendBytes bounds the encoded lists of revocations in memory, and again the answers
+	// about the catalog that are being sent; past it the answer is 503. Lists of
+	// revocations take up to 1.25 MiB for each position of the log that one is read of, and
+	// more as long as there is room. Default 512 MiB, at least 8 MiB.
+	SendBytes int
 	// CacheBytes bounds the encoded lists of the catalog that are kept. Default 256 MiB, at
 	// least 1 MiB.
 	CacheBytes int
@@ -88,9 +103,11 @@ func (c Config) withDefaults() (Config, error) {
 		}
 	}
 	number("MaxInFlight", &c.MaxInFlight, 4096, 1, 100000)
-	number("MaxStreams", &c.MaxStreams, 16, 1, 1000)
+	number("MaxReaders", &c.MaxReaders, 1024, 1, 100000)
+	number("MaxEncodings", &c.MaxEncodings, 4, 1, 1000)
+	number("SendBytes", &c.SendBytes, 512<<20, 8<<20, 1<<40)
 	number("CacheBytes", &c.CacheBytes, 256<<20, 1<<20, 1<<40)
-	duration("StreamWait", &c.StreamWait, 20*time.Second, time.Second, 5*time.Minute)
+	duration("Wait", &c.Wait, 20*time.Second, time.Second, 5*time.Minute)
 	duration("Timeout", &c.Timeout, 10*time.Second, time.Second, 25*time.Second)
 	if c.ClockSkew < 0 {
 		c.ClockSkew = 0
@@ -138,9 +155,15 @@ type Hub struct {
 	log     *slog.Logger
 	metrics *metrics
 
-	slots   chan struct{} // one for each request in flight
-	streams chan struct{} // one for each list of revocations that is being sent
-	lists   *lists
+	slots, notifiers chan struct{} // one for each request in flight
+	slotShares       *shares
+	readers          chan struct{} // one for each that is sent a list of revocations
+	readerShares     *shares
+	encodings        chan struct{} // one for each answer that is being encoded
+	lists            *lists
+	blobs            *blobs
+	sending          *sending
+	remember         chan struct{} // one for each use of seen
 
 	data, notify, keys http.Handler
 }
@@ -152,34 +175,58 @@ func New(cfg Config, deps Deps) (*Hub, error) {
 		return nil, err
 	}
 	h := &Hub{
-		cfg:     cfg,
-		state:   deps.State,
-		ledger:  deps.Ledger,
-		seen:    deps.Idempotency,
-		log:     deps.Log.With("component", "eventhub"),
-		slots:   make(chan struct{}, cfg.MaxInFlight),
-		streams: make(chan struct{}, cfg.MaxStreams),
+		cfg:       cfg,
+		state:     deps.State,
+		ledger:    deps.Ledger,
+		seen:      deps.Idempotency,
+		log:       deps.Log.With("component", "eventhub"),
+		slots:     make(chan struct{}, cfg.MaxInFlight),
+		notifiers: make(chan struct{}, max(1, cfg.MaxInFlight/4)), slotShares: newShares(cfg.MaxInFlight),
+		readers: make(chan struct{}, cfg.MaxReaders), readerShares: newShares(cfg.MaxReaders),
+		encodings: make(chan struct{}, cfg.MaxEncodings),
+		remember:  make(chan struct{}, maxRemembering),
 	}
 	h.metrics = newMetrics(deps.Registerer)
-	h.lists = newLists(cfg.CacheBytes, h.metrics)
+	h.lists = newLists(cfg.CacheBytes, h.encoding, h.metrics)
+	h.blobs = newBlobs(cfg.SendBytes, h.encodings, h.metrics)
+	h.sending = newSending(cfg.SendBytes)
 	h.metrics.watch(deps.Registerer, h)
 	readers := []string{rest.Gateway, rest.Admin, rest.TenantAdmin, rest.Auditor}
 	notifiers := []string{rest.Notifier, rest.Admin, rest.TenantAdmin}
-	h.data = rest.Require(deps.Accounts, failData, readers...)(handler{h.serveData, failData})
-	h.keys = rest.Require(deps.Accounts, failKeys, readers...)(handler{h.serveKeys, failKeys})
-	h.notify = rest.Require(deps.Accounts, failData, notifiers...)(handler{h.serveNotify, failNotify})
+	h.data = rest.Require(deps.Accounts, failData, readers...)(handler{h, h.shared(h.serveData), failData})
+	h.keys = rest.Require(deps.Accounts, failKeys, readers...)(handler{h, h.shared(h.serveKeys), failKeys})
+	h.notify = rest.Require(deps.Accounts, failData, notifiers...)(handler{h, h.serveNotify, failNotify})
 	return h, nil
 }
 
 // handler answers a request, or returns an error for fail before it has written.
 type handler struct {
+	hub   *Hub
 	serve func(w http.ResponseWriter, r *http.Request) error
 	fail  func(w http.ResponseWriter, r *http.Request, err error)
 }
 
 func (h handler) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	if err := h.serve(w, r); err != nil {
+	err := h.serve(w, r)
+	if errors.Is(err, errBusy) {
+		h.hub.metrics.refused.Inc()
+	}
+	if err != nil {
 		h.fail(w, r, err)
+	}
+}
+
+// shared is serve for requests of accounts that have their share of all.
+func (h *Hub) shared(serve func(http.ResponseWriter, *http.Request) error) func(http.ResponseWriter, *http.Request) error {
+	return func(w http.ResponseWriter, r *http.Request) error {
+		share := h.slotShares.of(rest.AccountOf(r.Context()).Username)
+		select {
+		case share <- struct{}{}:
+			defer func() { <-share }()
+		default:
+			return unavailable(overloadRetry, errBusy)
+		}
+		return serve(w, r)
 	}
 }
 
@@ -211,10 +258,10 @@ func (h *Hub) Routes(r chi.Router) {
 // ServeHTTP answers a request for any path.
 func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	path := single(r.URL.EscapedPath())
-	serve, fail := http.Handler(nil), failData
+	serve, fail, slots := http.Handler(nil), failData, h.slots
 	switch name, isData := below(path, dataBase); {
 	case isData && name == notifyName:
-		serve = h.notify
+		serve, slots = h.notify, h.notifiers
 	case isData:
 		serve = h.data
 	default:
@@ -224,12 +271,18 @@ func (h *Hub) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		}
 		serve, fail = h.keys, failKeys
 	}
+	if methodOf(r) == http.MethodGet && r.ContentLength != 0 {
+		// Nobody sends one, and to wait for it would hold the connection.
+		w.Header().Set("Connection", "close")
+		fail(w, r, problem(http.StatusBadRequest, "A %s has no body here.", r.Method))
+		return
+	}
 	select {
-	case h.slots <- struct{}{}:
-		defer func() { <-h.slots }()
+	case slots <- struct{}{}:
+		defer func() { <-slots }()
 	default:
 		h.metrics.refused.Inc()
-		fail(w, r, unavailable(overloadRetry, errors.New("too many requests are in flight")))
+		fail(w, r, unavailable(overloadRetry, errBusy))
 		return
 	}
 	w.Header().Set("Cache-Control", "no-store")
@@ -277,14 +330,24 @@ func (h *Hub) fresh(ctx context.Context) (revocation.Position, error) {
 
 var errTimeout = errors.New("it took too long to find out what is the newest state")
 
-// untimed keeps r's context from ending with the server's time for reading a request:
-// the answer may take longer. A request whose body is still to come stays timed.
-func untimed(w http.ResponseWriter, r *http.Request) {
-	if r.ContentLength == 0 {
-		liftReadDeadline(w)
+// patience bounds how long r waits for its turn.
+func (h *Hub) patience(r *http.Request) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(r.Context(), h.cfg.Wait, errBusy)
+}
+
+// encoding waits for a turn to encode an answer, which done ends.
+func (h *Hub) encoding(ctx context.Context) (done func(), err error) {
+	select {
+	case h.encodings <- struct{}{}:
+		return func() { <-h.encodings }, nil
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
 	}
 }
 
-func liftReadDeadline(w http.ResponseWriter) {
-	_ = http.NewResponseController(w).SetReadDeadline(time.Time{}) // a recorder in a test has none
+// untimed keeps the context of a request that is here whole from ending with the server's
+// time for reading it: the answer may take longer. While it is sent, see paced.
+func (h *Hub) untimed(w http.ResponseWriter) {
+	deadline := time.Now().Add(2*h.cfg.Wait + h.cfg.Timeout + readTime)
+	_ = http.NewResponseController(w).SetReadDeadline(deadline) // a recorder in a test has none
 }

@@ -107,6 +107,9 @@ func testCatalog() []catalog.Entity {
 		&catalog.API{
 			Meta: meta(super, 32), Name: "Bare", Version: "2", Context: "/bare/2", Provider: "admin", Type: "WS", Status: catalog.APIBlocked,
 		},
+		&catalog.API{
+			Meta: meta(super, 33), Name: "Gone", Version: "1", Context: "/gone/1", Provider: "admin", Type: "HTTP", Status: catalog.APIRetired, GatewayLabels: []string{"Default"},
+		},
 		&catalog.Application{
 			Meta: meta(super, 41), Name: "Mobile", Owner: "ann", Policy: "50PerMin", TokenType: "JWT", Groups: []string{"sales"},
 			Attributes: map[string]string{"cost centre": "42", "note": `a "b" <c>`},
@@ -160,7 +163,7 @@ func testRevocations(now time.Time) []replica.Record {
 	s := now.Unix()
 	return []replica.Record{
 		{Target: token(superISS, "3f1d2c0e-7b1a-4f53-9a50-8a2f6b1f2f10"), Tenant: super, Exp: s + 1740},
-		{Target: token(idpISS, `odd "jti" /é`), Tenant: super, Exp: s - 119},
+		{Target: token(idpISS, `odd "jti" /é`), Tenant: super, Exp: s - 60},
 		{Target: revocation.DigestTarget(superISS, "e30.e30"), Signature: "MEUCIQDx-kZ_3n2Bq9", Tenant: super, Exp: s + 60},
 		{Target: revocation.DigestTarget(idpISS, "an opaque token"), Tenant: super, Exp: s + 60},
 		{Target: token(orgISS, "org-1"), Tenant: org, Exp: s + 10},
@@ -237,6 +240,8 @@ var accounts = fakeAccounts{
 	"admin":    {Username: "admin", Tenant: super, Role: rest.Admin},
 	"tadmin":   {Username: "tadmin", Tenant: org, Role: rest.TenantAdmin},
 	"auditor":  {Username: "auditor", Tenant: super, Role: rest.Auditor},
+	"bare":     {Username: "bare", Tenant: revocation.Tenant{ID: 9, Domain: "bare.example"}, Role: rest.Gateway},
+	"newbare":  {Username: "newbare", Tenant: revocation.Tenant{ID: 9, Domain: "bare.example"}, Role: rest.Gateway, RevokedJWTObject: true},
 	"notifier": {Username: "notifier", Tenant: super, Role: rest.Notifier},
 }
 
@@ -334,10 +339,10 @@ func TestGolden(t *testing.T) {
 		{"subscriptions-all", "all", base + "/subscriptions", []string{"xWSO2Tenant", "ALL"}},
 		{"subscriptions-none", "gateway", base + "/subscriptions?appId=999", nil},
 		{"revokedjwt-array", "gateway", base + "/revokedjwt", nil},
-		{"revokedjwt-array-none", "gateway", base + "/revokedjwt", []string{"xWSO2Tenant", "none.example"}},
+		{"revokedjwt-array-none", "bare", base + "/revokedjwt", nil},
 		{"revokedjwt-object", "newer", base + "/revokedjwt", nil},
 		{"revokedjwt-object-two-tenants", "two", base + "/revokedjwt", nil},
-		{"revokedjwt-object-none", "newer", base + "/revokedjwt", []string{"xWSO2Tenant", "none.example"}},
+		{"revokedjwt-object-none", "newbare", base + "/revokedjwt", nil},
 		{"block", "gateway", base + "/block", nil},
 		{"keyTemplates", "gateway", base + "/keyTemplates", nil},
 		{"runtime-artifacts-envoy", "gateway", base + "/runtime-artifacts?gatewayLabel=RGVmYXVsdA==&type=Envoy", nil},
@@ -525,6 +530,8 @@ func TestFilters(t *testing.T) {
 		{"gateway", "/apis?apiId=32", []int{32}, nil},
 		{"gateway", "/apis?apiId=" + api31, []int{31}, nil},
 		{"gateway", "/apis?apiId=71", nil, nil},
+		{"gateway", "/apis?apiId=33", nil, nil}, // RETIRED
+		{"gateway", "/apis?context=/gone/1&version=1", nil, nil},
 		{"gateway", "/subscription-policies?policyName=Gold", []int{14}, nil},
 		{"gateway", "/subscription-policies?policyName=50PerMin", nil, nil},
 		{"gateway", "/application-policies?policyName=50PerMin", []int{18}, nil},
@@ -540,6 +547,11 @@ func TestFilters(t *testing.T) {
 		{"gateway", "/subscriptions", []int{61, 62, 63}, []string{"xWSO2Tenant", "carbon.super"}},
 		{"gateway", "/subscriptions", nil, []string{"xWSO2Tenant", "org.example"}},
 		{"gateway", "/subscriptions", nil, []string{"xWSO2Tenant", "\"; DROP"}},
+		{"all", "/subscriptions?organizationId=*", nil, nil},
+		{"all", "/subscriptions?organizationId=carbon.super%22+%22org.example", nil, nil},
+		{"all", "/subscriptions?organizationId=carbon.super,org.example", nil, nil},
+		{"all", "/subscriptions", []int{61, 62, 63, 74}, []string{"xWSO2Tenant", "ALL"}},
+		{"all", "/apis?organizationId=all", []int{31, 32, 71}, nil},
 		{"two", "/subscriptions", []int{61, 62, 63}, nil},
 		{"two", "/subscriptions", []int{74}, []string{"xWSO2Tenant", "org.example"}},
 		{"two", "/subscriptions", []int{61, 62, 63, 74}, []string{"x-wso2-tenant", "all"}},
@@ -556,8 +568,8 @@ func TestFilters(t *testing.T) {
 			t.Errorf("%s %s %q (-want +got):\n%s", tt.user, tt.path, tt.header, diff)
 		}
 	}
-	if got := w.count(t, "rescind_eventhub_foreign_tenant_total"); got != 5 {
-		t.Errorf("counted %v requests for a tenant that the account does not see, want 5", got)
+	if got := w.count(t, "rescind_eventhub_foreign_tenant_total"); got != 8 {
+		t.Errorf("counted %v requests for a tenant that the account does not see, want 8", got)
 	}
 	var found struct {
 		List []struct{ Name, DisplayName string }
@@ -591,6 +603,66 @@ func TestTenantsAreApart(t *testing.T) {
 	}
 	if body := w.get("all", base+"/revokedjwt").Body.String(); !strings.Contains(body, "org-1") || !strings.Contains(body, "other-1") {
 		t.Errorf("a gateway that sees all tenants lacks revocations: %s", body)
+	}
+}
+
+// Whatever tenant a request for revocations names, it is never told of none because of
+// that: of one that the account sees, or of all that it does.
+func TestRevocationsOfATenant(t *testing.T) {
+	t.Parallel()
+	w := readWorld(t, Config{})
+	for _, tt := range []struct {
+		user, tenant string
+		want         []string
+	}{
+		{"gateway", "carbon.super", []string{"3f1d2c0e"}},
+		{"gateway", "org.example", []string{"3f1d2c0e"}},
+		{"gateway", "none.example", []string{"3f1d2c0e"}},
+		{"org", "carbon.super", []string{"org-1"}},
+		{"two", "Org.Example", []string{"org-1"}},
+		{"two", "other.example", []string{"3f1d2c0e", "org-1"}},
+		{"all", "org.example", []string{"org-1"}},
+		{"all", "none.example", []string{"3f1d2c0e", "org-1", "other-1"}},
+		{"all", "*", []string{"3f1d2c0e", "org-1", "other-1"}},
+		{"admin", "\"", []string{"3f1d2c0e", "org-1", "other-1"}},
+		{"all", "all", []string{"3f1d2c0e", "org-1", "other-1"}},
+	} {
+		for _, path := range []string{base + "/revokedjwt", "/v2/keys/jti"} {
+			body := w.get(tt.user, path, "xWSO2Tenant", tt.tenant).Body.String()
+			for _, jti := range []string{"3f1d2c0e", "org-1", "other-1"} {
+				if got, want := strings.Contains(body, jti), slices.Contains(tt.want, jti); got != want {
+					t.Errorf("%s of %q as %s has %s: %t, want %t", path, tt.tenant, tt.user, jti, got, want)
+				}
+			}
+		}
+	}
+}
+
+// A body that does not come holds nothing.
+func TestBodyOfAGET(t *testing.T) {
+	t.Parallel()
+	w := readWorld(t, Config{MaxInFlight: 1})
+	server := httptest.NewServer(w.router)
+	t.Cleanup(server.Close)
+	for _, field := range []string{"Content-Length: 1000000", "Transfer-Encoding: chunked"} {
+		for _, path := range []string{base + "/subscriptions", base + "/revokedjwt", "/v2/keys/jti"} {
+			conn, err := net.Dial("tcp", server.Listener.Addr().String())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: hub\r\nAuthorization: Basic Z2F0ZXdheTpyaWdodA==\r\n%s\r\n\r\n", path, field)
+			resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil {
+				t.Fatalf("%s with %s: %v", path, field, err)
+			}
+			if resp.StatusCode != http.StatusBadRequest || !resp.Close {
+				t.Errorf("%s with %s: %d, %q", path, field, resp.StatusCode, resp.Header)
+			}
+		}
+	}
+	if got := w.count(t, "rescind_eventhub_requests_in_flight"); got != 0 {
+		t.Errorf("%v are in flight", got)
 	}
 }
 
@@ -709,11 +781,11 @@ func TestUnavailable(t *testing.T) {
 
 func TestConfig(t *testing.T) {
 	t.Parallel()
-	_, err := New(Config{MaxInFlight: -1, MaxStreams: 1001, StreamWait: time.Hour, CacheBytes: 1, Timeout: time.Minute, ClockSkew: time.Hour}, Deps{})
+	_, err := New(Config{MaxInFlight: -1, MaxReaders: -1, MaxEncodings: 1001, Wait: time.Hour, SendBytes: 1, CacheBytes: 1, Timeout: time.Minute, ClockSkew: time.Hour}, Deps{})
 	if err == nil {
 		t.Fatal("nothing is wrong with it")
 	}
-	for _, name := range []string{"MaxInFlight", "MaxStreams", "StreamWait", "CacheBytes", "Timeout", "ClockSkew"} {
+	for _, name := range []string{"MaxInFlight", "MaxReaders", "MaxEncodings", "Wait", "SendBytes", "CacheBytes", "Timeout", "ClockSkew"} {
 		if !strings.Contains(err.Error(), name) {
 			t.Errorf("%q does not say what is wrong with %s", err, name)
 		}

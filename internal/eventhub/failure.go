@@ -76,7 +76,7 @@ func failureOf(err error) (failure, time.Duration) {
 		return failure{http.StatusBadRequest, invalid.Detail}, 0
 	case errors.Is(err, ledger.ErrBusy):
 		return later(overloadRetry)
-	case errors.Is(err, ledger.ErrUnavailable), errors.Is(err, follow.ErrStale), errors.Is(err, errTimeout),
+	case errors.Is(err, errBusy), errors.Is(err, ledger.ErrUnavailable), errors.Is(err, follow.ErrStale), errors.Is(err, errTimeout),
 		errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
 		return later(storageRetry)
 	}

@@ -45,69 +45,75 @@ func (h *Hub) serveKeys(w http.ResponseWriter, r *http.Request) error {
 	if methodOf(r) != http.MethodGet {
 		return notAllowed(w, r, []string{http.MethodGet, http.MethodHead})
 	}
-	s, done, err := h.stream(w, r)
-	if err != nil {
-		return err
-	}
-	defer done()
-	n, err := h.needed(r)
-	if err != nil {
-		return err
-	}
-	w.Header().Set(etcdIndex, strconv.FormatInt(int64(n.at.Seq), 10))
 	name, key, isKey := strings.Cut(strings.TrimPrefix(keyOf(r), "/"), "/")
 	d, ok := directories[name]
+	if ok && !isKey {
+		return h.revoked(w, r, name, func(e *encoder, n needed) { e.directory(n, name, d) })
+	}
+	h.untimed(w)
+	if _, err := h.fresh(r.Context()); err != nil {
+		return err
+	}
+	n := h.needed(h.revocationsOf(r))
+	setIndex(w, n.at)
+	var e encoder
 	switch {
 	case name == "":
-		s.root(n)
+		e.root(n)
 	case !ok:
 		return problem(http.StatusNotFound, "Key not found")
-	case r.Method == http.MethodHead && !isKey:
-		h.head(w)
-		return nil
-	case !isKey:
-		s.directory(n, name, d)
 	default:
-		if ok := s.key(n, name, key, d); !ok {
+		wait, cancel := h.patience(r)
+		defer cancel()
+		done, err := h.encoding(wait)
+		if err != nil {
+			return err
+		}
+		found := e.key(n, name, key, d)
+		done()
+		if !found {
 			return problem(http.StatusNotFound, "Key not found")
 		}
 	}
-	s.end()
-	return nil
+	return h.send(w, r, &body{bytes: e.buf}, nil)
 }
 
-func (s *stream) root(n needed) {
-	s.buf = append(s.buf, `{"action":"get","node":{"key":"/","dir":true,"nodes":[`...)
+func setIndex(w http.ResponseWriter, at revocation.Position) {
+	w.Header().Set(etcdIndex, strconv.FormatInt(int64(at.Seq), 10))
+}
+
+func (e *encoder) root(n needed) {
+	e.buf = append(e.buf, `{"action":"get","node":{"key":"/","dir":true,"nodes":[`...)
 	for i, name := range directoryNames {
 		first := i == 0
-		s.comma(&first)
-		s.buf = append(s.buf, `{"key":"/`+name+`","dir":true`...)
-		s.index(n)
+		e.comma(&first)
+		e.buf = append(e.buf, `{"key":"/`+name+`","dir":true`...)
+		e.index(n)
 	}
-	s.buf = append(s.buf, ']')
-	s.index(n)
-	s.buf = append(s.buf, '}')
+	e.buf = append(e.buf, ']')
+	e.index(n)
+	e.buf = append(e.buf, '}')
 }
 
-func (s *stream) directory(n needed, name string, d directory) {
-	s.buf = append(s.buf, `{"action":"get","node":{"key":"/`+name+`","dir":true,"nodes":[`...)
+func (e *encoder) directory(n needed, name string, d directory) {
+	e.buf = append(e.buf, `{"action":"get","node":{"key":"/`+name+`","dir":true,"nodes":[`...)
 	first := true
 	n.of(d.kind, func(rec replica.Record) bool {
 		if rec.Target.Digest {
 			return true
 		}
-		s.comma(&first)
-		s.node(n, name, d, rec)
-		return s.next()
+		e.comma(&first)
+		e.node(n, name, d, rec)
+		return e.next()
 	})
-	s.buf = append(s.buf, ']')
-	s.index(n)
-	s.buf = append(s.buf, '}')
+	e.buf = append(e.buf, ']')
+	e.index(n)
+	e.buf = append(e.buf, '}')
 }
 
 // key appends the one of a key, as it is in a path, that ends last: it may be of several
 // issuers.
-func (s *stream) key(n needed, name, key string, d directory) bool {
+func (e *encoder) key(n needed, name, key string, d directory) bool {
 	id, err := url.PathUnescape(key)
 	if err != nil || strings.Contains(key, "/") {
 		return false
@@ -122,36 +128,36 @@ func (s *stream) key(n needed, name, key string, d directory) bool {
 	if found.Exp == 0 {
 		return false
 	}
-	s.buf = append(s.buf, `{"action":"get","node":`...)
-	s.node(n, name, d, found)
-	s.buf = append(s.buf, '}')
+	e.buf = append(e.buf, `{"action":"get","node":`...)
+	e.node(n, name, d, found)
+	e.buf = append(e.buf, '}')
 	return true
 }
 
 // node appends a key. What is left of it is counted up to where the last gateway refuses
 // the token by itself, and rounded up: never 0, which etcd takes for "for ever".
-func (s *stream) node(n needed, name string, d directory, rec replica.Record) {
+func (e *encoder) node(n needed, name string, d directory, rec replica.Record) {
 	end := rec.Exp + maxLeeway
-	s.buf = append(s.buf, `{"key":"/`...)
-	s.buf = append(s.buf, name...)
-	s.buf = append(s.buf, '/')
-	s.buf = appendSegment(s.buf, rec.Target.ID)
-	s.buf = append(s.buf, `","value":"`...)
-	s.buf = append(s.buf, d.value(rec)...)
-	s.buf = append(s.buf, `","expiration":"`...)
-	s.buf = time.Unix(end, 0).UTC().AppendFormat(s.buf, time.RFC3339)
-	s.buf = append(s.buf, `","ttl":`...)
-	s.buf = strconv.AppendInt(s.buf, end-n.now, 10)
-	s.index(n)
+	e.buf = append(e.buf, `{"key":"/`...)
+	e.buf = append(e.buf, name...)
+	e.buf = append(e.buf, '/')
+	e.buf = appendSegment(e.buf, rec.Target.ID)
+	e.buf = append(e.buf, `","value":"`...)
+	e.buf = append(e.buf, d.value(rec)...)
+	e.buf = append(e.buf, `","expiration":"`...)
+	e.buf = time.Unix(end, 0).UTC().AppendFormat(e.buf, time.RFC3339)
+	e.buf = append(e.buf, `","ttl":`...)
+	e.buf = strconv.AppendInt(e.buf, end-n.now, 10)
+	e.index(n)
 }
 
 // index ends a node.
-func (s *stream) index(n needed) {
-	s.buf = append(s.buf, `,"modifiedIndex":`...)
-	s.buf = strconv.AppendInt(s.buf, int64(n.at.Seq), 10)
-	s.buf = append(s.buf, `,"createdIndex":`...)
-	s.buf = strconv.AppendInt(s.buf, int64(n.at.Seq), 10)
-	s.buf = append(s.buf, '}')
+func (e *encoder) index(n needed) {
+	e.buf = append(e.buf, `,"modifiedIndex":`...)
+	e.buf = strconv.AppendInt(e.buf, int64(n.at.Seq), 10)
+	e.buf = append(e.buf, `,"createdIndex":`...)
+	e.buf = strconv.AppendInt(e.buf, int64(n.at.Seq), 10)
+	e.buf = append(e.buf, '}')
 }
 
 // appendSegment appends s percent-encoded outside A-Z a-z 0-9 - . _ ~, as the keys of

@@ -81,8 +81,9 @@ func (s *sum) value() uint64 { return s.hash.Sum64() }
 // lists keeps encoded lists, those that were asked for last, so that a thousand
 // gateways that start at once are encoded for once.
 type lists struct {
-	limit   int
-	metrics *metrics
+	limit    int
+	encoding func(context.Context) (done func(), err error)
+	metrics  *metrics
 
 	mu     sync.Mutex
 	byKey  map[string]*encoded
@@ -95,24 +96,25 @@ type lists struct {
 type encoded struct {
 	turn    chan struct{}
 	listing listing // without rows
-	plain   []byte  // nil before the first time
-	packed  []byte  // plain in gzip; nil until someone asks, and for what is small
+	plain   *body   // nil before the first time
+	packed  *body   // plain in gzip; nil until someone asks, and for what is small
 
 	key  string
 	size int           // as counted in lists.bytes; guarded by lists.mu
 	elem *list.Element // nil once it is forgotten; guarded by lists.mu
 }
 
-func newLists(limit int, m *metrics) *lists {
-	return &lists{limit: limit, metrics: m, byKey: make(map[string]*encoded), recent: list.New()}
+func newLists(limit int, encoding func(context.Context) (func(), error), m *metrics) *lists {
+	return &lists{limit: limit, encoding: encoding, metrics: m, byKey: make(map[string]*encoded), recent: list.New()}
 }
 
 // minPacked is the least that is worth a content coding.
 const minPacked = 1 << 10
 
 // get returns the list of key as it was at head or later, and with packed in gzip too
-// if it is large enough. take takes it from the state. What is returned is shared.
-func (c *lists) get(ctx context.Context, key string, head revocation.Position, packed bool, take func() listing) ([]byte, []byte, error) {
+// if it is large enough. take takes it from the state. What is returned is shared. An
+// empty list is not kept: what is not there has any number of names.
+func (c *lists) get(ctx context.Context, key string, head revocation.Position, packed bool, take func() listing) (*body, *body, error) {
 	e := c.find(key)
 	select {
 	case e.turn <- struct{}{}:
@@ -120,21 +122,33 @@ func (c *lists) get(ctx context.Context, key string, head revocation.Position, p
 		return nil, nil, context.Cause(ctx)
 	}
 	defer func() { <-e.turn }()
+	stale := e.plain == nil || e.listing.at.Epoch != head.Epoch || e.listing.at.Seq < head.Seq
+	if stale || packed && e.packed == nil && len(e.plain.bytes) >= minPacked {
+		done, err := c.encoding(ctx)
+		if err != nil {
+			return nil, nil, err
+		}
+		defer done()
+	}
 	result := listShared
-	if e.plain == nil || e.listing.at.Epoch != head.Epoch || e.listing.at.Seq < head.Seq {
+	if stale {
 		l := take()
 		if e.plain == nil || e.listing.at.Epoch != l.at.Epoch || e.listing.sum != l.sum || e.listing.len != l.len {
-			e.plain, e.packed = l.encode(len(e.plain)+minPacked), nil
+			e.plain, e.packed = &body{bytes: l.encode(minPacked)}, nil
 			result = listEncoded
 		}
 		l.rows = nil // holds the entities
 		e.listing = l
 	}
 	c.metrics.lists.WithLabelValues(result).Inc()
-	if packed && e.packed == nil && len(e.plain) >= minPacked {
-		e.packed = pack(e.plain)
+	size := len(e.plain.bytes)
+	if packed && e.packed == nil && size >= minPacked {
+		e.packed = &body{bytes: pack(e.plain.bytes)}
 	}
-	c.keep(e, len(e.plain)+len(e.packed))
+	if e.packed != nil {
+		size += len(e.packed.bytes)
+	}
+	c.keep(e, size, e.listing.len > 0)
 	return e.plain, e.packed, nil
 }
 
@@ -156,8 +170,8 @@ func (c *lists) find(key string) *encoded {
 const entryBytes = 512
 
 // keep counts e's bytes, and forgets what was not asked for longest while there are
-// too many.
-func (c *lists) keep(e *encoded, size int) {
+// too many. It forgets e if it is not worth keeping.
+func (c *lists) keep(e *encoded, size int, worth bool) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if e.elem == nil {
@@ -166,12 +180,20 @@ func (c *lists) keep(e *encoded, size int) {
 	size += len(e.key) + entryBytes
 	c.bytes += size - e.size
 	e.size = size
-	for c.bytes > c.limit {
-		old := c.recent.Remove(c.recent.Back()).(*encoded)
-		delete(c.byKey, old.key)
-		c.bytes -= old.size
-		old.elem = nil
+	if !worth {
+		c.forget(e)
 	}
+	for c.bytes > c.limit {
+		c.forget(c.recent.Back().Value.(*encoded))
+	}
+}
+
+// forget needs c.mu.
+func (c *lists) forget(e *encoded) {
+	c.recent.Remove(e.elem)
+	delete(c.byKey, e.key)
+	c.bytes -= e.size
+	e.elem = nil
 }
 
 func (c *lists) held() int {

@@ -26,7 +26,7 @@ const notifiedUnknown = "unknown"
 
 type metrics struct {
 	refused, foreign, dropped prometheus.Counter
-	lists                     *prometheus.CounterVec
+	lists, revoked            *prometheus.CounterVec
 	notified                  *prometheus.CounterVec
 }
 
@@ -36,11 +36,15 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	}
 	m := &metrics{
 		refused: counter("refused_total", "Requests of WSO2's gateways that were refused because too many are here, or waited in vain."),
-		foreign: counter("foreign_tenant_total", "Requests for a tenant that the account does not see, which were answered with nothing."),
+		foreign: counter("foreign_tenant_total", "Requests for a tenant that the account does not see, which were answered with nothing of it."),
 		dropped: counter("dropped_total", "Answers that ended early because their reader had gone or took nothing."),
 		lists: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "rescind_eventhub_lists_total",
 			Help: "Whole lists of the catalog that were sent, by whether they had to be encoded.",
+		}, []string{"result"}),
+		revoked: prometheus.NewCounterVec(prometheus.CounterOpts{
+			Name: "rescind_eventhub_revocation_lists_total",
+			Help: "Lists of revocations that were sent, by whether they had to be encoded.",
 		}, []string{"result"}),
 		notified: prometheus.NewCounterVec(prometheus.CounterOpts{
 			Name: "rescind_eventhub_notifications_total",
@@ -49,13 +53,14 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 	}
 	for _, result := range []string{listShared, listEncoded} {
 		m.lists.WithLabelValues(result)
+		m.revoked.WithLabelValues(result)
 	}
 	for _, typ := range slices.Concat(notificationTypes, []string{notifiedUnknown}) {
 		for _, result := range []string{notifiedRevoked, notifiedNothing, notifiedRepeated, notifiedRefused, notifiedFailed} {
 			m.notified.WithLabelValues(typ, result)
 		}
 	}
-	reg.MustRegister(m.refused, m.foreign, m.dropped, m.lists, m.notified)
+	reg.MustRegister(m.refused, m.foreign, m.dropped, m.lists, m.revoked, m.notified)
 	return m
 }
 
@@ -66,8 +71,10 @@ func (*metrics) watch(reg prometheus.Registerer, h *Hub) {
 			func() float64 { return float64(value()) })
 	}
 	reg.MustRegister(
-		gauge("requests_in_flight", "Requests of WSO2's gateways that are being worked on or wait.", func() int { return len(h.slots) }),
-		gauge("streams", "Lists of revocations that are being sent to WSO2's gateways.", func() int { return len(h.streams) }),
-		gauge("cache_bytes", "Bytes of encoded lists that are kept.", h.lists.held),
+		gauge("requests_in_flight", "Requests of WSO2's gateways and key managers that are being worked on or wait.", func() int { return len(h.slots) + len(h.notifiers) }),
+		gauge("streams", "Lists of revocations that are being sent to WSO2's gateways.", func() int { return len(h.readers) }),
+		gauge("cache_bytes", "Bytes of encoded lists of the catalog that are kept.", h.lists.held),
+		gauge("sending_bytes", "Bytes of answers about the catalog that are being sent.", h.sending.held),
+		gauge("revocation_bytes", "Bytes of encoded lists of revocations.", h.blobs.held),
 	)
 }

@@ -8,7 +8,6 @@ import (
 	"encoding/hex"
 	"encoding/json"
 	"errors"
-	"fmt"
 	"io"
 	"net/http"
 	"strings"
@@ -63,8 +62,9 @@ func (h *Hub) serveNotify(w http.ResponseWriter, r *http.Request) error {
 		h.metrics.notified.WithLabelValues(notifiedUnknown, notifiedRefused).Inc()
 		return err
 	}
-	liftReadDeadline(w)
-	ctx, cancel := context.WithTimeoutCause(r.Context(), h.cfg.Timeout, errTimeout)
+	h.untimed(w)
+	// A sender that is gone has still told us.
+	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(r.Context()), h.cfg.Timeout, errTimeout)
 	defer cancel()
 	result, err := h.carryOut(ctx, w, r, n, sha256.Sum256(body))
 	h.metrics.notified.WithLabelValues(n.Type, result).Inc()
@@ -84,10 +84,7 @@ func (h *Hub) carryOut(ctx context.Context, w http.ResponseWriter, r *http.Reque
 	actor := rest.ActorOf(w, r)
 	key := keyOfNotification(n, about.tenant)
 	const path = dataBase + "/" + notifyName
-	earlier, err := h.seen.Begin(ctx, actor.Name, http.MethodPost, path, key, fingerprint)
-	if err != nil {
-		return notifiedFailed, fmt.Errorf("%w: %w", ledger.ErrUnavailable, err)
-	}
+	earlier := h.begin(ctx, actor.Name, path, key, fingerprint)
 	if earlier.Status == http.StatusOK && !earlier.Mismatch {
 		return notifiedRepeated, nil
 	}
@@ -101,15 +98,7 @@ func (h *Hub) carryOut(ctx context.Context, w http.ResponseWriter, r *http.Reque
 	added, err := h.revokeAll(ctx, requests)
 	err = cmp.Or(err, invalid)
 	if earlier.Begun {
-		status := http.StatusOK
-		if err != nil {
-			status = 0
-		}
-		finish, cancel := context.WithTimeout(context.WithoutCancel(ctx), h.cfg.Timeout)
-		defer cancel()
-		if err := h.seen.Finish(finish, actor.Name, http.MethodPost, path, key, status, http.Header{}, nil); err != nil {
-			h.log.Warn("a notification could not be remembered; a repeat of it will be carried out again", "error", err)
-		}
+		h.finish(ctx, actor.Name, path, key, err == nil)
 	}
 	switch {
 	case err != nil:
@@ -118,6 +107,49 @@ func (h *Hub) carryOut(ctx context.Context, w http.ResponseWriter, r *http.Reque
 		return notifiedRevoked, nil
 	}
 	return notifiedNothing, nil
+}
+
+// maxRemembering is how many notifications use a connection to the database for what is
+// remembered of them; commits of revocations need the rest.
+const maxRemembering = 4
+
+// begin tells what is known of a notification. When that cannot be told it is carried out
+// as one that is new: at worst it is carried out twice.
+func (h *Hub) begin(ctx context.Context, caller, path, key string, fingerprint [32]byte) (earlier rest.Earlier) {
+	h.remembering(ctx, func(ctx context.Context) (err error) {
+		earlier, err = h.seen.Begin(ctx, caller, http.MethodPost, path, key, fingerprint)
+		return err
+	})
+	return earlier
+}
+
+// finish remembers that a notification was carried out, or forgets it. After ctx too.
+func (h *Hub) finish(ctx context.Context, caller, path, key string, carriedOut bool) {
+	status := 0
+	if carriedOut {
+		status = http.StatusOK
+	}
+	h.remembering(context.WithoutCancel(ctx), func(ctx context.Context) error {
+		return h.seen.Finish(ctx, caller, http.MethodPost, path, key, status, http.Header{}, nil)
+	})
+}
+
+// remembering calls use when it is its turn, with a part of the time that a notification
+// has.
+func (h *Hub) remembering(ctx context.Context, use func(ctx context.Context) error) {
+	ctx, cancel := context.WithTimeoutCause(ctx, h.cfg.Timeout/4, errTimeout)
+	defer cancel()
+	var err error
+	select {
+	case h.remember <- struct{}{}:
+		err = use(ctx)
+		<-h.remember
+	case <-ctx.Done():
+		err = context.Cause(ctx)
+	}
+	if err != nil {
+		h.log.Warn("whether a notification is a repeat cannot be told or remembered; a repeat is carried out again", "error", err)
+	}
 }
 
 // resultOf is the result of a notification that ended with err.
@@ -138,11 +170,14 @@ type subject struct {
 
 // about finds what n is about. If the tenant has no key manager of the type that r
 // names it is about all that the tenant has: tokens are not to live on because a type
-// is written otherwise here.
+// is written otherwise here. Nor because the newest state is not known: then the last that
+// was known has to do.
 func (h *Hub) about(ctx context.Context, r *http.Request, n wso2.Notification) (subject, error) {
 	account := rest.AccountOf(ctx)
-	if _, err := h.fresh(ctx); err != nil {
-		return subject{}, err
+	newest, cancel := context.WithTimeoutCause(ctx, h.cfg.Timeout/4, errTimeout)
+	defer cancel()
+	if _, err := h.fresh(newest); err != nil {
+		h.log.Warn("a notification is read by a state that may be old", "error", err)
 	}
 	var tenant *catalog.Tenant
 	var all []*catalog.KeyManager
@@ -245,7 +280,7 @@ func (h *Hub) requests(n wso2.Notification, about subject, now time.Time) (reque
 		for _, k := range about.of(known) {
 			// No token of the issuer lives longer, whatever the sender says: it is known to
 			// tell the end of the refresh token.
-			exp := min(ceilSeconds(t.ExpiryMillis), now.Unix()+int64(k.MaxTokenLifetime)+1)
+			exp := min(ceilSeconds(t.ExpiryMillis), now.Add(h.cfg.ClockSkew).Unix()+int64(k.MaxTokenLifetime)+clockAllowance)
 			if exp+maxLeeway <= now.Unix() {
 				continue
 			}
@@ -258,6 +293,10 @@ func (h *Hub) requests(n wso2.Notification, about subject, now time.Time) (reque
 	}
 	return requests, err
 }
+
+// clockAllowance is by how many seconds an issuer's clock may be ahead of ours, beside the
+// skew that is configured: a token that was issued just now must not outlive its entry.
+const clockAllowance = 60
 
 func ceilSeconds(millis int64) int64 {
 	s := millis / 1000
@@ -344,27 +383,58 @@ func readJWT(compact string) (identified, bool) {
 // time, which commits them together.
 const maxAtOnce = 256
 
-// revokeAll returns nil once all are durable, and whether any was new. All are tried.
+// revokeAll returns nil once all are durable, and whether any was new. All are tried, but
+// for those whose turn comes after ctx has ended.
 func (h *Hub) revokeAll(ctx context.Context, requests []ledger.Request) (added bool, err error) {
 	var (
 		mu   sync.Mutex
 		errs []error
 		wg   sync.WaitGroup
 	)
+	failed := func(err error) {
+		mu.Lock()
+		defer mu.Unlock()
+		if err != nil && len(errs) < 3 { // enough for the log
+			errs = append(errs, err)
+		}
+	}
 	places := make(chan struct{}, maxAtOnce)
 	for _, r := range requests {
-		places <- struct{}{}
+		select {
+		case places <- struct{}{}:
+		case <-ctx.Done():
+		}
+		if ctx.Err() != nil {
+			failed(context.Cause(ctx))
+			break
+		}
 		wg.Go(func() {
 			defer func() { <-places }()
-			result, err := h.ledger.Revoke(ctx, r)
+			result, err := h.revoke(ctx, r)
+			failed(err)
 			mu.Lock()
 			defer mu.Unlock()
 			added = added || result.Added
-			if err != nil && len(errs) < 3 { // enough for the log
-				errs = append(errs, err)
-			}
 		})
 	}
 	wg.Wait()
 	return added, errors.Join(errs...)
+}
+
+// busyPause is between tries while the ledger has too much to do.
+const busyPause = 50 * time.Millisecond
+
+// revoke tries until ctx ends while the ledger is busy: the sender does not.
+func (h *Hub) revoke(ctx context.Context, r ledger.Request) (ledger.Result, error) {
+	for {
+		result, err := h.ledger.Revoke(ctx, r)
+		if !errors.Is(err, ledger.ErrBusy) {
+			return result, err
+		}
+		select {
+		case <-time.After(busyPause):
+		case <-ctx.Done():
+			return result, err
+		}
+	}
 }

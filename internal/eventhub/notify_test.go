@@ -14,7 +14,9 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	gocmp "github.com/google/go-cmp/cmp"
@@ -200,8 +202,8 @@ func TestNotify(t *testing.T) {
 			[]revocation.Revocation{one(byJTI(idpISS, "jti-3"), soon), one(byJTI(superISS, "jti-3"), soon)},
 		},
 		{"part of a second", "notifier", "", token("JWT", "jti-4", soon*1000+1), []revocation.Revocation{one(byJTI(superISS, "jti-4"), soon+1)}},
-		{"without end", "notifier", "WSO2-IS", token("JWT", "jti-5", math.MaxInt64), []revocation.Revocation{one(byJTI(idpISS, "jti-5"), -601)}},
-		{"the end of a refresh token", "notifier", "", token("JWT", "jti-6", (now+86400)*1000), []revocation.Revocation{one(byJTI(superISS, "jti-6"), -3601)}},
+		{"without end", "notifier", "WSO2-IS", token("JWT", "jti-5", math.MaxInt64), []revocation.Revocation{one(byJTI(idpISS, "jti-5"), -662)}},
+		{"the end of a refresh token", "notifier", "", token("JWT", "jti-6", (now+86400)*1000), []revocation.Revocation{one(byJTI(superISS, "jti-6"), -3662)}},
 		{"over, within the leeway", "notifier", "", token("JWT", "jti-7", (now-60)*1000), []revocation.Revocation{one(byJTI(superISS, "jti-7"), -0)}},
 		{"over", "notifier", "", token("JWT", "jti-8", (now-121)*1000), nil},
 		{"opaque", "notifier", "", token("Default", "opaque-token", soon*1000), []revocation.Revocation{one(revocation.DigestTarget(superISS, "opaque-token"), soon)}},
@@ -421,21 +423,37 @@ func TestNotifyRefuses(t *testing.T) {
 	}
 }
 
-// fakeLedger fails as it is told to.
-type fakeLedger struct{ err error }
+// fakeLedger fails as it is told to, at first or always.
+type fakeLedger struct {
+	err    error
+	fails  int // how many times; 0 always
+	pause  time.Duration
+	called atomic.Int64
+}
 
-func (l fakeLedger) Revoke(context.Context, ledger.Request) (ledger.Result, error) {
+func (l *fakeLedger) Revoke(context.Context, ledger.Request) (ledger.Result, error) {
+	n := l.called.Add(1)
+	time.Sleep(l.pause)
+	if l.fails > 0 && n > int64(l.fails) {
+		return ledger.Result{Added: true}, nil
+	}
 	return ledger.Result{Added: true}, l.err
 }
 
 // fakeStore remembers nothing and counts what is given up.
 type fakeStore struct {
 	err               error
+	pause             time.Duration
 	finished, givenUp int
 }
 
-func (s *fakeStore) Begin(context.Context, string, string, string, string, [32]byte) (rest.Earlier, error) {
-	return rest.Earlier{Begun: true}, s.err
+func (s *fakeStore) Begin(ctx context.Context, _, _, _, _ string, _ [32]byte) (rest.Earlier, error) {
+	select {
+	case <-time.After(s.pause):
+		return rest.Earlier{Begun: true}, s.err
+	case <-ctx.Done():
+		return rest.Earlier{}, ctx.Err()
+	}
 }
 
 func (s *fakeStore) Finish(_ context.Context, _, _, _, _ string, status int, _ http.Header, _ []byte) error {
@@ -447,34 +465,87 @@ func (s *fakeStore) Finish(_ context.Context, _, _, _, _ string, status int, _ h
 	return nil
 }
 
-// What could not be made durable is never answered 200, and can be sent again.
+// What could not be made durable is never answered 200, and can be sent again. What can
+// be without the newest state or what is remembered is done.
 func TestNotifyFails(t *testing.T) {
 	t.Parallel()
 	const body = `{"type":"token_revocation","accessToken":"a","tokenType":"JWT","expiryTime":9223372036854775807}`
 	for _, tt := range []struct {
-		name   string
-		ledger fakeLedger
-		store  *fakeStore
-		state  error
-		status int
-		retry  string
+		name    string
+		ledger  *fakeLedger
+		store   *fakeStore
+		state   error
+		status  int
+		retry   string
+		atLeast time.Duration
 	}{
-		{"well", fakeLedger{}, &fakeStore{}, nil, 200, ""},
-		{"busy", fakeLedger{fmt.Errorf("queue: %w", ledger.ErrBusy)}, &fakeStore{}, nil, 503, "1"},
-		{"database away", fakeLedger{ledger.ErrUnavailable}, &fakeStore{}, nil, 503, "5"},
-		{"something else", fakeLedger{errors.New("secret detail")}, &fakeStore{}, nil, 500, ""},
-		{"store away", fakeLedger{}, &fakeStore{err: io.ErrUnexpectedEOF}, nil, 503, "5"},
-		{"stale", fakeLedger{}, &fakeStore{}, context.DeadlineExceeded, 503, "5"},
+		{"well", &fakeLedger{}, &fakeStore{}, nil, 200, "", 0},
+		{"busy for a while", &fakeLedger{err: fmt.Errorf("queue: %w", ledger.ErrBusy), fails: 20}, &fakeStore{}, nil, 200, "", time.Second},
+		{"busy", &fakeLedger{err: fmt.Errorf("queue: %w", ledger.ErrBusy)}, &fakeStore{}, nil, 503, "1", 10 * time.Second},
+		{"database away", &fakeLedger{err: ledger.ErrUnavailable}, &fakeStore{}, nil, 503, "5", 0},
+		{"something else", &fakeLedger{err: errors.New("secret detail")}, &fakeStore{}, nil, 500, "", 0},
+		{"store away", &fakeLedger{}, &fakeStore{err: io.ErrUnexpectedEOF}, nil, 200, "", 0},
+		{"store that hangs", &fakeLedger{}, &fakeStore{pause: time.Hour}, nil, 200, "", 2500 * time.Millisecond},
+		{"stale", &fakeLedger{}, &fakeStore{}, context.DeadlineExceeded, 200, "", 0},
 	} {
-		state := newState(t)
-		state.err = tt.state
-		w := &notifyWorld{world: newWorld(t, Config{}, state, tt.ledger, tt.store), t: t}
-		rec := w.post("notifier", "", body)
-		if rec.Code != tt.status || rec.Header().Get("Retry-After") != tt.retry || strings.Contains(rec.Body.String(), "secret") {
-			t.Errorf("%s: %d, Retry-After %q: %s", tt.name, rec.Code, rec.Header().Get("Retry-After"), rec.Body)
-		}
-		if begun := tt.state == nil && tt.store.err == nil; begun && tt.store.finished+tt.store.givenUp != 1 || begun && (tt.status == 200) != (tt.store.finished == 1) {
-			t.Errorf("%s: %+v", tt.name, tt.store)
-		}
+		t.Run(tt.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				state := newState(t)
+				state.err = tt.state
+				w := &notifyWorld{world: newWorld(t, Config{}, state, tt.ledger, tt.store), t: t}
+				start := time.Now()
+				rec := w.post("notifier", "", body)
+				if took := time.Since(start); took < tt.atLeast || took > tt.atLeast+100*time.Millisecond {
+					t.Errorf("it took %s, want %s", took, tt.atLeast)
+				}
+				if rec.Code != tt.status || rec.Header().Get("Retry-After") != tt.retry || strings.Contains(rec.Body.String(), "secret") {
+					t.Errorf("%d, Retry-After %q: %s", rec.Code, rec.Header().Get("Retry-After"), rec.Body)
+				}
+				begun := tt.store.err == nil && tt.store.pause == 0
+				if begun && (tt.store.finished+tt.store.givenUp != 1 || (tt.status == 200) != (tt.store.finished == 1)) {
+					t.Errorf("%+v", tt.store)
+				}
+			})
+		})
 	}
+}
+
+// A batch that takes too long begins nothing more when its time is over.
+func TestNotifyBatchEndsInTime(t *testing.T) {
+	t.Parallel()
+	var batch strings.Builder
+	const n = 10_000
+	for i := range n {
+		fmt.Fprintf(&batch, `,{"accessToken":"b-%d","tokenType":"JWT"}`, i)
+	}
+	synctest.Test(t, func(t *testing.T) {
+		l := &fakeLedger{pause: time.Second}
+		w := &notifyWorld{world: newWorld(t, Config{}, newState(t), l, &fakeStore{}), t: t}
+		start := time.Now()
+		rec := w.post("notifier", "", `{"type":"token_revocation_batch","tokenRevocationEventList":[`+batch.String()[1:]+`]}`)
+		if took := time.Since(start); rec.Code != http.StatusServiceUnavailable || took > 11*time.Second {
+			t.Errorf("%d after %s", rec.Code, took)
+		}
+		if called := l.called.Load(); called >= n/2 || called < 9*maxAtOnce {
+			t.Errorf("%d revocations were begun", called)
+		}
+	})
+}
+
+// Readers leave notifications their places.
+func TestNotifyHasPlacesOfItsOwn(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := &notifyWorld{world: newWorld(t, Config{MaxInFlight: 1}, newState(t), &fakeLedger{}, &fakeStore{}), t: t}
+		slow := newSlowWriter()
+		go w.serve(slow, "gateway", base+"/revokedjwt")
+		<-slow.begun
+		if rec := w.get("gateway", base+"/block"); rec.Code != http.StatusServiceUnavailable {
+			t.Errorf("another reader: %d", rec.Code)
+		}
+		if rec := w.post("notifier", "", `{"type":"token_revocation","accessToken":"a","tokenType":"JWT"}`); rec.Code != http.StatusOK {
+			t.Errorf("a notification: %d", rec.Code)
+		}
+		close(slow.released)
+	})
 }

@@ -78,14 +78,13 @@ func get(serve func(*Hub, http.ResponseWriter, *http.Request) error) map[string]
 	return map[string]func(*Hub, http.ResponseWriter, *http.Request) error{http.MethodGet: serve}
 }
 
-func constant(status int, body string) func(*Hub, http.ResponseWriter, *http.Request) error {
+func constant(status int, content string) func(*Hub, http.ResponseWriter, *http.Request) error {
 	return func(h *Hub, w http.ResponseWriter, r *http.Request) error {
-		if body == "" {
+		if content == "" {
 			w.WriteHeader(status)
 			return nil
 		}
-		h.send(w, r, []byte(body), nil)
-		return nil
+		return h.send(w, r, &body{bytes: []byte(content)}, nil)
 	}
 }
 
@@ -104,8 +103,8 @@ func (h *Hub) artifacts(w http.ResponseWriter, r *http.Request) error {
 // listed is a resource that lists entities of the catalog, taken from v by take.
 func listed(name string, take func(v *replica.View, q *query) listing, filters ...string) map[string]func(*Hub, http.ResponseWriter, *http.Request) error {
 	return get(func(h *Hub, w http.ResponseWriter, r *http.Request) error {
-		untimed(w, r)
-		q := h.query(r, own)
+		h.untimed(w)
+		q := h.query(r)
 		if q.broken && len(filters) > 0 {
 			q.tenants = selection{}
 		}
@@ -113,25 +112,34 @@ func listed(name string, take func(v *replica.View, q *query) listing, filters .
 		if err != nil {
 			return err
 		}
-		l := func() (l listing) {
+		take := func() (l listing) {
 			h.state.Replica().View(func(v *replica.View) {
 				l = take(v, &q)
 				l.at = v.At()
 			})
 			return l
 		}
+		wait, cancel := h.patience(r)
+		defer cancel()
 		// What gateways ask for when they start is kept; lookups of one entity are not.
 		if !slices.ContainsFunc(filters, func(f string) bool { return f != gatewayLabel && q.has(f) }) {
-			key := name + " " + q.tenants.String() + " " + q.values.Get(gatewayLabel)
-			plain, packed, err := h.lists.get(r.Context(), key, head, acceptsGzip(r), l)
+			key := name + " " + q.tenants.String()
+			if slices.Contains(filters, gatewayLabel) {
+				key += " " + q.values.Get(gatewayLabel)
+			}
+			plain, packed, err := h.lists.get(wait, key, head, acceptsGzip(r), take)
 			if err != nil {
 				return err
 			}
-			h.send(w, r, plain, packed)
-			return nil
+			return h.send(w, r, plain, packed)
 		}
-		h.send(w, r, l().encode(minPacked), nil)
-		return nil
+		done, err := h.encoding(wait)
+		if err != nil {
+			return err
+		}
+		found := take().encode(minPacked)
+		done()
+		return h.send(w, r, &body{bytes: found}, nil)
 	})
 }
 
@@ -339,7 +347,8 @@ func apis(v *replica.View, q *query) listing {
 		all = v.APIs()
 	}
 	return entities(q, all, func(a *catalog.API) bool {
-		return q.text("context", a.Context) && q.text("version", a.Version) &&
+		// To a gateway in Java a RETIRED API is one that is not there.
+		return a.Status != catalog.APIRetired && q.text("context", a.Context) && q.text("version", a.Version) &&
 			(!q.has(gatewayLabel) || slices.Contains(a.GatewayLabels, q.values.Get(gatewayLabel)))
 	}, func(a *catalog.API) any {
 		row := apiRow{

@@ -13,7 +13,7 @@ import (
 // maxLeeway is for how many seconds after its end a revocation is still needed.
 const maxLeeway = int64(revocation.MaxLeeway / time.Second)
 
-// needed are the revocations of the tenants that r is about which are still needed at
+// needed are the revocations of some tenants which are still needed at
 // now, Unix seconds.
 type needed struct {
 	at      revocation.Position
@@ -22,14 +22,11 @@ type needed struct {
 	now     int64
 }
 
-func (h *Hub) needed(r *http.Request) (needed, error) {
-	n := needed{tenants: h.query(r, seenBy).tenants}
-	if _, err := h.fresh(r.Context()); err != nil {
-		return n, err
-	}
+func (h *Hub) needed(tenants selection) needed {
+	n := needed{tenants: tenants}
 	h.state.Replica().View(func(v *replica.View) { n.at, n.all = v.At(), v.Revocations() })
 	n.now = time.Now().Unix()
-	return n, nil
+	return n
 }
 
 // of calls each with those of a kind until it returns false.
@@ -46,33 +43,21 @@ func (n needed) of(kind revocation.Kind, each func(rec replica.Record) bool) {
 // does. Both forms name a token by what gateways look for, its jti or its signature; a
 // token that has neither is of no use to them.
 func (h *Hub) revokedJWT(w http.ResponseWriter, r *http.Request) error {
-	s, done, err := h.stream(w, r)
-	if err != nil {
-		return err
-	}
-	defer done()
-	n, err := h.needed(r)
-	if err != nil {
-		return err
-	}
-	if r.Method == http.MethodHead {
-		h.head(w)
-		return nil
-	}
 	if rest.AccountOf(r.Context()).RevokedJWTObject {
-		s.revokedObject(n)
-	} else {
-		s.buf = append(s.buf, '[')
-		s.tokens(n, true)
-		s.buf = append(s.buf, ']')
+		return h.revoked(w, r, "object", (*encoder).revokedObject)
 	}
-	s.end()
-	return nil
+	return h.revoked(w, r, "array", (*encoder).revokedArray)
+}
+
+func (e *encoder) revokedArray(n needed) {
+	e.buf = append(e.buf, '[')
+	e.tokens(n, true)
+	e.buf = append(e.buf, ']')
 }
 
 // tokens appends the tokens among n, with commas between them. Gateways before 3.2 want
 // other names.
-func (s *stream) tokens(n needed, oldNames bool) {
+func (e *encoder) tokens(n needed, oldNames bool) {
 	first := true
 	n.of(revocation.KindToken, func(rec replica.Record) bool {
 		token := rec.Target.ID
@@ -82,52 +67,52 @@ func (s *stream) tokens(n needed, oldNames bool) {
 		if token == "" {
 			return true
 		}
-		s.comma(&first)
-		s.buf = append(s.buf, `{"jwt_signature":`...)
-		s.buf = appendString(s.buf, token)
-		s.buf = append(s.buf, `,"expiry_time":`...)
-		s.buf = strconv.AppendInt(s.buf, rec.Exp*1000, 10)
+		e.comma(&first)
+		e.buf = append(e.buf, `{"jwt_signature":`...)
+		e.buf = appendString(e.buf, token)
+		e.buf = append(e.buf, `,"expiry_time":`...)
+		e.buf = strconv.AppendInt(e.buf, rec.Exp*1000, 10)
 		if oldNames {
-			s.buf = append(s.buf, `,"jwtSignature":`...)
-			s.buf = appendString(s.buf, token)
-			s.buf = append(s.buf, `,"expiryTime":`...)
-			s.buf = strconv.AppendInt(s.buf, rec.Exp*1000, 10)
+			e.buf = append(e.buf, `,"jwtSignature":`...)
+			e.buf = appendString(e.buf, token)
+			e.buf = append(e.buf, `,"expiryTime":`...)
+			e.buf = strconv.AppendInt(e.buf, rec.Exp*1000, 10)
 		}
-		s.buf = append(s.buf, '}')
-		return s.next()
+		e.buf = append(e.buf, '}')
+		return e.next()
 	})
 }
 
-func (s *stream) comma(first *bool) {
+func (e *encoder) comma(first *bool) {
 	if !*first {
-		s.buf = append(s.buf, ',')
+		e.buf = append(e.buf, ',')
 	}
 	*first = false
 }
 
-func (s *stream) revokedObject(n needed) {
-	s.buf = append(s.buf, `{"revokedJWTList":[`...)
-	s.tokens(n, false)
-	s.buf = append(s.buf, `],"revokedJWTConsumerKeyList":[`...)
-	s.timed(n, revocation.KindClient, `{"consumer_key":`, ``)
-	s.buf = append(s.buf, `],"revokedJWTSubjectEntityList":[`...)
-	s.timed(n, revocation.KindSubject, `{"entity_id":`, `,"entity_type":"USER_ID"`)
-	s.buf = append(s.buf, `]}`...)
+func (e *encoder) revokedObject(n needed) {
+	e.buf = append(e.buf, `{"revokedJWTList":[`...)
+	e.tokens(n, false)
+	e.buf = append(e.buf, `],"revokedJWTConsumerKeyList":[`...)
+	e.timed(n, revocation.KindClient, `{"consumer_key":`, ``)
+	e.buf = append(e.buf, `],"revokedJWTSubjectEntityList":[`...)
+	e.timed(n, revocation.KindSubject, `{"entity_id":`, `,"entity_type":"USER_ID"`)
+	e.buf = append(e.buf, `]}`...)
 }
 
-func (s *stream) timed(n needed, kind revocation.Kind, id, more string) {
+func (e *encoder) timed(n needed, kind revocation.Kind, id, more string) {
 	first := true
 	n.of(kind, func(rec replica.Record) bool {
-		s.comma(&first)
-		s.buf = append(s.buf, id...)
-		s.buf = appendString(s.buf, rec.Target.ID)
-		s.buf = append(s.buf, more...)
-		s.buf = append(s.buf, `,"revocation_time":`...)
-		s.buf = strconv.AppendInt(s.buf, revokedUntil(rec), 10)
-		s.buf = append(s.buf, `,"organization":`...)
-		s.buf = appendString(s.buf, rec.Tenant.Domain)
-		s.buf = append(s.buf, '}')
-		return s.next()
+		e.comma(&first)
+		e.buf = append(e.buf, id...)
+		e.buf = appendString(e.buf, rec.Target.ID)
+		e.buf = append(e.buf, more...)
+		e.buf = append(e.buf, `,"revocation_time":`...)
+		e.buf = strconv.AppendInt(e.buf, revokedUntil(rec), 10)
+		e.buf = append(e.buf, `,"organization":`...)
+		e.buf = appendString(e.buf, rec.Tenant.Domain)
+		e.buf = append(e.buf, '}')
+		return e.next()
 	})
 }
 

@@ -10,6 +10,7 @@ import (
 	"io"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -18,7 +19,6 @@ import (
 	"time"
 	"unicode/utf8"
 
-	"github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/rescindhq/rescind/api/catalog"
@@ -110,6 +110,10 @@ type slowWriter struct {
 	once     sync.Once
 }
 
+func newSlowWriter() *slowWriter {
+	return &slowWriter{ResponseRecorder: httptest.NewRecorder(), begun: make(chan struct{}), released: make(chan error)}
+}
+
 func (s *slowWriter) Write(b []byte) (int, error) {
 	s.once.Do(func() { close(s.begun) })
 	if err := <-s.released; err != nil {
@@ -118,28 +122,59 @@ func (s *slowWriter) Write(b []byte) (int, error) {
 	return s.ResponseRecorder.Write(b)
 }
 
-// Past its bound a list of revocations waits for its turn, and is refused only when the
-// wait was long. Other requests go on.
-func TestStreamsAreBounded(t *testing.T) {
+// serve answers a GET, and reports whether the answer came to its end.
+func (w *world) serve(rw http.ResponseWriter, user, path string) (whole bool) {
+	r := httptest.NewRequest(http.MethodGet, path, nil)
+	r.SetBasicAuth(user, "right")
+	defer func() {
+		if got := recover(); got != nil && got != http.ErrAbortHandler {
+			panic(got)
+		}
+	}()
+	w.router.ServeHTTP(rw, r)
+	return true
+}
+
+// Past its share an account's readers wait for their turn, and are refused only when the
+// wait was long. Others go on, and so do other requests.
+func TestReadersAreBounded(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		state := newState(t)
 		state.load(t, 50, testCatalog(), many(3000, time.Now()))
-		w := newWorld(t, Config{MaxStreams: 1, StreamWait: 20 * time.Second, MaxInFlight: 3}, state, noLedger{}, nil)
-		slow := &slowWriter{ResponseRecorder: httptest.NewRecorder(), begun: make(chan struct{}), released: make(chan error)}
-		r := httptest.NewRequest(http.MethodGet, base+"/revokedjwt", nil)
-		r.SetBasicAuth("gateway", "right")
+		w := newWorld(t, Config{MaxReaders: 4, MaxInFlight: 12, Wait: 20 * time.Second}, state, noLedger{}, nil)
+		slow := newSlowWriter()
 		var sent sync.WaitGroup
-		sent.Go(func() { w.router.ServeHTTP(slow, r) })
+		sent.Go(func() {
+			if w.serve(slow, "gateway", base+"/revokedjwt") {
+				t.Error("an answer that did not get to its end looks whole")
+			}
+		})
 		<-slow.begun
 
 		start := time.Now()
 		rec := w.get("gateway", "/v2/keys/jti")
 		if rec.Code != http.StatusServiceUnavailable || rec.Header().Get("Retry-After") != "5" || time.Since(start) != 20*time.Second {
-			t.Errorf("while another is sent: %d after %s", rec.Code, time.Since(start))
+			t.Errorf("another of the account: %d after %s", rec.Code, time.Since(start))
 		}
-		if rec := w.get("gateway", base+"/subscriptions"); rec.Code != http.StatusOK {
-			t.Errorf("another resource: %d", rec.Code)
+		start = time.Now()
+		for _, path := range []string{"/subscriptions", "/applications?appId=41"} {
+			if rec := w.get("gateway", base+path); rec.Code != http.StatusOK {
+				t.Errorf("%s: %d", path, rec.Code)
+			}
+		}
+		for _, path := range []string{"/v2/keys", "/v2/keys/jti/none", "/v2/keys/none"} {
+			if rec := w.get("gateway", path); rec.Code == http.StatusServiceUnavailable {
+				t.Errorf("%s: %d", path, rec.Code)
+			}
+		}
+		for _, path := range []string{base + "/revokedjwt", "/v2/keys/jti"} {
+			if rec := w.get("newer", path); rec.Code != http.StatusOK || !json.Valid(rec.Body.Bytes()) {
+				t.Errorf("%s of another account: %d", path, rec.Code)
+			}
+		}
+		if time.Since(start) != 0 {
+			t.Errorf("others waited for %s", time.Since(start))
 		}
 
 		waiting := make(chan *httptest.ResponseRecorder, 3)
@@ -151,7 +186,10 @@ func TestStreamsAreBounded(t *testing.T) {
 			t.Errorf("%v requests are in flight, want 3", got)
 		}
 		if rec := w.get("gateway", base+"/block"); rec.Code != http.StatusServiceUnavailable || rec.Header().Get("Retry-After") != "1" {
-			t.Errorf("the fourth request at once: %d", rec.Code)
+			t.Errorf("the account's fourth request at once: %d", rec.Code)
+		}
+		if rec := w.get("newer", base+"/block"); rec.Code != http.StatusOK {
+			t.Errorf("another account: %d", rec.Code)
 		}
 		slow.released <- errors.New("the reader is gone")
 		sent.Wait()
@@ -166,29 +204,301 @@ func TestStreamsAreBounded(t *testing.T) {
 	})
 }
 
-// deadlines notes what deadline each piece has.
-type deadlines struct {
-	http.ResponseWriter
-	at    time.Time
-	sizes []int
+// Whoever waits for revocations at the same time gets the same bytes. Slow ones do not
+// keep others from it, and hold little.
+func TestSlowReaders(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		state := newState(t)
+		state.load(t, 50, testCatalog(), many(45000, time.Now()))
+		w := newWorld(t, Config{}, state, noLedger{}, nil)
+		const slow = 60
+		var sent sync.WaitGroup
+		var all []*slowWriter
+		for i := range slow {
+			s := newSlowWriter()
+			all = append(all, s)
+			sent.Go(func() { w.serve(s, []string{"gateway", "all"}[i%2], base+"/revokedjwt") })
+		}
+		synctest.Wait()
+		if got := w.count(t, "rescind_eventhub_revocation_lists_total", listEncoded); got != 2 {
+			t.Errorf("%v lists were encoded for two selections of tenants", got)
+		}
+		if got := w.count(t, "rescind_eventhub_revocation_bytes"); got > 2*(ahead+1)*chunkBytes*9/8 {
+			t.Errorf("%d slow readers hold %v bytes", slow, got)
+		}
+		var array []json.RawMessage
+		want := w.get("gateway", base+"/revokedjwt").Body.Bytes()
+		if err := json.Unmarshal(want, &array); err != nil || len(array) != 15000 {
+			t.Errorf("a reader that keeps up: %d tokens, %v", len(array), err)
+		}
+		for _, s := range all {
+			close(s.released)
+		}
+		sent.Wait()
+		for _, s := range all {
+			if !bytes.Equal(s.Body.Bytes(), want) {
+				t.Fatal("a slow reader got something else")
+			}
+		}
+		if got := w.count(t, "rescind_eventhub_revocation_bytes"); got == 0 {
+			t.Error("nothing is kept for who comes next")
+		}
+		time.Sleep(sharedFor)
+		synctest.Wait()
+		if got := w.count(t, "rescind_eventhub_revocation_bytes"); got != 0 {
+			t.Errorf("%v bytes are held by nobody", got)
+		}
+	})
 }
 
-func (d *deadlines) SetWriteDeadline(at time.Time) error { d.at = at; return nil }
-
-func (d *deadlines) Write(b []byte) (int, error) {
-	if d.at.Before(time.Now().Add(readerTime / 2)) {
-		return 0, errors.New("no time was given")
+// pattern encodes n chunks that tell the position that they are of.
+func pattern(n int) func(*encoder, needed) {
+	return func(e *encoder, content needed) {
+		filler := make([]byte, 4<<10)
+		for i := range n * chunkBytes / len(filler) {
+			at := len(e.buf)
+			e.buf = append(e.buf, filler...)
+			_ = fmt.Appendf(e.buf[:at], "%d/%d", content.at.Seq, i)
+			if !e.next() {
+				return
+			}
+		}
 	}
-	d.sizes, d.at = append(d.sizes, len(b)), time.Time{}
+}
+
+// readAll reads to the end, and checks that what it gets is of one position.
+func readAll(rd *reading, n int) (revocation.Seq, error) {
+	defer rd.close()
+	var got []byte
+	for {
+		chunk, err := rd.next(context.Background())
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			return 0, err
+		}
+		got = append(got, chunk...)
+	}
+	in := rd.info()
+	if in.size != len(got) {
+		return 0, fmt.Errorf("%d bytes, but its size is %d", len(got), in.size)
+	}
+	if in.packed {
+		z, err := gzip.NewReader(bytes.NewReader(got))
+		if err != nil {
+			return 0, err
+		}
+		if got, err = io.ReadAll(z); err != nil {
+			return 0, err
+		}
+	}
+	var e encoder
+	pattern(n)(&e, needed{at: in.at})
+	if !bytes.Equal(got, e.buf) {
+		return 0, fmt.Errorf("%d bytes are not those of %s", len(got), in.at)
+	}
+	return in.at.Seq, nil
+}
+
+func TestBlobsAreFresh(t *testing.T) {
+	t.Parallel()
+	const n, limit = 6, 4 << 20
+	c := newBlobs(limit, make(chan struct{}, 2), newMetrics(prometheus.NewRegistry()))
+	var head atomic.Int64
+	at := func() revocation.Position { return revocation.Position{Epoch: epoch, Seq: revocation.Seq(head.Load())} }
+	take := func() needed { return needed{at: at()} }
+	head.Store(1)
+	var workers sync.WaitGroup
+	for worker := range 8 {
+		workers.Go(func() {
+			for try := range 12 {
+				asked := at()
+				rd, err := c.open(blobKey{packed: worker%2 == 0}, asked, take, pattern(n))
+				if errors.Is(err, errBusy) {
+					continue
+				}
+				if try%7 == 3 { // its reader goes away
+					_, _ = rd.next(context.Background())
+					rd.close()
+					continue
+				}
+				switch seq, err := readAll(rd, n); {
+				case errors.Is(err, errBehind):
+				case err != nil || seq < asked.Seq:
+					t.Errorf("asked at %d: %d, %v", asked.Seq, seq, err)
+				}
+				if try%3 == 0 {
+					head.Add(1)
+				}
+			}
+		})
+	}
+	workers.Wait()
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for b := range c.live {
+		c.retire(b)
+	}
+	if c.bytes != 0 || len(c.live) != 0 {
+		t.Errorf("%d bytes of %d lists are left", c.bytes, len(c.live))
+	}
+}
+
+// When memory is short those go that are furthest behind. Those who keep up do not
+// notice, and those who are alone with their list stay.
+func TestBlobsAreBounded(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		const n, limit = 16, 3 * 4 << 20 // a list is 4 MiB
+		c := newBlobs(limit, make(chan struct{}, 1), newMetrics(prometheus.NewRegistry()))
+		seq := revocation.Seq(0)
+		open := func() *reading {
+			rd, err := c.open(blobKey{}, revocation.Position{Epoch: epoch, Seq: seq}, func() needed {
+				return needed{at: revocation.Position{Epoch: epoch, Seq: seq}}
+			}, pattern(n))
+			if err != nil {
+				t.Fatal(err)
+			}
+			return rd
+		}
+		var behind []*reading
+		for range 6 {
+			seq++
+			slow := open()
+			if _, err := slow.next(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			behind = append(behind, slow)
+			if got, err := readAll(open(), n); got != seq || err != nil {
+				t.Errorf("one that keeps up: %d, %v", got, err)
+			}
+			if held := c.held(); held > limit+chunkBytes {
+				t.Errorf("%d bytes are held", held)
+			}
+		}
+		seq++
+		alone := open()
+		synctest.Wait()
+		dropped := 0
+		for _, rd := range behind {
+			if _, err := readAll(rd, n); errors.Is(err, errBehind) {
+				dropped++
+			}
+		}
+		if dropped < 2 || dropped > 5 {
+			t.Errorf("%d of %d that were behind were dropped", dropped, len(behind))
+		}
+		if got, err := readAll(alone, n); got != seq || err != nil {
+			t.Errorf("one that is alone: %d, %v", got, err)
+		}
+		time.Sleep(sharedFor)
+		synctest.Wait()
+		if c.held() != 0 || len(c.live) != 0 {
+			t.Errorf("%d bytes of %d lists are left", c.held(), len(c.live))
+		}
+	})
+}
+
+func TestSendingIsBounded(t *testing.T) {
+	t.Parallel()
+	s := newSending(100)
+	large, small, shared := &body{bytes: make([]byte, 1000)}, &body{bytes: make([]byte, 25)}, &body{bytes: make([]byte, 20)}
+	begin := func(account string, b *body, want bool) {
+		t.Helper()
+		if got := s.begin(account, b); got != want {
+			t.Errorf("begin for %s: %t, want %t with %d bytes", account, got, want, s.held())
+		}
+	}
+	begin("a", large, true) // alone
+	begin("b", small, false)
+	begin("b", large, true) // nothing more
+	s.end(large)
+	s.end(large)
+	begin("a", small, true)
+	begin("a", shared, false) // more than its share
+	begin("b", shared, true)
+	begin("a", shared, true)
+	begin("c", large, false)
+	s.end(shared)
+	if s.held() != 45 {
+		t.Errorf("%d bytes, want 45", s.held())
+	}
+	s.end(shared)
+	s.end(small)
+	if s.held() != 0 || len(s.byAccount) != 0 {
+		t.Errorf("%d bytes, %v are left", s.held(), s.byAccount)
+	}
+}
+
+// reader takes each piece in a time, if that is before the deadline.
+type reader struct {
+	http.ResponseWriter
+	write, read time.Time
+	takes       func(i int) time.Duration
+	pieces      int
+}
+
+func (d *reader) SetWriteDeadline(at time.Time) error { d.write = at; return nil }
+func (d *reader) SetReadDeadline(at time.Time) error  { d.read = at; return nil }
+
+func (d *reader) Write(b []byte) (int, error) {
+	if !d.read.After(d.write) {
+		return 0, errors.New("the server would take the reader for gone")
+	}
+	if len(b) > pieceBytes {
+		return 0, errors.New("the piece is too large")
+	}
+	takes := d.takes(d.pieces)
+	d.pieces++
+	if left := time.Until(d.write); takes > left {
+		time.Sleep(max(left, 0))
+		return 0, os.ErrDeadlineExceeded
+	}
+	time.Sleep(takes)
 	return len(b), nil
 }
 
+// A reader may stop for a while, as it seems while much is on its way, but not take
+// less than it must all in all.
 func TestPaced(t *testing.T) {
 	t.Parallel()
-	d := &deadlines{}
-	n, err := newPaced(d).Write(make([]byte, 2*pieceBytes+7))
-	if diff := cmp.Diff([]int{pieceBytes, pieceBytes, 7}, d.sizes); n != 2*pieceBytes+7 || err != nil || diff != "" {
-		t.Errorf("%d bytes, %v: %s", n, err, diff)
+	const size = 4000*pieceBytes + 7
+	every := func(n int, d time.Duration) func(int) time.Duration {
+		return func(i int) time.Duration {
+			if i%n == n-1 {
+				return d
+			}
+			return 0
+		}
+	}
+	for _, tt := range []struct {
+		name    string
+		takes   func(i int) time.Duration
+		dropped time.Duration // 0: never
+	}{
+		{"at once", every(1, 0), 0},
+		{"a little more than it must", every(1, 1990*time.Millisecond), 0},
+		{"in jumps", every(10, 19*time.Second), 0},
+		{"one that takes nothing", every(1, time.Hour), 30 * time.Second},
+		{"one that stops in the middle", every(1000, time.Hour), 30 * time.Second},
+		{"too slow", every(1, 4*time.Second), time.Minute},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			synctest.Test(t, func(t *testing.T) {
+				start := time.Now()
+				n, err := newPaced(&reader{takes: tt.takes}).Write(make([]byte, size))
+				took := time.Since(start)
+				switch {
+				case tt.dropped == 0 && (n != size || err != nil):
+					t.Errorf("%d bytes after %s, %v", n, took, err)
+				case tt.dropped != 0 && (err == nil || took < tt.dropped || took > tt.dropped+4*time.Second):
+					t.Errorf("%v after %s, want it dropped after %s", err, took, tt.dropped)
+				}
+			})
+		})
 	}
 }
 
@@ -269,20 +579,32 @@ func TestListsAreBounded(t *testing.T) {
 	t.Parallel()
 	state := newState(t)
 	all := testCatalog()
-	for id := range int32(3000) {
+	for id := range int32(3000) { // more than is kept
 		a := application(1000+id, 1)
 		a.Attributes = map[string]string{"note": strings.Repeat("x", 400)}
 		all = append(all, a)
 	}
-	state.load(t, 60, all, nil)
+	labelled := &catalog.API{Meta: meta(super, 9000), Name: "Everywhere", Version: "1", Context: "/everywhere/1", Provider: "admin", Type: "HTTP", Status: catalog.APIPublished}
+	for i := range 1500 {
+		labelled.GatewayLabels = append(labelled.GatewayLabels, fmt.Sprintf("%0100d", i))
+	}
+	state.load(t, 60, append(all, labelled), nil)
 	w := newWorld(t, Config{CacheBytes: 1 << 20}, state, noLedger{}, nil)
 	if got := ids(t, w.get("gateway", base+"/applications")); len(got) != 3002 {
 		t.Errorf("%d applications", len(got))
 	}
-	for i := range 3000 {
+	for i := range 1500 {
 		w.get("gateway", fmt.Sprintf("%s/apis?gatewayLabel=%0100d", base, i))
 	}
-	if held := w.count(t, "rescind_eventhub_cache_bytes"); held > 1<<20 || held < 1<<19 {
+	held := w.count(t, "rescind_eventhub_cache_bytes")
+	for i := range 500 {
+		w.get("gateway", fmt.Sprintf("%s/apis?gatewayLabel=none-%0100d", base, i))
+		w.get("all", fmt.Sprintf("%s/applications?organizationId=none-%d", base, i))
+	}
+	if got := w.count(t, "rescind_eventhub_cache_bytes"); got != held {
+		t.Errorf("what is not there changed the bytes that are kept from %v to %v", held, got)
+	}
+	if held > 1<<20 || held < 1<<19 {
 		t.Errorf("%v bytes are kept", held)
 	}
 }
@@ -292,7 +614,8 @@ func TestListsAreFresh(t *testing.T) {
 	t.Parallel()
 	state := &fakeState{replica: replica.New(replica.Config{Records: true})}
 	state.load(t, 1, []catalog.Entity{application(1, 1)}, nil)
-	c := newLists(1<<20, newMetrics(prometheus.NewRegistry()))
+	free := func(context.Context) (func(), error) { return func() {}, nil }
+	c := newLists(1<<20, free, newMetrics(prometheus.NewRegistry()))
 	take := func() (l listing) {
 		state.replica.View(func(v *replica.View) {
 			l = applications(v, &query{tenants: selection{all: true}})
@@ -314,18 +637,18 @@ func TestListsAreFresh(t *testing.T) {
 				}
 				var list struct{ List []struct{ TimeStamp int64 } }
 				if packed != nil {
-					z, zErr := gzip.NewReader(bytes.NewReader(packed))
+					z, zErr := gzip.NewReader(bytes.NewReader(packed.bytes))
 					if zErr != nil {
 						t.Error(zErr)
 						return
 					}
 					unpacked, zErr := io.ReadAll(z)
-					if zErr != nil || !bytes.Equal(unpacked, plain) {
+					if zErr != nil || !bytes.Equal(unpacked, plain.bytes) {
 						t.Errorf("packed is something else than plain, %v", zErr)
 					}
 				}
-				if err != nil || json.Unmarshal(plain, &list) != nil || len(list.List) != 1 || list.List[0].TimeStamp < want {
-					t.Errorf("%s, %v: want a timestamp of at least %d", plain, err, want)
+				if err != nil || json.Unmarshal(plain.bytes, &list) != nil || len(list.List) != 1 || list.List[0].TimeStamp < want {
+					t.Errorf("%v: want a timestamp of at least %d in %+v", err, want, list)
 					return
 				}
 			}

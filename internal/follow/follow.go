@@ -12,7 +12,8 @@
 //
 // Everything that any number of callers need to know of the database comes from one
 // read of the log's head at a time, and from reads of events that one goroutine makes.
-// Only who asks for events that are no longer in memory reads by itself, two at a time.
+// Events that are no longer in memory are read in pages that those who want them share,
+// two at a time. No read may take for ever.
 //
 // What cannot be applied, because events are gone, the epoch is another or an event
 // cannot be read, is got over by loading everything again: what was loaded has it.
@@ -57,7 +58,7 @@ type Config struct {
 	// how old what is served at [Follower.Fresh]'s word may be. Default 1s, 10ms to 2s.
 	PollEvery time.Duration
 	// KeepBytes of the newest encoded events are kept for those who follow; older ones
-	// are read from the database. Default 16 MiB, at least 1 MiB.
+	// are read from the database, and some MiB of them kept. Default 16 MiB, at least 1 MiB.
 	KeepBytes int
 }
 
@@ -100,15 +101,14 @@ type Follower struct {
 	replica *replica.Replica
 	heads   *heads
 	behind  chan struct{} // tells follow that the head is not where the replica is
-	old     chan struct{} // has one for each read of events that are not in memory
+	pages   *pages
+	life    context.Context // of the reads of pages, until Run is over
+	end     context.CancelCauseFunc
 
 	mu      sync.Mutex
 	ring    ring
 	changed chan struct{}
 }
-
-// maxOldReads bounds what those who are far behind ask of the database at a time.
-const maxOldReads = 2
 
 // batch is how many events are read at once.
 const batch = 1024
@@ -126,9 +126,10 @@ func New(cfg Config, source Source, reg prometheus.Registerer, log *slog.Logger)
 		replica: replica.New(replica.Config{Records: true}),
 		heads:   newHeads(),
 		behind:  make(chan struct{}, 1),
-		old:     make(chan struct{}, maxOldReads),
+		pages:   newPages(),
 		changed: make(chan struct{}),
 	}
+	f.life, f.end = context.WithCancelCause(context.Background())
 	f.ring.max = cfg.KeepBytes
 	f.metrics = newMetrics(reg, f.replica)
 	return f, nil
@@ -137,7 +138,8 @@ func New(cfg Config, source Source, reg prometheus.Registerer, log *slog.Logger)
 // Replica is the state, which Run keeps up to date.
 func (f *Follower) Replica() *replica.Replica { return f.replica }
 
-// Load fills the replica. It must have returned nil before anything else is called.
+// Load fills the replica, within two minutes. It must have returned nil before anything
+// else is called.
 func (f *Follower) Load(ctx context.Context) error {
 	if err := f.load(ctx); err != nil {
 		return fmt.Errorf("load the state: %w", err)
@@ -150,6 +152,8 @@ func (f *Follower) Load(ctx context.Context) error {
 }
 
 func (f *Follower) load(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, loadTimeout, fmt.Errorf("not loaded within %s", loadTimeout))
+	defer cancel()
 	// The replica wants the position before the rest, and the source tells it as it
 	// begins: so the source is stopped there until the replica is ready.
 	var l *replica.Loader
@@ -180,6 +184,7 @@ func (f *Follower) position() revocation.Position {
 
 // Run follows the log until ctx ends, then returns nil. It is called once.
 func (f *Follower) Run(ctx context.Context) error {
+	defer f.end(errStopped)
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { f.readHeads(gctx); return nil })
 	g.Go(func() error { f.follow(gctx); return nil })
@@ -238,7 +243,7 @@ func (f *Follower) catchUp(ctx context.Context) (<-chan struct{}, error) {
 		head := f.heads.newest() // before the events are read, so they must reach it
 		grown := f.source.Grown()
 		at := f.replica.At()
-		events, err := f.source.After(ctx, at.Seq, batch)
+		events, err := f.after(ctx, at.Seq, batch)
 		var reload error
 		switch {
 		case errors.Is(err, ErrGone):

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"slices"
 
@@ -86,11 +85,25 @@ func (r *ring) after(seq revocation.Seq, limit int) (frames []Frame, found bool)
 	if from < 0 {
 		return nil, false
 	}
-	return slices.Clip(r.frames[from:min(from+limit, len(r.frames))]), true
+	return first(r.frames[from:], limit), true
 }
 
-// Frames returns up to limit frames that follow after, in order and without a gap, from
-// memory if it can, and none when the replica stands there. A position a little ahead
+// maxFrames is about how many bytes of events are returned at a time.
+const maxFrames = 256 << 10
+
+// first returns up to limit of frames, and no more than maxFrames but for one.
+func first(frames []Frame, limit int) []Frame {
+	n := 0
+	for bytes := 0; n < min(limit, len(frames)); n++ {
+		if bytes += len(frames[n].SSE); bytes > maxFrames && n > 0 {
+			break
+		}
+	}
+	return slices.Clip(frames[:n])
+}
+
+// Frames returns up to limit frames that follow after, or as many as are 256 KiB, in order
+// and without a gap, and none when the replica stands there. A position a little ahead
 // of this process waits for the replica. Limit is positive. Errors: [ErrGone], [ErrAhead], [ErrStale], ctx's.
 func (f *Follower) Frames(ctx context.Context, after revocation.Position, limit int) ([]Frame, error) {
 	for {
@@ -116,40 +129,4 @@ func (f *Follower) Frames(ctx context.Context, after revocation.Position, limit 
 			return nil, fmt.Errorf("%w: it ends at %d", ErrAhead, head.Seq)
 		}
 	}
-}
-
-// older reads frames from the database, but none that the replica does not have.
-func (f *Follower) older(ctx context.Context, after, end revocation.Position, limit int) ([]Frame, error) {
-	select {
-	case f.old <- struct{}{}:
-		defer func() { <-f.old }()
-	case <-ctx.Done():
-		return nil, context.Cause(ctx)
-	}
-	f.metrics.oldReads.Inc()
-	limit = min(limit, batch, int(end.Seq-after.Seq))
-	events, err := f.source.After(ctx, after.Seq, limit)
-	switch {
-	case errors.Is(err, ErrGone):
-		return nil, err
-	case ctx.Err() != nil:
-		return nil, context.Cause(ctx)
-	case err != nil:
-		return nil, fmt.Errorf("%w: %w", ErrStale, err)
-	}
-	frames := make([]Frame, 0, len(events))
-	for _, e := range events {
-		if e.Epoch != after.Epoch {
-			return nil, fmt.Errorf("%w: the log is of epoch %s now", ErrGone, e.Epoch)
-		}
-		frame, err := encode(e)
-		if err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrStale, err)
-		}
-		frames = append(frames, frame)
-	}
-	if len(frames) == 0 { // there were some once
-		return nil, ErrGone
-	}
-	return frames, nil
 }

@@ -2,6 +2,7 @@ package follow
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -26,6 +27,10 @@ type memoryLog struct {
 	heads  int
 	err    error         // of every read
 	hold   chan struct{} // if set, reads of the head wait for it
+	stuck  bool          // reads of events wait until they are given up
+	afters int           // reads of events
+	gone   revocation.Seq
+	data   string // of the next event, if set
 }
 
 func (l *memoryLog) head() revocation.Position {
@@ -39,7 +44,7 @@ func (l *memoryLog) write() {
 	at := l.head()
 	at.Seq++
 	l.events = append(l.events, revocation.Event{
-		Position: at, Type: "moon.risen", Tenant: revocation.SuperTenant, Data: []byte("{\n\"a\": 1\n}"),
+		Position: at, Type: "moon.risen", Tenant: revocation.SuperTenant, Data: []byte(cmp.Or(l.data, "{\n\"a\": 1\n}")),
 	})
 }
 
@@ -50,9 +55,19 @@ func (l *memoryLog) Load(_ context.Context, at func(revocation.Position), _ func
 	return l.err
 }
 
-func (l *memoryLog) After(_ context.Context, seq revocation.Seq, limit int) ([]revocation.Event, error) {
+func (l *memoryLog) After(ctx context.Context, seq revocation.Seq, limit int) ([]revocation.Event, error) {
 	l.mu.Lock()
 	defer l.mu.Unlock()
+	l.afters++
+	if l.stuck {
+		l.mu.Unlock()
+		<-ctx.Done()
+		l.mu.Lock()
+		return nil, ctx.Err()
+	}
+	if seq < l.gone {
+		return nil, ErrGone
+	}
 	return l.events[seq:min(int(seq)+limit, len(l.events))], l.err
 }
 
@@ -266,4 +281,141 @@ func TestConfig(t *testing.T) {
 	if err == nil || !strings.Contains(err.Error(), "PollEvery is 1m0s") || !strings.Contains(err.Error(), "KeepBytes is 1,") {
 		t.Error(err)
 	}
+}
+
+// Who cannot be served from memory shares pages with others, wherever in them it stands,
+// and a page is small in bytes too.
+func TestOlderFramesAreShared(t *testing.T) {
+	inTime(t, Config{}, func(t *testing.T, l *memoryLog, f *Follower, _ *bytes.Buffer) {
+		const n = 2*pageEvents + 10
+		for range n {
+			l.write()
+		}
+		if _, err := f.Fresh(t.Context(), 0); err != nil {
+			t.Fatal(err)
+		}
+		after := func(seq int) revocation.Position {
+			return revocation.Position{Epoch: l.head().Epoch, Seq: revocation.Seq(seq)}
+		}
+		f.ring.reset(after(n)) // nothing is in memory
+		follow := func(from, limit int) error {
+			for seq := from; seq < n; {
+				frames, err := f.Frames(t.Context(), after(seq), limit)
+				if err != nil || len(frames) == 0 || len(frames) > limit {
+					return fmt.Errorf("after %d: %d frames, %w", seq, len(frames), err)
+				}
+				for _, frame := range frames {
+					if seq++; frame.Position != after(seq) {
+						return fmt.Errorf("%s, want %d", frame.Position, seq)
+					}
+				}
+			}
+			return nil
+		}
+		before := l.afters
+		var readers sync.WaitGroup
+		for i := range 1000 {
+			readers.Go(func() {
+				if err := follow(i, 1+i%300); err != nil {
+					t.Errorf("reader %d: %v", i, err)
+				}
+			})
+		}
+		readers.Wait()
+		if got := l.afters - before; got != 3 {
+			t.Errorf("%d reads of three pages", got)
+		}
+
+		// The last page was read when it had ten events.
+		for range 20 {
+			l.write()
+		}
+		if _, err := f.Fresh(t.Context(), 0); err != nil {
+			t.Fatal(err)
+		}
+		f.ring.reset(after(n + 20))
+		if frames, err := f.Frames(t.Context(), after(n), 100); err != nil || len(frames) != 20 {
+			t.Errorf("%d frames of a page that has grown, %v", len(frames), err)
+		}
+
+		// Its beginning is no longer there.
+		f.pages = newPages()
+		l.gone = pageEvents + 7
+		if frames, err := f.Frames(t.Context(), after(pageEvents+7), 100); err != nil || len(frames) != 100 {
+			t.Errorf("%d frames after what is gone, %v", len(frames), err)
+		}
+		if _, err := f.Frames(t.Context(), after(pageEvents+6), 100); !errors.Is(err, ErrGone) {
+			t.Errorf("what is gone: %v", err)
+		}
+		l.gone = 0
+
+		// The memory of pages is bounded, and so is that of what is returned at a time.
+		l.data = `"` + strings.Repeat("x", 20<<10) + `"`
+		for range 3 * pageEvents {
+			l.write()
+		}
+		end := int(l.head().Seq)
+		if _, err := f.Fresh(t.Context(), 0); err != nil {
+			t.Fatal(err)
+		}
+		f.ring.reset(after(end))
+		for seq := n + 20; seq < end; {
+			frames, err := f.Frames(t.Context(), after(seq), 1000)
+			bytes := 0
+			for _, frame := range frames {
+				bytes += len(frame.SSE)
+			}
+			if err != nil || len(frames) == 0 || bytes > maxFrames {
+				t.Fatalf("%d frames of %d bytes, %v", len(frames), bytes, err)
+			}
+			seq += len(frames)
+		}
+		held := 0
+		for _, p := range f.pages.all {
+			held += p.bytes
+		}
+		if held != f.pages.bytes || held > keepPages && len(f.pages.all) > 1 || held == 0 {
+			t.Errorf("%d bytes are held in %d pages, and said to be %d", held, len(f.pages.all), f.pages.bytes)
+		}
+	})
+}
+
+// A connection to a database that is gone may say nothing for ever.
+func TestReadsHaveAnEnd(t *testing.T) {
+	inTime(t, Config{}, func(t *testing.T, l *memoryLog, f *Follower, _ *bytes.Buffer) {
+		stuck := func(is bool) {
+			l.mu.Lock()
+			defer l.mu.Unlock()
+			l.stuck = is
+		}
+		stuck(true)
+		l.write()
+		time.Sleep(2 * time.Second) // it reads
+		stuck(false)
+		begin := time.Now()
+		for changed := f.Changed(); f.Replica().At() != l.head(); changed = f.Changed() {
+			<-changed
+		}
+		if took := time.Since(begin); took > readTimeout+maxRetryWait {
+			t.Errorf("it went on after %s", took)
+		}
+
+		f.ring.reset(l.head())
+		stuck(true)
+		begin = time.Now()
+		old := revocation.Position{Epoch: l.head().Epoch}
+		if _, err := f.Frames(t.Context(), old, 1); !errors.Is(err, ErrStale) || time.Since(begin) != readTimeout {
+			t.Errorf("old frames after %s: %v", time.Since(begin), err)
+		}
+		// The read goes on for another when the one who began it leaves.
+		ctx, cancel := context.WithTimeout(t.Context(), time.Second)
+		defer cancel()
+		if _, err := f.Frames(ctx, old, 1); !errors.Is(err, context.DeadlineExceeded) {
+			t.Errorf("old frames for one who left: %v", err)
+		}
+		before := l.afters
+		if _, err := f.Frames(t.Context(), old, 1); !errors.Is(err, ErrStale) || l.afters != before {
+			t.Errorf("old frames for the other: %v, %d reads more", err, l.afters-before)
+		}
+	})
 }

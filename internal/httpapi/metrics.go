@@ -26,13 +26,13 @@ func newMetrics(reg prometheus.Registerer, slots chan struct{}) *metrics {
 		}, []string{"route", "method", "code"}),
 		seconds: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name:    "rescind_http_request_seconds",
-			Help:    "Time from a request's header to the end of its answer.",
+			Help:    "Time from a request's header to the end of its answer. Routes whose answers last, such as streams, have none.",
 			Buckets: []float64{.0005, .001, .0025, .005, .01, .025, .05, .1, .25, .5, 1, 2.5, 5, 10},
 		}, []string{"route"}),
 	}
 	inFlight := prometheus.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "rescind_http_requests_in_flight",
-		Help: "Requests that are being worked on.",
+		Help: "Requests that are being worked on, but for those that last, such as streams and snapshots.",
 	}, func() float64 { return float64(len(slots)) })
 	reg.MustRegister(m.requests, m.seconds, inFlight)
 	return m
@@ -44,7 +44,9 @@ var formCodes = []int{200, 400, 401, 413, 415, 429, 500, 503}
 // prepare makes every route's metrics, so that rates begin at zero.
 func (m *metrics) prepare(router chi.Routes, isForm func(path string) bool) error {
 	add := func(route, method string, codes ...int) {
-		m.seconds.WithLabelValues(route)
+		if !isLasting(route) {
+			m.seconds.WithLabelValues(route)
+		}
 		for _, code := range codes {
 			m.requests.WithLabelValues(route, method, strconv.Itoa(code))
 		}
@@ -66,7 +68,9 @@ func (m *metrics) observe(route, method string, status int, took time.Duration) 
 		route = unmatched
 	}
 	m.requests.WithLabelValues(route, method, strconv.Itoa(status)).Inc()
-	m.seconds.WithLabelValues(route).Observe(took.Seconds())
+	if !isLasting(route) { // an hour of a stream would be most of every average
+		m.seconds.WithLabelValues(route).Observe(took.Seconds())
+	}
 }
 
 // The results of a revocation request.

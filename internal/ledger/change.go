@@ -56,9 +56,9 @@ func (tx *Tx) Audit(e AuditEntry) { tx.written.audit.add(e) }
 // f may be run again after a deadlock or a serialization failure. Nothing is left of a
 // change that fails, but for those with [ErrDoubt]. An error of f is returned as it is,
 // unless the database went away or refuses for a while: then [ErrUnavailable], with
-// [ErrDoubt] when the commit had been sent. Few changes run at a time, see
-// [Ledger.Revoke] for who else needs the connections; past a bound, or when it had to
-// wait for too long, it returns [ErrBusy], and nothing was tried.
+// [ErrDoubt] when the commit had been sent. Few changes run at a time and few more wait
+// for their turn, a short time: past that it returns [ErrBusy], and f was not run. So f
+// must not call Change.
 func (l *Ledger) Change(ctx context.Context, f func(ctx context.Context, tx *Tx) error) (revocation.Position, error) {
 	if err := l.changes.enter(ctx); err != nil {
 		return revocation.Position{}, err

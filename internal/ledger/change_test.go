@@ -177,11 +177,13 @@ func TestChangesLeaveRoomForRevocations(t *testing.T) {
 	if _, err := pool.Exec(t.Context(), `INSERT INTO rescind.scopes (uuid, tenant_id, name) VALUES ($1, -1234, 'a')`, uuid.NewString()); err != nil {
 		t.Fatal(err)
 	}
-	owner, err := pgx.Connect(t.Context(), ownerOf(t, pool))
-	if err != nil {
-		t.Fatal(err)
+	var owner, watcher *pgx.Conn
+	for _, c := range []**pgx.Conn{&owner, &watcher} {
+		if *c, err = pgx.Connect(t.Context(), ownerOf(t, pool)); err != nil {
+			t.Fatal(err)
+		}
+		defer (*c).Close(context.Background())
 	}
-	defer owner.Close(t.Context())
 	if _, err := owner.Exec(t.Context(), `BEGIN; SELECT FROM rescind.scopes WHERE name = 'a' FOR UPDATE`); err != nil {
 		t.Fatal(err)
 	}
@@ -199,8 +201,8 @@ func TestChangesLeaveRoomForRevocations(t *testing.T) {
 	}
 	await(t, func() bool {
 		var n int
-		err := owner.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()`).Scan(&n)
-		return err == nil && n >= 2 && l.changes.waiting.Load() > 0
+		err := watcher.QueryRow(t.Context(), `SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND datname = current_database()`).Scan(&n)
+		return err == nil && n >= 2
 	})
 	mustRevoke(t, l, request("meanwhile"))
 	if _, err := owner.Exec(t.Context(), `COMMIT`); err != nil {

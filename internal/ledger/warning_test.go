@@ -13,13 +13,13 @@ import (
 
 const warnSQL = `DO $$ BEGIN RAISE WARNING 'something else'; END $$`
 
-// session is a pool of one connection, which has the service's settings and begins with
-// a warning, as after an upgrade of the system's collations.
+// session is a small pool whose connections have the service's settings and begin with a
+// warning, as after an upgrade of the system's collations.
 func session(t *testing.T) *pgxpool.Pool {
 	t.Helper()
 	cfg := pgtest.New(t).Config()
 	Session(cfg)
-	cfg.MaxConns = 2 // one is to listen
+	cfg.MaxConns = 2
 	cfg.AfterConnect = func(ctx context.Context, conn *pgx.Conn) error {
 		_, err := conn.Exec(ctx, warnSQL)
 		return err

@@ -606,7 +606,7 @@ func randomCatalog(r *rand.Rand) string {
 			k.setDefaults()
 			k.Enabled, k.Description, k.Algorithms = r.IntN(2) == 0, name(), [][]string{nil, {"RS256", "EdDSA"}}[r.IntN(2)]
 			k.ClaimMappings = [][]claimMappingForm{nil, {{name(), name()}}}[r.IntN(2)]
-			k.Properties = []map[string]any{nil, {name(): name(), "n": 1.5, "big": 1e21, "list": []any{true, nil, map[string]any{"x": name()}}}}[r.IntN(2)]
+			k.Properties = []map[string]any{nil, {name(): name(), "n": 1.5, "big": 1e21, "list": []any{true, 0.5, map[string]any{"x": name()}}}}[r.IntN(2)]
 			managers = append(managers, k.Name)
 			doc.KeyManagers = append(doc.KeyManagers, k)
 		}

@@ -18,7 +18,7 @@ type Accounts interface {
 // Roles of accounts.
 const (
 	Admin       = "admin"        // everything, in every tenant
-	TenantAdmin = "tenant_admin" // everything in its tenant but the tenant itself
+	TenantAdmin = "tenant_admin" // everything in its tenant but the tenant itself and whose tokens are believed
 	Gateway     = "gateway"      // reads snapshots and events
 	Notifier    = "notifier"     // may only notify
 	Auditor     = "auditor"      // reads everything that is not secret

@@ -20,8 +20,8 @@ import (
 const (
 	// keptFor is how long an answer is kept.
 	keptFor = 24 * time.Hour
-	// abandonedAfter is when a request is taken for that of a process that died: none is
-	// worked on for so long.
+	// abandonedAfter is when a request without an answer is taken for that of a process that
+	// died, or one that nobody will know the outcome of: none is worked on for so long.
 	abandonedAfter = time.Minute
 	// Every trimEvery-th request removes up to trimRows answers that are over: more than
 	// were added since, and not so many that it would be felt.

@@ -13,13 +13,15 @@ import (
 	"time"
 
 	"github.com/rescindhq/rescind/internal/authn"
+	"github.com/rescindhq/rescind/internal/ledger"
 )
 
 // IdempotencyStore remembers answers for 24 hours. [Answers] is one.
 type IdempotencyStore interface {
 	// Begin takes a place for the request, or returns what became of an earlier one.
 	Begin(ctx context.Context, caller, method, path, key string, fingerprint [32]byte) (Earlier, error)
-	// Finish keeps the answer; with status 0 it gives the place up.
+	// Finish keeps the answer; with status 0 it gives the place up. A place for which it is
+	// not called is taken over by the same request, once that is sure to be over.
 	Finish(ctx context.Context, caller, method, path, key string, status int, header http.Header, body []byte) error
 }
 
@@ -44,7 +46,12 @@ var keptHeaders = []string{"Content-Type", "ETag", "Location"}
 // that [Require] lets through: a request that comes again with its key and body gets the
 // answer that there was, with Idempotency-Replayed, another one with that key 422, and
 // one that comes while the first is worked on 409. What says nothing about the request
-// itself is not kept: 401, 403, 429 and 5xx.
+// itself is not kept: 401, 403, 429 and 5xx. After a 503 for [ledger.ErrDoubt] a request
+// counts as worked on: whoever repeats it at once does not do it twice.
+//
+// It is no guarantee. A request that may have been done although nobody kept its answer, as
+// of a process that died or of such a doubt, is taken for abandoned after a minute, and
+// done when it comes again.
 //
 // The handler's answer is held back until it is kept, so handlers cannot stream.
 func Idempotent(store IdempotencyStore) func(http.Handler) http.Handler {
@@ -126,7 +133,7 @@ func (p *place) serve(w http.ResponseWriter, r *http.Request, next http.Handler,
 	case earlier.Running:
 		return &Problem{
 			Slug: "idempotency-in-progress", Title: "The request with this idempotency key is still being worked on.", Status: http.StatusConflict,
-			Detail: "Send it again later for its answer.",
+			Detail: "Send it again later for its answer. If its outcome is not known, this ends after a minute: look until then whether it was done.",
 		}
 	case !earlier.Begun:
 		answer := held{ResponseWriter: w, status: earlier.Status}
@@ -154,7 +161,9 @@ func (p *place) serve(w http.ResponseWriter, r *http.Request, next http.Handler,
 	if answer.status == 0 {
 		answer.status = http.StatusOK // what net/http sends for a handler that wrote nothing
 	}
-	if answer.isFinal() {
+	switch {
+	case answer.doubt: // the place stays taken
+	case answer.isFinal():
 		kept := make(http.Header)
 		for _, name := range keptHeaders {
 			if values := w.Header().Values(name); len(values) > 0 {
@@ -162,7 +171,7 @@ func (p *place) serve(w http.ResponseWriter, r *http.Request, next http.Handler,
 			}
 		}
 		err = p.finish(r.Context(), answer.status, kept, answer.body.Bytes())
-	} else {
+	default:
 		err = p.finish(r.Context(), 0, nil, nil)
 	}
 	if rec, ok := find[authn.Recorder](w); ok && err != nil {
@@ -184,6 +193,24 @@ type held struct {
 	http.ResponseWriter
 	status int
 	body   bytes.Buffer
+	doubt  bool // it is not known whether the request was done
+}
+
+var _ authn.Recorder = (*held)(nil)
+
+// RecordClient implements [authn.Recorder].
+func (h *held) RecordClient(id string) {
+	if rec, ok := find[authn.Recorder](h.ResponseWriter); ok {
+		rec.RecordClient(id)
+	}
+}
+
+// RecordError implements [authn.Recorder].
+func (h *held) RecordError(err error) {
+	h.doubt = h.doubt || errors.Is(err, ledger.ErrDoubt)
+	if rec, ok := find[authn.Recorder](h.ResponseWriter); ok {
+		rec.RecordError(err)
+	}
 }
 
 // Unwrap is for [http.ResponseController] and [find].

@@ -2,6 +2,7 @@ package rest
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
@@ -15,6 +16,7 @@ import (
 
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/authn"
+	"github.com/rescindhq/rescind/internal/ledger"
 	"github.com/rescindhq/rescind/internal/pgtest"
 )
 
@@ -243,6 +245,37 @@ func TestIdempotentWhileRunning(t *testing.T) {
 	group.Wait()
 	if got := s.send(t, sent{key: "k", body: "b"}); got.Code != 202 || got.Body.String() != `"done"` {
 		t.Errorf("%d %s", got.Code, got.Body)
+	}
+}
+
+// What may have been done is not done again at once.
+func TestIdempotentInDoubt(t *testing.T) {
+	t.Parallel()
+	pool := pgtest.New(t)
+	store := NewIdempotencyStore(pool, []authn.MasterKey{masterKey(t, "a")})
+	var outcome error = fmt.Errorf("%w: %w", ledger.ErrUnavailable, ledger.ErrDoubt)
+	s := newServer(store, func(w http.ResponseWriter, r *http.Request) error {
+		if outcome != nil {
+			return outcome
+		}
+		return JSON(w, 201, "done")
+	})
+	if got := s.send(t, sent{key: "k"}); got.Code != 503 || !errors.Is(got.err, ledger.ErrDoubt) {
+		t.Errorf("%d, log has %v", got.Code, got.err)
+	}
+	outcome = nil
+	if got := s.send(t, sent{key: "k"}); got.Code != 409 || !strings.Contains(got.Body.String(), "/idempotency-in-progress") || s.runs.Load() != 1 {
+		t.Errorf("at once: %d %s, done %d times", got.Code, got.Body, s.runs.Load())
+	}
+	exec(t, pool, `UPDATE rescind.idempotency SET begun_at = begun_at - interval '61 s'`)
+	if got := s.send(t, sent{key: "k"}); got.Code != 201 || s.runs.Load() != 2 {
+		t.Errorf("a minute later: %d %s, done %d times", got.Code, got.Body, s.runs.Load())
+	}
+	outcome = ledger.ErrUnavailable // nothing was done
+	for range 2 {
+		if got := s.send(t, sent{key: "l"}); got.Code != 503 {
+			t.Errorf("%d %s", got.Code, got.Body)
+		}
 	}
 }
 

@@ -3,8 +3,11 @@ package snapshotapi
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync"
 	"testing"
 	"testing/synctest"
@@ -12,6 +15,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/rescindhq/rescind/api/replica"
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/rest"
 )
@@ -21,8 +25,8 @@ func testCache(t *testing.T, f *fakeFollower, maxBytes int) *cache {
 	t.Cleanup(func() {
 		c.close()
 		synctest.Wait()
-		if c.bytes != 0 || len(c.blobs) != 0 {
-			t.Errorf("%d bytes and %d snapshots are left", c.bytes, len(c.blobs))
+		if c.bytes != 0 || len(c.blobs) != 0 || len(c.retired) != 0 || len(c.builds) != 0 {
+			t.Errorf("%d bytes and %d snapshots are left", c.bytes, len(c.blobs)+len(c.retired))
 		}
 	})
 	return c
@@ -32,7 +36,7 @@ var revocationsKey = key{kind: "revocations", scope: "*", form: formJSON}
 
 func mustOpen(t *testing.T, c *cache, k key) *reading {
 	t.Helper()
-	rd, err := c.open(k, scope{key: "*"}, c.follower.Replica().At())
+	rd, err := c.open(k, scope{key: "*"}, time.Now(), c.follower.Replica().At())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -59,7 +63,7 @@ func TestCacheReuse(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		f := newFakeFollower(t)
-		c := testCache(t, f, 1<<20)
+		c := testCache(t, f, 16<<20)
 		last := ""
 		apis := revocationsKey
 		apis.kind = "apis"
@@ -109,8 +113,22 @@ func TestCacheHoldsLittle(t *testing.T) {
 		held := func(want int, when string) {
 			t.Helper()
 			synctest.Wait()
-			if got := (c.bytes + chunkSize/2) / chunkSize; got != want {
+			all := slices.Collect(maps.Values(c.blobs))
+			all = append(all, slices.Collect(maps.Keys(c.retired))...)
+			bytes, overhead := 0, 0
+			for _, b := range all {
+				for _, chunk := range b.chunks {
+					bytes += len(chunk)
+				}
+				if overhead += blobBytes; !b.done {
+					overhead += buildBytes
+				}
+			}
+			if got := (bytes + chunkSize/2) / chunkSize; got != want {
 				t.Errorf("%s: about %d chunks are held, want %d", when, got, want)
+			}
+			if c.bytes != bytes+overhead {
+				t.Errorf("%s: %d bytes and %d beside them are held, %d are counted", when, bytes, overhead, c.bytes)
 			}
 		}
 		rd := mustOpen(t, c, revocationsKey)
@@ -156,6 +174,178 @@ func TestCacheHoldsLittle(t *testing.T) {
 	})
 }
 
+// How old a snapshot may be goes by when its reader asked, not by when the head was known.
+func TestCacheGoesByWhenItWasAsked(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeFollower(t)
+		c := testCache(t, f, 16<<20)
+		open := func(asked time.Time) *blob {
+			t.Helper()
+			rd, err := c.open(revocationsKey, scope{key: "*"}, asked, f.replica.At())
+			if err != nil {
+				t.Fatal(err)
+			}
+			readAll(t, rd)
+			return rd.b
+		}
+		asked := time.Now()
+		time.Sleep(reuseFor - time.Millisecond) // for the head
+		first := open(asked)
+		f.revoke(pizza, 0)
+		time.Sleep(10 * time.Millisecond)
+		if open(asked.Add(reuseFor/2)) != first {
+			t.Error("one who asked then does not share")
+		}
+		if open(time.Now()) == first {
+			t.Error("a snapshot is older than it may be")
+		}
+	})
+}
+
+// Two processes, and two loads of one, have the same state in another order.
+func TestTagsAreOfOneOrder(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeFollower(t)
+		tag := func(c *cache) string {
+			t.Helper()
+			rd := mustOpen(t, c, revocationsKey)
+			defer rd.close()
+			in, err := rd.info(t.Context())
+			if err != nil {
+				t.Fatal(err)
+			}
+			return in.etag
+		}
+		c, other := testCache(t, f, 16<<20), testCache(t, f, 16<<20)
+		first := tag(c)
+		if tag(c) != first || tag(other) == first {
+			t.Errorf("tags are %s, %s and %s of another", first, tag(c), tag(other))
+		}
+		f.load(f.replica.At(), nil)
+		time.Sleep(2 * reuseFor)
+		f.replica.View(func(v *replica.View) {
+			if v.Loads() != 2 {
+				t.Errorf("%d loads", v.Loads())
+			}
+		})
+		c.sweep()
+		c.mu.Lock()
+		for _, b := range c.blobs {
+			c.retire(b)
+		}
+		c.mu.Unlock()
+		if tag(c) == first {
+			t.Error("the tag is the same after the state was loaded again")
+		}
+	})
+}
+
+// What is held has a bound, also while a slow reader and a fast one share a snapshot that
+// is larger, or many are made at a time.
+func TestCacheBound(t *testing.T) {
+	t.Parallel()
+	f := manyRevocations(t, 100_000) // some 13 MiB
+	synctest.Test(t, func(t *testing.T) {
+		const limit = 8 << 20
+		c := testCache(t, f, limit)
+		slow, fast := mustOpen(t, c, revocationsKey), mustOpen(t, c, revocationsKey)
+		if _, err := slow.next(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		for {
+			_, err := fast.next(t.Context())
+			if errors.Is(err, io.EOF) {
+				break
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if synctest.Wait(); c.bytes > limit+2*chunkSize {
+				t.Fatalf("%d bytes are held", c.bytes)
+			}
+		}
+		fast.close()
+		if _, err := slow.next(t.Context()); !errors.Is(err, errDropped) {
+			t.Errorf("the slow one: %v", err)
+		}
+		slow.close()
+
+		// Many small ones: each takes what making it takes.
+		for i := range 1000 {
+			k := revocationsKey
+			k.kind, k.scope = "apis", fmt.Sprint(i)
+			rd, err := c.open(k, scope{key: k.scope, domains: []string{}}, time.Now(), f.replica.At())
+			if err != nil {
+				t.Fatalf("%d: %v", i, err)
+			}
+			readAll(t, rd)
+			if synctest.Wait(); c.bytes > limit {
+				t.Fatalf("%d bytes are held", c.bytes)
+			}
+		}
+		if len(c.blobs) == 0 || len(c.blobs) > limit/blobBytes {
+			t.Errorf("%d snapshots are held", len(c.blobs))
+		}
+	})
+}
+
+// Two who take next to nothing do not deny snapshots to all others.
+func TestCacheSlowReadersMakeRoom(t *testing.T) {
+	t.Parallel()
+	f := manyRevocations(t, 100_000)
+	synctest.Test(t, func(t *testing.T) {
+		c := testCache(t, f, 9<<20) // two that are being made, and hold what is ahead
+		ndjson := revocationsKey
+		ndjson.form = formNDJSON
+		slow := []*reading{mustOpen(t, c, revocationsKey), mustOpen(t, c, ndjson)}
+		synctest.Wait()
+		apis := revocationsKey
+		apis.kind = "apis"
+		if _, err := c.open(apis, scope{key: "*"}, time.Now(), f.replica.At()); !errors.Is(err, errFull) {
+			t.Fatalf("error is %v", err)
+		}
+		time.Sleep(slowFor)
+		readAll(t, mustOpen(t, c, apis))
+		dropped := 0
+		for _, rd := range slow {
+			if _, err := rd.next(t.Context()); errors.Is(err, errDropped) {
+				dropped++
+			}
+			rd.close()
+		}
+		if dropped != 1 {
+			t.Errorf("%d were dropped, one is enough", dropped)
+		}
+	})
+}
+
+// No more than some are worked on at a time, and who is waited for takes no place among them.
+func TestCacheBuilds(t *testing.T) {
+	t.Parallel()
+	f := manyRevocations(t, 100_000)
+	synctest.Test(t, func(t *testing.T) {
+		c := testCache(t, f, 1<<30)
+		var all []*reading
+		for i := range 4 * maxBuilds {
+			k := revocationsKey
+			k.scope = fmt.Sprint(i)
+			all = append(all, mustOpen(t, c, k))
+		}
+		synctest.Wait()
+		if len(c.builds) != 0 {
+			t.Errorf("%d are worked on although all wait for readers", len(c.builds))
+		}
+		for _, rd := range all {
+			if len(rd.b.chunks) != ahead {
+				t.Errorf("%d chunks were made ahead", len(rd.b.chunks))
+			}
+			readAll(t, rd)
+		}
+	})
+}
+
 func mustOpenAndClose(t *testing.T, c *cache) *blob {
 	t.Helper()
 	rd := mustOpen(t, c, revocationsKey)
@@ -167,7 +357,7 @@ func TestCacheMakesRoom(t *testing.T) {
 	t.Parallel()
 	f := manyRevocations(t, 20_000) // some 2.5 MiB
 	synctest.Test(t, func(t *testing.T) {
-		c := testCache(t, f, 4<<20)
+		c := testCache(t, f, 6<<20)
 		gz, ndjson := revocationsKey, revocationsKey
 		gz.coding, ndjson.form = rest.Gzip, formNDJSON
 		readAll(t, mustOpen(t, c, revocationsKey))
@@ -180,9 +370,9 @@ func TestCacheMakesRoom(t *testing.T) {
 			t.Errorf("the snapshots that are held are %v, want those but the one asked for longest ago", c.blobs)
 		}
 		c.mu.Lock()
-		c.max = 1 << 20
+		c.max = 3 << 20
 		c.mu.Unlock()
-		if _, err := c.open(revocationsKey, scope{key: "*"}, f.replica.At()); !errors.Is(err, errFull) {
+		if _, err := c.open(revocationsKey, scope{key: "*"}, time.Now(), f.replica.At()); !errors.Is(err, errFull) {
 			t.Errorf("error is %v although what is in use is more than may be held", err)
 		}
 		if c.blobs[gz] != nil {
@@ -197,10 +387,11 @@ func TestCacheMakesRoom(t *testing.T) {
 func TestCacheReaderGivesUp(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		c := testCache(t, newFakeFollower(t), 1<<20)
+		c := testCache(t, newFakeFollower(t), 16<<20)
 		c.blobs[revocationsKey] = &blob{ // nobody makes it
-			key: revocationsKey, wanted: []int{0}, grown: make(chan struct{}), room: sync.NewCond(&c.mu),
+			key: revocationsKey, wanted: []int{0}, readings: make(map[*reading]struct{}), grown: make(chan struct{}), room: sync.NewCond(&c.mu),
 		}
+		c.bytes = blobBytes
 		rd := mustOpen(t, c, revocationsKey)
 		defer rd.close()
 		ctx, cancel := context.WithTimeout(t.Context(), time.Second)

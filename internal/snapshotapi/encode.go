@@ -50,6 +50,7 @@ const (
 // content is what a snapshot is made of: the state at one position.
 type content struct {
 	at          revocation.Position
+	loads       uint64 // see [replica.View.Loads]
 	revocations replica.Revocations
 	entities    []iter.Seq[catalog.Entity] // as kind.nouns
 }
@@ -58,7 +59,7 @@ type content struct {
 func contentOf(r *replica.Replica, k kind) content {
 	var c content
 	r.View(func(v *replica.View) {
-		c.at = v.At()
+		c.at, c.loads = v.At(), v.Loads()
 		if k.revocations {
 			c.revocations = v.Revocations()
 		}
@@ -101,8 +102,8 @@ func each[E catalog.Entity](list []E) iter.Seq[catalog.Entity] {
 	}
 }
 
-// leeway is seconds.
-const leeway = int64(revocation.MaxLeeway / time.Second)
+// kept is how long after its end a revocation is listed, in seconds.
+const kept = int64(replica.Kept / time.Second)
 
 // encoder writes a snapshot. Revocations take no reflection and no allocation: there may
 // be a million of them.
@@ -216,7 +217,7 @@ func (e *encoder) Write(p []byte) (int, error) {
 }
 
 func (e *encoder) writeRevocations(all replica.Revocations, before, after string) error {
-	ended := e.cutoff - leeway
+	ended := e.cutoff - kept
 	for rec := range all.All() {
 		if rec.Exp <= ended || !e.begins(rec) {
 			continue

@@ -3,6 +3,7 @@ package snapshotapi
 import (
 	"context"
 	"errors"
+	"io"
 	"net/http"
 	"strconv"
 	"strings"
@@ -16,17 +17,21 @@ import (
 // maxWait is how long a poll may wait for events.
 const maxWait = 60 * time.Second
 
+// pollWork is how long a poll looks for events among those of others. Then it says how far
+// it has come.
+const pollWork = 2 * time.Second
+
 // events answers GET /v1/events.
 func (a *API) events(w http.ResponseWriter, r *http.Request) error {
-	q, err := readQuery(r, "after", "wait")
+	q, err := a.readQuery(r, "after", "wait")
 	if err != nil {
 		return err
 	}
 	w.Header().Set("Vary", "Accept")
-	if err := a.streams.take(); err != nil {
+	if err := a.streams.take(q.account.Username); err != nil {
 		return err
 	}
-	defer a.streams.release()
+	defer a.streams.release(q.account.Username)
 	if prefers(r, "text/event-stream") {
 		return a.stream(w, r, q)
 	}
@@ -78,41 +83,13 @@ func (a *API) poll(w http.ResponseWriter, r *http.Request, q query) error {
 	if err != nil {
 		return err
 	}
-	conn := a.connection(w)
-	_ = conn.rc.SetWriteDeadline(time.Now().Add(wait + freshTimeout + sendTimeout))
-	until := time.NewTimer(wait)
-	defer until.Stop()
-	var found [][]byte
-	for over := wait == 0; len(found) == 0; {
-		changed := a.follower.Changed()
-		frames, err := a.follower.Frames(ctx, at, pageFrames)
-		if err != nil {
-			return a.pollError(ctx, err)
-		}
-		for _, f := range frames {
-			if len(found) == q.limit {
-				break
-			}
-			if q.scope.has(f.Tenant) {
-				found = append(found, f.JSON)
-			}
-			at = f.Position
-		}
-		if len(frames) > 0 {
-			continue // others' events are not waited behind
-		}
-		if over {
-			break
-		}
-		select {
-		case <-changed:
-		case <-until.C:
-			over = true
-		case <-a.closing:
-			over = true
-		case <-ctx.Done():
-			return context.Cause(ctx)
-		}
+	rc := http.NewResponseController(w)
+	last := time.Now().Add(wait + 2*pollWork + freshTimeout + sendTimeout)
+	_ = rc.SetReadDeadline(last) // past it the server takes the reader for gone
+	_ = rc.SetWriteDeadline(last)
+	found, at, err := a.find(ctx, q, at, wait)
+	if err != nil {
+		return a.pollError(ctx, err)
 	}
 	head, err := a.fresh(ctx)
 	switch {
@@ -143,17 +120,78 @@ func (a *API) poll(w http.ResponseWriter, r *http.Request, q query) error {
 	}
 	// Events are everybody's bytes: they are not put together for one. A caller that is
 	// gone takes no more of them; net/http remembers.
-	_ = conn.write(begin)
+	_ = rc.SetWriteDeadline(time.Now().Add(a.sendTimeout)) // for all of it
+	_, _ = w.Write(begin)
 	for i, event := range found {
 		if i > 0 {
-			_ = conn.write([]byte(between))
+			_, _ = io.WriteString(w, between)
 		}
-		if conn.write(event) != nil {
+		if _, err := w.Write(event); err != nil {
 			return nil
 		}
 	}
-	_ = conn.write([]byte(end))
+	_, _ = io.WriteString(w, end)
 	return nil
+}
+
+// find returns the events after a position that q is about, and how far it has looked. If
+// there is none it waits for one.
+func (a *API) find(ctx context.Context, q query, at revocation.Position, wait time.Duration) (found [][]byte, _ revocation.Position, err error) {
+	until := time.NewTimer(wait)
+	defer until.Stop()
+	enough := time.Now().Add(pollWork)
+	for over := wait == 0; len(found) == 0; {
+		changed := a.follower.Changed()
+		frames, err := a.framesUntil(ctx, at, enough, pageFrames)
+		switch {
+		case ctx.Err() != nil:
+			return nil, at, context.Cause(ctx)
+		case errors.Is(err, errLate):
+			return nil, at, nil
+		case err != nil:
+			return nil, at, err
+		}
+		for _, f := range frames {
+			if len(found) == q.limit {
+				break
+			}
+			if q.scope.has(f.Tenant) {
+				found = append(found, f.JSON)
+			}
+			at = f.Position
+		}
+		if len(frames) > 0 { // others' events are not waited behind
+			if time.Now().After(enough) || a.closing.Err() != nil {
+				break
+			}
+			continue
+		}
+		if over {
+			break
+		}
+		select {
+		case <-changed:
+		case <-until.C:
+			over = true
+		case <-a.closing.Done():
+			over = true
+		case <-ctx.Done():
+			return nil, at, context.Cause(ctx)
+		}
+		enough = time.Now().Add(pollWork)
+	}
+	return found, at, nil
+}
+
+// errLate is that the time was over before there was an answer.
+var errLate = errors.New("the events were not read in time")
+
+// framesUntil returns up to limit events after a position. Its errors are those of
+// [follow.Follower.Frames], and errLate.
+func (a *API) framesUntil(ctx context.Context, at revocation.Position, until time.Time, limit int) ([]follow.Frame, error) {
+	ctx, cancel := context.WithDeadlineCause(ctx, until, errLate)
+	defer cancel()
+	return a.follower.Frames(ctx, at, limit)
 }
 
 // pollError is what a poll answers when the follower has refused.

@@ -7,17 +7,22 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"math/rand/v2"
 	"net/http"
+	"net/http/httptest"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/internal/authn"
 	"github.com/rescindhq/rescind/internal/follow"
 )
 
@@ -60,6 +65,8 @@ func after(seq int) string { return fmt.Sprintf("/v1/events?after=%s:%d", epoch,
 func TestPoll(t *testing.T) {
 	t.Parallel()
 	s := serve(t, Config{})
+	s.follower.tenant(pizza)
+	s.follower.tenant(revocation.Tenant{ID: 8, Domain: "nobody.example"})
 	for i := range 2500 { // every third is the pizzeria's
 		tenant := revocation.SuperTenant
 		if i%3 == 2 {
@@ -361,8 +368,14 @@ func TestStreamConformance(t *testing.T) {
 func TestStreamOfTenants(t *testing.T) {
 	t.Parallel()
 	s := serve(t, Config{}, func(a *API) { a.hub.beatEvery = 20 * time.Millisecond })
-	if resp := s.do(s.request("/v1/events?tenant=pizza.example", "user", "gateway", "Accept", "text/event-stream")); resp.StatusCode != http.StatusForbidden {
-		t.Errorf("%s, want 403", resp.Status)
+	s.follower.tenant(pizza)
+	for user, want := range map[string]int{"gateway": http.StatusForbidden, "admin": http.StatusNotFound} {
+		for _, accept := range []string{"text/event-stream", "application/json"} {
+			resp := s.do(s.request("/v1/events?tenant=nobody.example&after="+string(epoch)+":0", "user", user, "Accept", accept))
+			if resp.StatusCode != want {
+				t.Errorf("%s as %s: %s, want %d", user, accept, resp.Status, want)
+			}
+		}
 	}
 	src := s.source(t, "/v1/events", "user", "gateway")
 	src.want(heartbeat(0, 0))
@@ -438,7 +451,7 @@ func TestStreamEnds(t *testing.T) {
 func TestStreamHasNoGaps(t *testing.T) {
 	t.Parallel()
 	s := serve(t, Config{MaxBehind: 1 << 20})
-	const total, readers = 4000, 40
+	total, readers := size(2000, 4000), size(20, 40)
 	done := make(chan struct{})
 	var all sync.WaitGroup
 	for i := range readers {
@@ -451,15 +464,15 @@ func TestStreamHasNoGaps(t *testing.T) {
 			for {
 				last := revocation.Seq(rnd.Int64N(int64(s.follower.replica.At().Seq) + 1))
 				n := rnd.IntN(2000)
-				end, err := s.follow(last, n, user, tenant, total)
+				end, err := s.follow(last, n, user, tenant, revocation.Seq(total))
 				for err == io.EOF { // it was too slow
-					end, err = s.follow(end, n, user, tenant, total)
+					end, err = s.follow(end, n, user, tenant, revocation.Seq(total))
 				}
 				if err != nil {
 					t.Errorf("reader %d from %d: %v", i, last, err)
 					return
 				}
-				if end == total {
+				if end == revocation.Seq(total) {
 					return
 				}
 			}
@@ -541,7 +554,7 @@ func TestStreamSlowReaderIsDropped(t *testing.T) {
 		timeout time.Duration
 		total   int
 	}{
-		droppedBehind:  {16 << 20, time.Minute, 1000}, // 40 MB, of which some wait in the system's buffers
+		droppedBehind:  {8 << 20, time.Minute, size(600, 1000)}, // 24 MB, of which some wait in the system's buffers
 		droppedStalled: {1 << 30, time.Second, 500},
 	} {
 		t.Run(reason, func(t *testing.T) {
@@ -586,8 +599,8 @@ func TestStreamSlowReaderIsDropped(t *testing.T) {
 // A burst of more than a reader may be behind the fastest does not drop the fastest.
 func TestStreamBurst(t *testing.T) {
 	t.Parallel()
-	s := serve(t, Config{})
-	const total = 1500 // 60 MB
+	s := serve(t, Config{MaxBehind: 4 << 20})
+	total := size(400, 1500) // 16 MB
 	src := s.source(t, "/v1/events")
 	src.want(heartbeat(0, 0))
 	s.follower.set(func() { s.follower.held = true })
@@ -632,4 +645,168 @@ func TestStreamWithoutHead(t *testing.T) {
 	if resp := s.do(s.request(after(0), "Accept", "text/event-stream")); resp.StatusCode != http.StatusServiceUnavailable {
 		t.Errorf("a stream from before: %s", resp.Status)
 	}
+}
+
+// changing is accounts of which a test decides what they are now.
+type changing struct {
+	mu      sync.Mutex
+	account authn.Account
+	err     error
+	asked   int
+}
+
+func (c *changing) Account(*http.Request) (authn.Account, error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.asked++
+	return c.account, c.err
+}
+
+func (c *changing) set(a authn.Account, err error) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.account, c.err = a, err
+}
+
+// Whoever may no longer read what a stream has learns nothing more, but a database that is
+// away for a while ends no stream.
+func TestStreamAsksAgainWhoReads(t *testing.T) {
+	t.Parallel()
+	gateway := authn.Account{Username: "gw", Tenant: revocation.SuperTenant, Role: "gateway", ExtraTenants: []string{pizza.Domain}}
+	auditor, notifier, fewer, other := gateway, gateway, gateway, gateway
+	auditor.Role, notifier.Role, fewer.ExtraTenants = "auditor", "notifier", nil
+	other.ExtraTenants = []string{"*"}
+	refused := func(status int) error { return &authn.OAuthError{Status: status} }
+	for _, tt := range []struct {
+		name    string
+		account authn.Account
+		err     error
+		query   string
+		ends    bool
+	}{
+		{"the same", gateway, nil, "", false},
+		{"another role that may", auditor, nil, "", false},
+		{"deleted", authn.Account{}, refused(http.StatusUnauthorized), "", true},
+		{"forbidden", authn.Account{}, refused(http.StatusForbidden), "", true},
+		{"role", notifier, nil, "", true},
+		{"fewer tenants", fewer, nil, "", true},
+		{"more tenants", other, nil, "", true},
+		{"no longer the one tenant", fewer, nil, "?tenant=pizza.example", true},
+		{"fewer tenants, but not the one", fewer, nil, "?tenant=carbon.super", false},
+		{"busy", authn.Account{}, refused(http.StatusServiceUnavailable), "", false},
+		{"throttled", authn.Account{}, refused(http.StatusTooManyRequests), "", false},
+		{"no answer", authn.Account{}, context.DeadlineExceeded, "", false},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			who := &changing{account: gateway}
+			s := serve(t, Config{}, func(a *API) {
+				a.accounts, a.askEvery = who, 20*time.Millisecond
+				a.hub.beatEvery = 50 * time.Millisecond
+			})
+			src := s.source(t, "/v1/events"+tt.query)
+			src.want(heartbeat(0, 0))
+			who.set(tt.account, tt.err)
+			if tt.ends {
+				for {
+					if _, err := src.read(); err == io.EOF {
+						return
+					} else if err != nil {
+						t.Fatal(err)
+					}
+				}
+			}
+			who.mu.Lock()
+			before := who.asked
+			who.mu.Unlock()
+			for asked := before; asked < before+5; {
+				if e, err := src.read(); err != nil || e.Event != "heartbeat" {
+					t.Fatal(e, err)
+				}
+				who.mu.Lock()
+				asked = who.asked
+				who.mu.Unlock()
+			}
+		})
+	}
+}
+
+// lagging is a follower whose old events take long to come.
+type lagging struct {
+	*fakeFollower
+	every time.Duration
+}
+
+func (l lagging) Frames(ctx context.Context, after revocation.Position, limit int) ([]follow.Frame, error) {
+	if after.Seq < l.replica.At().Seq {
+		t := time.NewTimer(l.every)
+		defer t.Stop()
+		select {
+		case <-t.C:
+		case <-ctx.Done():
+			return nil, context.Cause(ctx)
+		}
+	}
+	return l.fakeFollower.Frames(ctx, after, min(limit, 10))
+}
+
+// Whatever the service has to look at before there is something for the reader, it is told
+// how far that is.
+func TestOthersEventsTakeLong(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		f := lagging{newFakeFollower(t), 300 * time.Millisecond}
+		for range 2000 {
+			f.revoke(revocation.SuperTenant, 0)
+		}
+		a, err := New(Config{}, Deps{Follower: f, Accounts: accounts, Registerer: prometheus.NewRegistry(), Log: slog.New(slog.DiscardHandler)})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer a.Close()
+		q := query{scope: scope{key: pizza.Domain, domains: []string{pizza.Domain}}, limit: maxLimit}
+		begin := time.Now()
+		found, at, err := a.find(t.Context(), q, revocation.Position{Epoch: epoch}, time.Minute)
+		if took := time.Since(begin); err != nil || len(found) != 0 || at.Seq < 30 || took < pollWork || took > pollWork+time.Second {
+			t.Errorf("after %s: %d events through %s, %v", took, len(found), at, err)
+		}
+		f.every = time.Hour // there is nothing to be had
+		a.follower = f
+		begin = time.Now()
+		_, same, err := a.find(t.Context(), q, at, 0)
+		if took := time.Since(begin); err != nil || same != at || took > pollWork {
+			t.Errorf("after %s: through %s, %v", took, same, err)
+		}
+
+		f.every = 300 * time.Millisecond
+		a.follower, a.hub.follower = f, f
+		ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
+		defer cancel()
+		w := &written{ResponseRecorder: httptest.NewRecorder()}
+		r := httptest.NewRequestWithContext(ctx, http.MethodGet, "/v1/events", nil)
+		s := &stream{api: a, r: r, query: q, conn: a.connection(w), at: at, last: time.Now(), ask: time.Now().Add(time.Hour), end: time.Now().Add(time.Hour)}
+		s.run(ctx)
+		if len(w.at) < 3 {
+			t.Fatalf("%d writes in 20s", len(w.at))
+		}
+		for i := 1; i < len(w.at); i++ {
+			if pause := w.at[i].Sub(w.at[i-1]); pause > beatEvery+time.Second {
+				t.Errorf("nothing was written for %s", pause)
+			}
+		}
+		if body := w.Body.String(); !strings.Contains(body, fmt.Sprintf(`"through":%d}`, s.at.Seq)) && !strings.Contains(body, "heartbeat") {
+			t.Errorf("stream is %s", body)
+		}
+	})
+}
+
+// written notes when something was.
+type written struct {
+	*httptest.ResponseRecorder
+	at []time.Time
+}
+
+func (w *written) Write(b []byte) (int, error) {
+	w.at = append(w.at, time.Now())
+	return w.ResponseRecorder.Write(b)
 }

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"sync"
 	"testing"
 	"time"
@@ -91,6 +92,21 @@ func (f *fakeFollower) revoke(tenant revocation.Tenant, padding int) revocation.
 	return f.append(e)
 }
 
+// tenant adds a tenant to the state.
+func (f *fakeFollower) tenant(tenants ...revocation.Tenant) {
+	f.t.Helper()
+	f.load(f.replica.At(), func(l *replica.Loader) {
+		f.replica.View(func(v *replica.View) {
+			for _, t := range v.Tenants() {
+				l.Entity(t)
+			}
+		})
+		for _, t := range tenants {
+			l.Entity(&catalog.Tenant{Meta: catalog.Meta{ID: t.ID, UUID: fmt.Sprintf("0193a2f4-7c11-7d02-9b1e-%012d", t.ID), Tenant: t}})
+		}
+	})
+}
+
 func (f *fakeFollower) change(c catalog.Change) revocation.Position {
 	f.t.Helper()
 	e, err := catalog.NewEvent(c)
@@ -159,6 +175,17 @@ func (f *fakeFollower) Frames(ctx context.Context, after revocation.Position, li
 		return nil, nil
 	}
 	return f.frames[after.Seq:min(int(after.Seq)+limit, len(f.frames))], ctx.Err()
+}
+
+// heavy makes tests larger, as they are run now and then.
+var heavy = os.Getenv("RESCIND_HEAVY") != ""
+
+// size is of what a test makes: much if it may take long, else some.
+func size(some, much int) int {
+	if heavy {
+		return much
+	}
+	return some
 }
 
 // fakeAccounts knows accounts by their user name.

@@ -330,17 +330,21 @@ func (l *live) isBusy() bool {
 	return l.idle < l.joined/2
 }
 
-// beat publishes a heartbeat if the head is known. Otherwise it shows those between that
-// the connection lives.
+// beat publishes a heartbeat.
 func (l *live) beat(ctx context.Context, at revocation.Position) {
+	l.add(beat(ctx, l.follower, at), ofHeartbeat, at)
+}
+
+// beat is a heartbeat of a stream that stands at at, if the head is known. Otherwise it
+// shows those between that the connection lives.
+func beat(ctx context.Context, f Follower, at revocation.Position) []byte {
 	ctx, cancel := context.WithTimeout(ctx, beatTimeout)
 	defer cancel()
-	head, err := l.follower.Fresh(ctx, headAge)
+	head, err := f.Fresh(ctx, headAge)
 	if err != nil || head.Epoch != at.Epoch {
-		l.add([]byte(": the head of the log is not known now\n\n"), ofHeartbeat, at)
-		return
+		return []byte(": the head of the log is not known now\n\n")
 	}
-	l.add(heartbeatFrame(at, head), ofHeartbeat, at)
+	return heartbeatFrame(at, head)
 }
 
 // heartbeatFrame says that a stream has sent everything up to through. The head was read

@@ -26,11 +26,11 @@ func newMetrics(reg prometheus.Registerer, a *API) *metrics {
 	counter := func(name, help string) prometheus.Counter {
 		return f.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
 	}
-	taken := func(name, help string, s slots) {
-		f.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return float64(len(s)) })
+	taken := func(name, help string, s *slots) {
+		f.NewGaugeFunc(prometheus.GaugeOpts{Name: name, Help: help}, func() float64 { return float64(s.count()) })
 	}
-	taken("rescind_snapshot_readers", "Snapshots that are being sent.", a.readers)
-	taken("rescind_events_readers", "Streams that are open and polls that wait.", a.streams)
+	taken("rescind_snapshot_readers", "Snapshots that are being sent.", &a.readers)
+	taken("rescind_events_readers", "Streams that are open and polls that wait.", &a.streams)
 	m := &metrics{
 		builds: make(map[string]prometheus.Counter), streamDrop: make(map[string]prometheus.Counter),
 		buildSeconds: f.NewHistogram(prometheus.HistogramOpts{
@@ -40,7 +40,7 @@ func newMetrics(reg prometheus.Registerer, a *API) *metrics {
 		}),
 		snapshotBytes: counter("rescind_snapshot_sent_bytes_total", "Bytes of snapshots that readers took."),
 		eventBytes:    counter("rescind_events_sent_bytes_total", "Bytes that readers of streams took."),
-		snapshotDrop:  counter("rescind_snapshot_dropped_total", "Readers of snapshots that were dropped because they took nothing."),
+		snapshotDrop:  counter("rescind_snapshot_dropped_total", "Readers of snapshots that were dropped because they took nothing, or too little."),
 		cached:        f.NewGauge(prometheus.GaugeOpts{Name: "rescind_snapshot_cached_bytes", Help: "Bytes of snapshots in memory."}),
 	}
 	builds := f.NewCounterVec(prometheus.CounterOpts{

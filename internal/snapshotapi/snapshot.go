@@ -1,6 +1,7 @@
 package snapshotapi
 
 import (
+	"context"
 	"errors"
 	"io"
 	"net/http"
@@ -17,6 +18,19 @@ import (
 // snapshot or a batch of events, before it is dropped.
 const sendTimeout = 10 * time.Second
 
+// A reader of a snapshot that has taken longer than slowFor must have taken leastRate
+// since then, in bytes a second.
+const (
+	slowFor   = 30 * time.Second
+	leastRate = 64 << 10
+)
+
+// makeTimeout is how long a reader waits for a snapshot to be begun.
+const makeTimeout = 5 * time.Second
+
+// idleFor is how long the service may have nothing to write.
+const idleFor = time.Minute
+
 // snapshot answers GET /v1/snapshots/{kind}.
 func (a *API) snapshot(w http.ResponseWriter, r *http.Request) error {
 	k := key{kind: chi.URLParam(r, "kind"), form: formJSON}
@@ -24,7 +38,7 @@ func (a *API) snapshot(w http.ResponseWriter, r *http.Request) error {
 		return rest.Status(http.StatusNotFound, "There are no snapshots of this kind.")
 	}
 	// A snapshot has no pages: limit is for callers that send it with every list.
-	q, err := readQuery(r)
+	q, err := a.readQuery(r)
 	if err != nil {
 		return err
 	}
@@ -38,16 +52,17 @@ func (a *API) snapshot(w http.ResponseWriter, r *http.Request) error {
 		k.form = formNDJSON
 	}
 	k.scope = q.scope.key
-	if err := a.readers.take(); err != nil {
+	if err := a.readers.take(q.account.Username); err != nil {
 		return err
 	}
-	defer a.readers.release()
+	defer a.readers.release(q.account.Username)
 
+	asked := time.Now()
 	head, err := a.fresh(r.Context())
 	if err != nil {
 		return err
 	}
-	rd, err := a.cache.open(k, q.scope, head)
+	rd, err := a.cache.open(k, q.scope, asked, head)
 	if errors.Is(err, errFull) {
 		p := rest.Status(http.StatusServiceUnavailable, "Too much is being sent. Sending the same request again is safe.")
 		p.RetryAfter, p.Cause = busyRetry, err
@@ -56,7 +71,9 @@ func (a *API) snapshot(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	defer rd.close()
-	in, err := rd.info(r.Context())
+	ctx, cancel := context.WithTimeout(r.Context(), makeTimeout)
+	defer cancel()
+	in, err := rd.info(ctx)
 	if err != nil {
 		return err
 	}
@@ -85,6 +102,8 @@ func (a *API) snapshot(w http.ResponseWriter, r *http.Request) error {
 // it does not look whole.
 func (a *API) send(w http.ResponseWriter, r *http.Request, rd *reading) {
 	conn := a.connection(w)
+	var sent int64
+	var took time.Duration // that it was the reader who was waited for
 	for {
 		chunk, err := rd.next(r.Context())
 		if errors.Is(err, io.EOF) {
@@ -93,14 +112,24 @@ func (a *API) send(w http.ResponseWriter, r *http.Request, rd *reading) {
 		if err != nil {
 			panic(http.ErrAbortHandler)
 		}
-		if err := conn.write(chunk); err != nil {
-			if errors.Is(err, os.ErrDeadlineExceeded) {
-				a.metrics.snapshotDrop.Inc()
-			}
+		began := time.Now()
+		err = conn.write(chunk)
+		took += time.Since(began)
+		sent += int64(len(chunk))
+		if errors.Is(err, os.ErrDeadlineExceeded) || err == nil && isSlow(sent, took-a.slowFor) {
+			a.metrics.snapshotDrop.Inc()
+			err = errDropped
+		}
+		if err != nil {
 			panic(http.ErrAbortHandler)
 		}
 		a.metrics.snapshotBytes.Add(float64(len(chunk)))
 	}
+}
+
+// isSlow reports whether so many bytes are too few for a time, which may be negative.
+func isSlow(sent int64, took time.Duration) bool {
+	return float64(sent) < took.Seconds()*leastRate
 }
 
 // connection writes an answer that may take long. Deadlines that are not supported are
@@ -114,7 +143,7 @@ type connection struct {
 
 func (a *API) connection(w http.ResponseWriter) *connection {
 	c := &connection{w: w, rc: http.NewResponseController(w), timeout: a.sendTimeout}
-	_ = c.rc.SetReadDeadline(time.Time{}) // else the server takes the reader for gone after its ReadTimeout
+	c.extend()
 	return c
 }
 
@@ -137,6 +166,7 @@ func (c *connection) extend() {
 	step := c.timeout / 10
 	if now := time.Now(); now.Sub(c.extended) >= step {
 		_ = c.rc.SetWriteDeadline(now.Add(c.timeout + step))
+		_ = c.rc.SetReadDeadline(now.Add(c.timeout + idleFor)) // past it the server takes the reader for gone
 		c.extended = now
 	}
 }

@@ -15,6 +15,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -70,7 +71,7 @@ func entities() []catalog.Entity {
 }
 
 // ended is the end of tokens whose revocation nobody needs, needed that of those that some do.
-var ended, needed = time.Now().Unix() - leeway - cutoffStep - 1, time.Now().Unix() - leeway + 60
+var ended, needed = time.Now().Unix() - 720 - cutoffStep - 1, time.Now().Unix() - 720 + 60
 
 const farAway = 4102444800
 
@@ -331,27 +332,29 @@ func TestSnapshotScope(t *testing.T) {
 	super, both := []string{"carbon.super"}, []string{"carbon.super", "pizza.example"}
 	for _, tt := range []struct {
 		user, query string
-		want        []string // tenants, nil for 403
+		want        []string // tenants; of a refusal its status
 	}{
 		{"admin", "", both},
 		{"admin", "?tenant=pizza.example", []string{"pizza.example"}},
-		{"admin", "?tenant=nobody.example", []string{}},
+		{"admin", "?tenant=nobody.example", []string{"404"}},
+		{"admin", "?tenant=carbon.super", super},
+		{"gateway-all", "?tenant=nobody.example", []string{"404"}},
 		{"gateway", "", super},
 		{"gateway", "?tenant=carbon.super", super},
-		{"gateway", "?tenant=pizza.example", nil},
-		{"gateway", "?tenant=nobody.example", nil},
+		{"gateway", "?tenant=pizza.example", []string{"403"}},
+		{"gateway", "?tenant=nobody.example", []string{"403"}},
 		{"gateway-all", "", both},
 		{"gateway-two", "", both},
-		{"gateway-two", "?tenant=nobody.example", nil},
+		{"gateway-two", "?tenant=nobody.example", []string{"403"}},
 		{"pizza-admin", "", []string{"pizza.example"}},
-		{"pizza-admin", "?tenant=carbon.super", nil},
+		{"pizza-admin", "?tenant=carbon.super", []string{"403"}},
 		{"auditor", "", []string{"pizza.example"}},
 	} {
 		t.Run(tt.user+tt.query, func(t *testing.T) {
 			resp := s.do(s.request("/v1/snapshots/all"+tt.query, "user", tt.user, "Accept", "application/x-ndjson"))
-			if tt.want == nil {
-				if resp.StatusCode != http.StatusForbidden {
-					t.Fatalf("%s, want 403", resp.Status)
+			if resp.StatusCode != http.StatusOK {
+				if diff := cmp.Diff(tt.want, []string{strconv.Itoa(resp.StatusCode)}); diff != "" {
+					t.Errorf("status (-want +got):\n%s", diff)
 				}
 				return
 			}
@@ -454,7 +457,7 @@ func (s *served) stuck(req *http.Request) net.Conn {
 
 func TestSnapshotSlowReaderIsDropped(t *testing.T) {
 	t.Parallel()
-	s := serveFollower(t, Config{}, manyRevocations(t, 300_000), func(a *API) { a.sendTimeout = time.Second })
+	s := serveFollower(t, Config{}, manyRevocations(t, size(120_000, 300_000)), func(a *API) { a.sendTimeout = time.Second })
 	conn := s.stuck(s.request("/v1/snapshots/revocations"))
 	whole := body(t, s.do(s.request("/v1/snapshots/revocations")))
 	if !json.Valid(whole) {
@@ -475,18 +478,90 @@ func TestSnapshotSlowReaderIsDropped(t *testing.T) {
 
 func TestSnapshotBounds(t *testing.T) {
 	t.Parallel()
-	s := serveFollower(t, Config{MaxReaders: 2, MaxCachedBytes: 1 << 20}, manyRevocations(t, 300_000))
-	refused := func(path string) {
+	s := serveFollower(t, Config{MaxReaders: 4}, manyRevocations(t, size(120_000, 300_000)))
+	refused := func(path, user string) {
 		t.Helper()
-		resp := s.do(s.request(path))
+		resp := s.do(s.request(path, "user", user))
 		if resp.StatusCode != http.StatusServiceUnavailable || resp.Header.Get("Retry-After") != "2" {
-			t.Errorf("%s: %s, Retry-After %q", path, resp.Status, resp.Header.Get("Retry-After"))
+			t.Errorf("%s for %s: %s, Retry-After %q", path, user, resp.Status, resp.Header.Get("Retry-After"))
 		}
 	}
 	s.stuck(s.request("/v1/snapshots/revocations"))
-	await(t, "much is held", func() bool { return s.metric("rescind_snapshot_cached_bytes") > 2<<20 })
-	refused("/v1/snapshots/apis") // no memory
 	s.stuck(s.request("/v1/snapshots/revocations"))
 	await(t, "two read", func() bool { return s.metric("rescind_snapshot_readers") == 2 })
-	refused("/v1/snapshots/revocations") // no place
+	refused("/v1/snapshots/revocations", "admin") // half of the places is taken
+	s.stuck(s.request("/v1/snapshots/revocations", "user", "gateway-all"))
+	s.stuck(s.request("/v1/snapshots/revocations", "user", "gateway-all"))
+	await(t, "four read", func() bool { return s.metric("rescind_snapshot_readers") == 4 })
+	refused("/v1/snapshots/revocations", "gateway") // no place
+	s.api.readers.mu.Lock()
+	s.api.readers.max = 20
+	s.api.readers.mu.Unlock()
+	s.api.cache.mu.Lock()
+	s.api.cache.max = 3 << 20
+	s.api.cache.mu.Unlock()
+	refused("/v1/snapshots/apis", "admin") // no memory
+
+	// Who has been there for long makes room.
+	s.api.cache.mu.Lock()
+	s.api.cache.slowFor = 0
+	s.api.cache.mu.Unlock()
+	if resp := s.do(s.request("/v1/snapshots/apis", "user", "auditor")); resp.StatusCode != http.StatusOK {
+		t.Errorf("although some were slow: %s", resp.Status)
+	}
+	if got := s.metric("rescind_snapshot_dropped_total"); got == 0 {
+		t.Error("nobody was dropped")
+	}
+}
+
+// Who takes a little again and again is dropped as well.
+func TestSnapshotTricklingReaderIsDropped(t *testing.T) {
+	t.Parallel()
+	s := serveFollower(t, Config{}, manyRevocations(t, size(120_000, 300_000)), func(a *API) { a.slowFor = -time.Hour })
+	resp := s.do(s.request("/v1/snapshots/revocations"))
+	if b, err := io.ReadAll(resp.Body); err == nil {
+		t.Errorf("%d bytes look whole", len(b))
+	}
+	if got := s.metric("rescind_snapshot_dropped_total"); got != 1 {
+		t.Errorf("%v were dropped", got)
+	}
+	for _, tt := range []struct {
+		sent int64
+		took time.Duration // after the first half minute
+		slow bool
+	}{{0, -time.Second, false}, {leastRate, time.Second, false}, {leastRate - 1, time.Second, true}, {150 << 20, time.Hour, true}, {150 << 20, 40 * time.Minute, false}} {
+		if got := isSlow(tt.sent, tt.took); got != tt.slow {
+			t.Errorf("%d bytes in %s are slow: %t", tt.sent, tt.took, got)
+		}
+	}
+}
+
+// A request that promises a body would hold its connection until it is there.
+func TestNoBody(t *testing.T) {
+	t.Parallel()
+	s := serve(t, Config{})
+	for path, accept := range map[string]string{
+		"/v1/snapshots/apis": "*/*", "/v1/events?wait=60s&after=" + string(epoch) + ":0": "*/*", "/v1/events": "text/event-stream",
+	} {
+		for _, length := range []string{"Content-Length: 5", "Transfer-Encoding: chunked"} {
+			conn, err := net.Dial("tcp", strings.TrimPrefix(s.url, "http://"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer conn.Close()
+			req := s.request(path)
+			_, err = fmt.Fprintf(conn, "GET %s HTTP/1.1\r\nHost: x\r\nAccept: %s\r\nAuthorization: %s\r\n%s\r\n\r\n", path, accept, req.Header.Get("Authorization"), length)
+			if err != nil {
+				t.Fatal(err)
+			}
+			resp, err := http.ReadResponse(bufio.NewReader(conn), nil)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if resp.StatusCode != http.StatusBadRequest || !resp.Close || resp.Header.Get("Content-Type") != "application/problem+json" {
+				t.Errorf("%s with %s: %s %v", path, length, resp.Status, resp.Header)
+			}
+			resp.Body.Close()
+		}
+	}
 }

@@ -5,18 +5,21 @@
 //
 // # Invariants
 //
-// A snapshot is whole and of one position, and what it lacks of the log is at most two
-// seconds old. An answer with events says up to which position everything for its
-// reader is in it, or was before: through.
+// A snapshot is whole and of one position, and lacks nothing that was in the log two
+// seconds before it was asked for. An answer with events says up to which position
+// everything for its reader is in it, or was before: through.
 //
-// Readers cost the database nothing: everything comes from the service's replica.
+// Readers cost the database next to nothing: everything comes from the service's replica,
+// but for the events of those who are far behind, which they share, and an account of those
+// that stream, which is looked at again each minute.
 //
 // # Decisions
 //
 // A snapshot is encoded and compressed once for all who ask for the same, and is sent
 // while it is made. It is made no faster than the fastest of its readers takes it, and
 // bytes that none of them needs any more are given back, so that one of 150 MB and a
-// slow reader holds a few. See cache.
+// slow reader holds a few. See cache. A tag is good with the process that made it: another
+// has the revocations in another order, and sends a gateway that comes to it the whole.
 //
 // Those who see the same tenants share one stream, whose events are put together for
 // 20 ms into batches of bytes that each of them writes with a single call. See live. An
@@ -53,15 +56,17 @@ import (
 
 // Config tunes what readers can hold. The zero value is ready for production.
 type Config struct {
-	// MaxReaders is how many snapshots are being sent at a time; past it the answer is
-	// 503. Default 4096, 1 to 1000000.
+	// MaxReaders is how many snapshots are being sent at a time, to one account half as
+	// many; past it the answer is 503. Each takes a connection. Default 4096, 1 to 1000000.
 	MaxReaders int
-	// MaxStreams is how many streams are open and polls wait at a time; past it the
-	// answer is 503. Default 10000, 1 to 1000000.
+	// MaxStreams is how many streams are open and polls wait at a time, of one account half
+	// as many; past it the answer is 503. Each takes a connection. Default 10000, 1 to
+	// 1000000.
 	MaxStreams int
-	// MaxCachedBytes bounds the snapshots in memory, those included that are being sent.
-	// Past it those that nobody reads are dropped, and then new ones refused: 503.
-	// Default 512 MiB, at least 1 MiB.
+	// MaxCachedBytes bounds the snapshots in memory, those included that are being sent,
+	// and what making them takes. Past it those that nobody reads are dropped, then readers
+	// that have taken longer than 30 s, and then new ones refused: 503. What is being sent
+	// goes on chunk by chunk, so there may be a few chunks more. Default 512 MiB, at least 16 MiB.
 	MaxCachedBytes int
 	// MaxBehind is how many bytes a stream may be behind the fastest before it is
 	// dropped. So many are held at most for those who see the same tenants. The system
@@ -82,7 +87,7 @@ func (c Config) withDefaults() (Config, error) {
 	}
 	number("MaxReaders", &c.MaxReaders, 4096, 1, 1000000)
 	number("MaxStreams", &c.MaxStreams, 10000, 1, 1000000)
-	number("MaxCachedBytes", &c.MaxCachedBytes, 512<<20, 1<<20, 1<<40)
+	number("MaxCachedBytes", &c.MaxCachedBytes, 512<<20, 16<<20, 1<<40)
 	number("MaxBehind", &c.MaxBehind, 16<<20, 1<<20, 1<<40)
 	if err := errors.Join(errs...); err != nil {
 		return c, fmt.Errorf("configure snapshots and events: %w", err)
@@ -115,11 +120,11 @@ type API struct {
 	hub      *hub
 	readers  slots
 	streams  slots
-	// closing is closed by Close.
-	closing   chan struct{}
-	closeOnce sync.Once
+	// closing ends with Close.
+	closing context.Context
+	close   context.CancelFunc
 	// Constants but in tests.
-	sendTimeout, streamFor time.Duration
+	sendTimeout, slowFor, streamFor, askEvery time.Duration
 }
 
 // New checks cfg. The follower must have been loaded before the first request.
@@ -130,9 +135,10 @@ func New(cfg Config, deps Deps) (*API, error) {
 	}
 	a := &API{
 		follower: deps.Follower, accounts: deps.Accounts,
-		readers: make(slots, cfg.MaxReaders), streams: make(slots, cfg.MaxStreams), closing: make(chan struct{}),
-		sendTimeout: sendTimeout, streamFor: streamFor,
+		readers: slots{max: cfg.MaxReaders, by: make(map[string]int)}, streams: slots{max: cfg.MaxStreams, by: make(map[string]int)},
+		sendTimeout: sendTimeout, slowFor: slowFor, streamFor: streamFor, askEvery: askEvery,
 	}
+	a.closing, a.close = context.WithCancel(context.Background())
 	a.metrics = newMetrics(deps.Registerer, a)
 	a.cache = newCache(deps.Follower, cfg.MaxCachedBytes, a.metrics, deps.Log.With("component", "snapshotapi"))
 	a.hub = newHub(deps.Follower, cfg.MaxBehind)
@@ -143,9 +149,25 @@ func New(cfg Config, deps Deps) (*API, error) {
 // host. A HEAD must be routed like a GET.
 func (a *API) Routes(r chi.Router) {
 	r.Group(func(r chi.Router) {
-		r.Use(rest.Require(a.accounts, nil, rest.Gateway, rest.Admin, rest.TenantAdmin, rest.Auditor))
+		r.Use(noBody, rest.Require(a.accounts, nil, roles...))
 		r.Method(http.MethodGet, "/v1/snapshots/{kind}", rest.Handler(a.snapshot))
 		r.Method(http.MethodGet, "/v1/events", rest.Handler(a.events))
+	})
+}
+
+// roles are those that may read.
+var roles = []string{rest.Gateway, rest.Admin, rest.TenantAdmin, rest.Auditor}
+
+// noBody refuses what has a body, of which nobody knows when it would come: an answer that
+// lasts has no end by which it would have to be here.
+func noBody(next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.ContentLength != 0 { // -1 if it is not told
+			w.Header().Set("Connection", "close")
+			rest.Write(w, r, rest.InvalidRequest("This request must have no body."))
+			return
+		}
+		next.ServeHTTP(w, r)
 	})
 }
 
@@ -153,29 +175,54 @@ func (a *API) Routes(r chi.Router) {
 // afterwards end at once. Snapshots that are being sent are not touched. It may be called
 // more than once.
 func (a *API) Close() {
-	a.closeOnce.Do(func() {
-		close(a.closing)
-		a.hub.close()
-		a.cache.close()
-	})
+	a.close()
+	a.hub.close()
+	a.cache.close()
 }
 
-// slots bound what goes on at a time.
-type slots chan struct{}
+// slots bound what goes on at a time, and what one account has of it: half.
+type slots struct {
+	max int
+
+	mu    sync.Mutex
+	taken int
+	by    map[string]int // accounts that have some
+}
 
 // take returns a [rest.Problem] if all are taken.
-func (s slots) take() error {
-	select {
-	case s <- struct{}{}:
-		return nil
+func (s *slots) take(account string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	detail := ""
+	switch {
+	case s.taken >= s.max:
+		detail = "Too many are being served. Sending the same request again is safe."
+	case s.by[account] >= (s.max+1)/2:
+		detail = "Too many of this account are being served. Sending the same request again is safe."
 	default:
-		p := rest.Status(http.StatusServiceUnavailable, "Too many are being served. Sending the same request again is safe.")
-		p.RetryAfter = busyRetry
-		return p
+		s.taken++
+		s.by[account]++
+		return nil
+	}
+	p := rest.Status(http.StatusServiceUnavailable, detail)
+	p.RetryAfter = busyRetry
+	return p
+}
+
+func (s *slots) release(account string) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.taken--
+	if s.by[account]--; s.by[account] == 0 {
+		delete(s.by, account)
 	}
 }
 
-func (s slots) release() { <-s }
+func (s *slots) count() int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.taken
+}
 
 // What callers are asked to wait when too many are here, and when it is not known whether
 // the replica is up to date.
@@ -220,13 +267,23 @@ func (s scope) has(domain string) bool {
 	return s.domains == nil || slices.Contains(s.domains, domain)
 }
 
-// scopeOf is what account sees, or of that the one tenant that it asks for.
-func scopeOf(account authn.Account, tenant string) (scope, error) {
+// scopeOf is what account sees, or of that the one tenant that it asks for. Its error is a
+// [rest.Problem]. The replica is asked for a tenant that the account sees with all others:
+// else it could make any number of scopes.
+func (a *API) scopeOf(ctx context.Context, account authn.Account, tenant string) (scope, error) {
 	switch {
 	case tenant != "" && !catalog.ValidDomain(tenant):
 		return scope{}, rest.InvalidParameter("The parameter tenant is not a tenant's domain.")
 	case tenant != "" && !account.Sees(tenant):
 		return scope{}, rest.Status(http.StatusForbidden, "The account does not see this tenant.")
+	case tenant != "" && tenant != account.Tenant.Domain && !slices.Contains(account.ExtraTenants, tenant) && !a.knows(tenant):
+		if _, err := a.follower.Fresh(ctx, 0); err != nil { // it may be that new
+			return scope{}, stale(err)
+		}
+		if !a.knows(tenant) {
+			return scope{}, rest.Status(http.StatusNotFound, "There is no such tenant.")
+		}
+		fallthrough
 	case tenant != "":
 		return scope{key: tenant, domains: []string{tenant}}, nil
 	case account.SeesAll():
@@ -239,19 +296,26 @@ func scopeOf(account authn.Account, tenant string) (scope, error) {
 	return scope{key: strings.Join(domains, " "), domains: domains}, nil
 }
 
+func (a *API) knows(domain string) (known bool) {
+	a.follower.Replica().View(func(v *replica.View) { known = v.Tenant(domain) != nil })
+	return known
+}
+
 // maxLimit is the most that the parameter limit can be.
 const maxLimit = 1000
 
 // query is the parameters of a request, those that it may have.
 type query struct {
-	values url.Values
-	scope  scope
-	limit  int
+	values  url.Values
+	account authn.Account
+	tenant  string // that is asked for
+	scope   scope
+	limit   int
 }
 
 // readQuery reads what all have: tenant and limit. A parameter that is not among known,
 // or is there twice, is an error, since what it was to change would silently not happen.
-func readQuery(r *http.Request, known ...string) (query, error) {
+func (a *API) readQuery(r *http.Request, known ...string) (query, error) {
 	values, err := url.ParseQuery(r.URL.RawQuery)
 	if err != nil {
 		return query{}, rest.InvalidParameter("The query string is not well-formed.")
@@ -265,7 +329,7 @@ func readQuery(r *http.Request, known ...string) (query, error) {
 			return query{}, rest.InvalidParameter("The parameter " + name + " is there more than once.")
 		}
 	}
-	q := query{values: values, limit: maxLimit}
+	q := query{values: values, account: rest.AccountOf(r.Context()), tenant: values.Get("tenant"), limit: maxLimit}
 	if values.Has("limit") {
 		n, err := strconv.Atoi(values.Get("limit"))
 		if err != nil || n < 1 || n > maxLimit || strconv.Itoa(n) != values.Get("limit") {
@@ -273,10 +337,10 @@ func readQuery(r *http.Request, known ...string) (query, error) {
 		}
 		q.limit = n
 	}
-	if values.Has("tenant") && values.Get("tenant") == "" {
+	if values.Has("tenant") && q.tenant == "" {
 		return query{}, rest.InvalidParameter("The parameter tenant is empty.")
 	}
-	q.scope, err = scopeOf(rest.AccountOf(r.Context()), values.Get("tenant"))
+	q.scope, err = a.scopeOf(r.Context(), q.account, q.tenant)
 	return q, err
 }
 

@@ -19,6 +19,9 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/rescindhq/rescind/api/catalog"
+	"github.com/rescindhq/rescind/api/replica"
+	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/authn"
 	"github.com/rescindhq/rescind/internal/pgtest"
 )
@@ -70,32 +73,31 @@ func conformance(t *testing.T) *Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := start(t, pool, Config{}, key)
+	s := start(t, pool, Config{State: stateOf(t, iss, "app one", "app-2", "spa-1", "blocked")}, key)
 	s.forms = clients
 	const (
 		far        = "https://far.example"
 		newMapping = `
-WITH app AS (INSERT INTO rescind.applications (tenant_id, owner, name, blocked) VALUES (-1234, 'admin', $2, $3) RETURNING id)
+WITH app AS (INSERT INTO rescind.applications (tenant_id, owner, name) VALUES (-1234, 'admin', $2) RETURNING id)
 INSERT INTO rescind.key_mappings (application_id, key_manager_id, consumer_key, key_type)
 SELECT app.id, $1, $2, 'PRODUCTION' FROM app
 RETURNING id`
 	)
 	for _, c := range []struct {
-		iss     string
-		blocked bool
+		iss string
 		authn.Registration
 	}{
-		{iss, false, authn.Registration{ID: "app one", Secret: "s3cr:t+/=%", Scopes: []string{"read", "write"}, DefaultScopes: []string{"read", "write"},
+		{iss, authn.Registration{ID: "app one", Secret: "s3cr:t+/=%", Scopes: []string{"read", "write"}, DefaultScopes: []string{"read", "write"},
 			Audience: []string{"https://api.example.com", "https://other.example.com/v1"}}},
-		{iss, false, authn.Registration{ID: "app-2", AuthMethod: "client_secret_post", Secret: "Secret-2", TokenLifetime: 60}},
-		{iss, false, authn.Registration{ID: "spa-1", AuthMethod: "none"}},
-		{iss, true, authn.Registration{ID: "blocked", Secret: "Secret-blocked"}},
-		{far, false, authn.Registration{ID: "far", Secret: "Secret-far"}},
+		{iss, authn.Registration{ID: "app-2", AuthMethod: "client_secret_post", Secret: "Secret-2", TokenLifetime: 60}},
+		{iss, authn.Registration{ID: "spa-1", AuthMethod: "none"}},
+		{iss, authn.Registration{ID: "blocked", Secret: "Secret-blocked"}},
+		{far, authn.Registration{ID: "far", Secret: "Secret-far"}},
 	} {
 		manager := keyManager(t, pool, c.iss, c.iss)
 		err := pgx.BeginFunc(t.Context(), pool, func(tx pgx.Tx) error {
 			var mapping int32
-			if err := tx.QueryRow(t.Context(), newMapping, manager, c.ID, c.blocked).Scan(&mapping); err != nil {
+			if err := tx.QueryRow(t.Context(), newMapping, manager, c.ID).Scan(&mapping); err != nil {
 				return err
 			}
 			_, err := clients.StoreClient(t.Context(), tx, mapping, c.Registration)
@@ -216,7 +218,7 @@ func checkClaims(t *testing.T, s *Server, access string, before int64, scope str
 	}
 	sub, _ := claims["sub"].(string)
 	want := map[string]any{
-		"iss": iss, "sub": sub, "client_id": sub, "azp": sub, "iat": iat, "exp": iat + float64(lifetime), "jti": claims["jti"],
+		"iss": iss, "sub": sub, "client_id": sub, "azp": sub, "entity_id": sub, "iat": iat, "exp": iat + float64(lifetime), "jti": claims["jti"],
 		"aud": any(wantAudience[0]),
 	}
 	if len(wantAudience) > 1 {
@@ -240,6 +242,101 @@ func TestTokenEndpointTakesPostOnly(t *testing.T) {
 		got := do(s, httptest.NewRequestWithContext(t.Context(), method, tokenPath, nil))
 		if got.status != 405 || got.header.Get("Allow") != "POST" || got.header.Get("Cache-Control") != "no-store" {
 			t.Errorf("%s is answered %d %v", method, got.status, got.header)
+		}
+	}
+}
+
+// A token bears the first second that no revocation reaches, if its client may have one.
+func TestTokensOfRevokedClients(t *testing.T) {
+	t.Parallel()
+	now := time.Now().Truncate(time.Second)
+	s := start(t, pgtest.New(t), Config{})
+	s.now = func() time.Time { return now.Add(300 * time.Millisecond) }
+	s.forms = fakeForms{authn.Client{ID: "c", Issuer: iss}, url.Values{"grant_type": {clientCredentials}}}
+	const own = revocation.KindClient
+	rev := func(kind revocation.Kind, id string, ahead int64) replica.Record {
+		r := replica.Record{
+			Target: revocation.Target{Kind: kind, Iss: iss, ID: id}, Tenant: revocation.SuperTenant,
+			Exp: now.Unix() + 3600, NotAfter: now.Unix() + ahead,
+		}
+		if kind == revocation.KindTenant {
+			r.Target.Iss = ""
+		}
+		return r
+	}
+	for name, tt := range map[string]struct {
+		revoked []replica.Record
+		want    int64 // after now; negative: refused
+	}{
+		"nothing":                 {nil, 0},
+		"long ago":                {[]replica.Record{rev(own, "c", -1)}, 0},
+		"in this second":          {[]replica.Record{rev(own, "c", 0)}, 1},
+		"with clock skew":         {[]replica.Record{rev(own, "c", 2)}, 3},
+		"as a subject":            {[]replica.Record{rev(revocation.KindSubject, "c", 60)}, 61},
+		"with its tenant":         {[]replica.Record{rev(revocation.KindTenant, "carbon.super", 5), rev(own, "c", 2)}, 6},
+		"others":                  {[]replica.Record{rev(own, "d", 9), rev(revocation.KindTenant, "other", 9)}, 0},
+		"as far ahead as can be":  {[]replica.Record{rev(own, "c", maxAhead-1)}, maxAhead},
+		"further than it goes on": {[]replica.Record{rev(own, "c", maxAhead)}, -1},
+	} {
+		state := stateOf(t, iss, "c")
+		err := state.replica.Load(revocation.Position{Epoch: "e", Seq: 2}, func(l *replica.Loader) error {
+			l.Entity(&catalog.Application{Meta: meta(0, "application"), Name: "c"})
+			l.Entity(&catalog.KeyMapping{Meta: meta(0, "mapping"), Iss: iss, ConsumerKey: "c", Application: catalog.Ref{UUID: meta(0, "application").UUID}})
+			for _, r := range tt.revoked {
+				l.Revocation(r)
+			}
+			return nil
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.cfg.State = state
+		got := do(s, httptest.NewRequestWithContext(t.Context(), http.MethodPost, tokenPath, nil))
+		if tt.want < 0 {
+			if got.status != 503 || got.header.Get("Retry-After") == "" || !strings.Contains(got.body, "temporarily_unavailable") {
+				t.Errorf("%s: answer is %+v, want 503 with Retry-After", name, got)
+			}
+			continue
+		}
+		var response tokenResponse
+		got.decode(t, &response)
+		minted, err := verify(t, s, response.AccessToken)
+		if err != nil {
+			t.Errorf("%s: %v of answer %+v", name, err, got)
+			continue
+		}
+		if iat := minted.IssuedAt - now.Unix(); iat != tt.want || minted.Expiry-minted.IssuedAt != 900 || response.ExpiresIn != 900 {
+			t.Errorf("%s: iat is %d s ahead, exp %d s after it, want %d and 900", name, iat, minted.Expiry-minted.IssuedAt, tt.want)
+		}
+		if state.maxAge != 0 {
+			t.Errorf("%s: a state of %s ago will do, which may lack what the client has just done", name, state.maxAge)
+		}
+	}
+}
+
+func TestTokensNeedTheState(t *testing.T) {
+	t.Parallel()
+	s := start(t, pgtest.New(t), Config{})
+	ask := func(id string, state *fakeState) answer {
+		s.forms = fakeForms{authn.Client{ID: id, Issuer: iss}, url.Values{"grant_type": {clientCredentials}}}
+		s.cfg.State = state
+		return do(s, httptest.NewRequestWithContext(t.Context(), http.MethodPost, tokenPath, nil))
+	}
+	stale := stateOf(t, iss, "c")
+	stale.err = errors.New("the database is away")
+	for name, tt := range map[string]struct {
+		answer
+		status int
+		code   string
+	}{
+		"stale":                    {ask("c", stale), 503, "temporarily_unavailable"},
+		"removed":                  {ask("c", stateOf(t, iss)), 401, "invalid_client"},
+		"mapped at another issuer": {ask("c", stateOf(t, "https://far.example", "c")), 401, "invalid_client"},
+		"blocked":                  {ask("blocked", stateOf(t, iss, "c", "blocked")), 400, "unauthorized_client"},
+		"beside a blocked one":     {ask("c", stateOf(t, iss, "c", "blocked")), 200, ""},
+	} {
+		if tt.answer.status != tt.status || !strings.Contains(tt.body, tt.code) || (tt.status == 503) != (tt.header.Get("Retry-After") != "") {
+			t.Errorf("%s: answer is %+v, want %d %s", name, tt.answer, tt.status, tt.code)
 		}
 	}
 }

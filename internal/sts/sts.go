@@ -1,6 +1,24 @@
 // Package sts is our own token issuer. It hides how tokens are minted, where the
 // signing keys are kept and how they are sealed. It owns the table signing_keys.
 //
+// # Tokens and revocations
+//
+// A revocation of a client, a subject or a tenant ends what was issued up to its time,
+// which is the database's clock when it was made plus the clock skew. So a token that is
+// minted just after it must be stamped later, with the first second that no revocation
+// reaches, or it is dead when it is handed out.
+//
+// For that the replica must have all that was committed when the request came. If it were
+// a second behind, whoever has ended its tokens and asks for the next one would get a dead
+// one, and whoever was registered a moment ago would get none.
+//
+// A client that loses its right to tokens, because it is blocked, deleted or rotated, has
+// its tokens revoked in the same transaction. If that is committed after the request came,
+// and so missed, its time is not before the request's, which is what the token bears. Two
+// things keep a token from its reach: a commit that takes longer than the clock skew, and
+// another revocation of the client so short before that the token is stamped past both.
+// The events of the block or the deletion still stop such a token at the gateways.
+//
 // # Decisions
 //
 // A client without an audience gets tokens for the issuer itself: aud is
@@ -31,6 +49,7 @@ import (
 	"github.com/go-chi/chi/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/rescindhq/rescind/api/replica"
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/api/token"
 	"github.com/rescindhq/rescind/internal/authn"
@@ -39,7 +58,7 @@ import (
 // MaxTokenLifetime is the longest that a token of ours lives.
 const MaxTokenLifetime = time.Hour
 
-// Config tunes the issuer. All but Issuer and KeyManagerID may stay zero.
+// Config tunes the issuer. All but Issuer, KeyManagerID and State may stay zero.
 type Config struct {
 	// Issuer is the iss of the super tenant's tokens, and the URL below which
 	// clients reach us, with no slash at its end. A database belongs to the one
@@ -48,6 +67,8 @@ type Config struct {
 	// KeyManagerID is the row of rescind.key_managers that is Issuer's. Its longest
 	// token lifetime is [MaxTokenLifetime].
 	KeyManagerID int32
+	// State says who may have tokens and which are revoked.
+	State State
 	// TokenLifetime is how long tokens of clients live that have no lifetime of
 	// their own. Shorter limits what a lost gateway accepts; longer means fewer
 	// requests for tokens. Default 15 min, 1 s to 1 h.
@@ -100,6 +121,14 @@ func (c Config) complete() (Config, error) {
 	return c, errors.Join(errs...)
 }
 
+// State is the state of the log in this process. [follow.Follower] is one.
+type State interface {
+	// Fresh waits until the replica has everything up to a head of the log that was read
+	// at most maxAge before the call, or after it with 0.
+	Fresh(ctx context.Context, maxAge time.Duration) (revocation.Position, error)
+	Replica() *replica.Replica
+}
+
 // Forms reads a form and authenticates the client that sent it.
 // [authn.Authenticator] does.
 type Forms interface {
@@ -122,12 +151,15 @@ type Server struct {
 	signing chan struct{} // a place for each that is being signed
 }
 
-// New makes the issuer's first signing key unless there is one, and loads its keys. The first of masterKeys seals new signing
-// keys; the others open old ones too.
+// New makes the issuer's first signing key unless there is one, and loads its keys. The
+// first of masterKeys seals new signing keys; the others open old ones too.
 func New(ctx context.Context, cfg Config, pool *pgxpool.Pool, masterKeys []authn.MasterKey, forms Forms, log *slog.Logger) (*Server, error) {
 	cfg, err := cfg.complete()
 	if len(masterKeys) == 0 {
 		err = errors.Join(err, errors.New("no master key is given"))
+	}
+	if cfg.State == nil {
+		err = errors.Join(err, errors.New("no state is given"))
 	}
 	if err != nil {
 		return nil, fmt.Errorf("configure token issuer: %w", err)

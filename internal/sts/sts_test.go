@@ -18,6 +18,9 @@ import (
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/rescindhq/rescind/api/catalog"
+	"github.com/rescindhq/rescind/api/replica"
+	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/api/token"
 	"github.com/rescindhq/rescind/internal/authn"
 	"github.com/rescindhq/rescind/internal/pgtest"
@@ -56,12 +59,53 @@ ON CONFLICT (iss) DO NOTHING`, name, iss)
 	return id
 }
 
+// fakeState is a replica that is as fresh as a test says.
+type fakeState struct {
+	replica *replica.Replica
+	err     error
+	maxAge  time.Duration // that was asked for last
+}
+
+func (s *fakeState) Fresh(_ context.Context, maxAge time.Duration) (revocation.Position, error) {
+	s.maxAge = maxAge
+	return s.replica.At(), s.err
+}
+
+func (s *fakeState) Replica() *replica.Replica { return s.replica }
+
+// stateOf has an application with a key mapping at iss for each client.
+func stateOf(t testing.TB, iss string, clients ...string) *fakeState {
+	t.Helper()
+	s := &fakeState{replica: replica.New(replica.Config{}), maxAge: -1}
+	err := s.replica.Load(revocation.Position{Epoch: "e", Seq: 1}, func(l *replica.Loader) error {
+		for i, id := range clients {
+			application := catalog.Application{Meta: meta(i, "application"), Name: id, Blocked: id == "blocked"}
+			l.Entity(&application)
+			l.Entity(&catalog.KeyMapping{
+				Meta: meta(i, "mapping"), Iss: iss, ConsumerKey: id, KeyType: catalog.Production, Application: catalog.Ref{UUID: application.UUID},
+			})
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
+}
+
+func meta(i int, noun string) catalog.Meta {
+	return catalog.Meta{ID: int32(i + 1), UUID: fmt.Sprintf("%s-%d", noun, i), Tenant: revocation.SuperTenant}
+}
+
 func start(t testing.TB, pool *pgxpool.Pool, cfg Config, masterKeys ...authn.MasterKey) *Server {
 	t.Helper()
 	if cfg.Issuer == "" {
 		cfg.Issuer = iss
 	}
 	cfg.KeyManagerID = keyManager(t, pool, "own", cfg.Issuer)
+	if cfg.State == nil {
+		cfg.State = stateOf(t, cfg.Issuer, "c")
+	}
 	if len(masterKeys) == 0 {
 		masterKeys = []authn.MasterKey{masterKey(t, "a")}
 	}
@@ -137,7 +181,7 @@ func TestTokensSurviveRestart(t *testing.T) {
 func TestStartsAtOnceMakeOneKey(t *testing.T) {
 	t.Parallel()
 	pool := pgtest.New(t)
-	cfg := Config{Issuer: iss, KeyManagerID: keyManager(t, pool, "own", iss)}
+	cfg := Config{Issuer: iss, KeyManagerID: keyManager(t, pool, "own", iss), State: stateOf(t, iss)}
 	kids := make([]string, 6)
 	var wg sync.WaitGroup
 	for i := range kids {
@@ -356,7 +400,7 @@ func TestConfigReportsAll(t *testing.T) {
 		if err == nil {
 			t.Fatalf("issuer %q: New accepts it", issuer)
 		}
-		for _, want := range []string{"issuer \"", "2h0m0s", "HS256", "-1", "key manager 0", "master key"} {
+		for _, want := range []string{"issuer \"", "2h0m0s", "HS256", "-1", "key manager 0", "master key", "no state"} {
 			if !strings.Contains(err.Error(), want) {
 				t.Errorf("issuer %q: error does not say %q: %v", issuer, want, err)
 			}

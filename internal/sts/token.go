@@ -12,6 +12,9 @@ import (
 	"strings"
 	"time"
 
+	"github.com/rescindhq/rescind/api/catalog"
+	"github.com/rescindhq/rescind/api/replica"
+	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/authn"
 )
 
@@ -38,8 +41,16 @@ var (
 	errScope       = refusal("invalid_scope", "A scope is malformed or not one of the client.")
 	errTarget      = refusal("invalid_target", "A resource is malformed or not one of the client.")
 
+	// errUnknown is of a client that was removed since it was let in.
+	errUnknown = &authn.OAuthError{Status: http.StatusUnauthorized, Code: authn.InvalidClient, Description: "The client is unknown."}
+
 	errQueueFull = errors.New("too many tokens wait to be signed")
+	errAllDead   = fmt.Errorf("revocations reach more than %d s ahead", maxAhead)
 )
+
+// maxAhead is how many seconds after the present one a token may be stamped. The database's
+// clock may be ahead of ours, and a revocation reaches up to a minute ahead of that.
+const maxAhead = 180
 
 // tokenResponse has the members of RFC 6749 section 5.1. This grant has no
 // refresh token.
@@ -81,8 +92,6 @@ func (s *Server) grant(w http.ResponseWriter, r *http.Request) (tokenResponse, e
 		return tokenResponse{}, errPublic
 	case client.Issuer != s.cfg.Issuer:
 		return tokenResponse{}, errForeign
-	case client.Blocked:
-		return tokenResponse{}, errBlocked
 	}
 	scopes, err := scopesOf(client, form.Get("scope"))
 	if err != nil {
@@ -96,12 +105,14 @@ func (s *Server) grant(w http.ResponseWriter, r *http.Request) (tokenResponse, e
 	if client.TokenLifetime > 0 {
 		lifetime = min(client.TokenLifetime, MaxTokenLifetime)
 	}
-	now := s.now().Unix()
 	claims := claims{
-		Issuer: s.cfg.Issuer, Expiry: now + int64(lifetime/time.Second), Audience: audience,
-		Subject: client.ID, ClientID: client.ID, AuthorizedParty: client.ID,
-		IssuedAt: now, ID: newUUID(), Scope: strings.Join(scopes, " "),
+		Issuer: s.cfg.Issuer, Audience: audience, Subject: client.ID, ClientID: client.ID, AuthorizedParty: client.ID,
+		EntityID: client.ID, ID: newUUID(), Scope: strings.Join(scopes, " "),
 	}
+	if claims.IssuedAt, err = s.issueTime(r.Context(), claims); err != nil {
+		return tokenResponse{}, err
+	}
+	claims.Expiry = claims.IssuedAt + int64(lifetime/time.Second)
 	access, err := s.sign(r.Context(), claims)
 	if err != nil {
 		return tokenResponse{}, err
@@ -109,6 +120,43 @@ func (s *Server) grant(w http.ResponseWriter, r *http.Request) (tokenResponse, e
 	return tokenResponse{
 		AccessToken: access, TokenType: "Bearer", ExpiresIn: claims.Expiry - claims.IssuedAt, Scope: claims.Scope,
 	}, nil
+}
+
+// issueTime is the iat of a token with the other claims of c, which its client may have
+// now: the first second at which no revocation ends it. See the package's comment.
+func (s *Server) issueTime(ctx context.Context, c claims) (iat int64, err error) {
+	now := s.now().Unix() // before the state is looked at
+	if _, err := s.cfg.State.Fresh(ctx, 0); err != nil {
+		return 0, authn.Unavailable(storageRetry, err)
+	}
+	state := s.cfg.State.Replica()
+	state.View(func(v *replica.View) {
+		mappings := v.KeyMappingsOf(c.ClientID)
+		i := slices.IndexFunc(mappings, func(m *catalog.KeyMapping) bool { return m.Iss == c.Issuer })
+		var application *catalog.Application
+		if i >= 0 {
+			application = v.Application(mappings[i].Application.UUID)
+		}
+		switch {
+		case application == nil:
+			err = errUnknown
+			return
+		case application.Blocked:
+			err = errBlocked
+			return
+		}
+		t := replica.Token{
+			Iss: c.Issuer, Tenant: revocation.SuperTenant.Domain, ClientID: c.ClientID, Sub: c.Subject,
+		}
+		for t.IssuedAt = now; t.IssuedAt <= now+maxAhead; t.IssuedAt++ {
+			if _, dead := state.Check(t, now); !dead {
+				iat = t.IssuedAt
+				return
+			}
+		}
+		err = authn.Unavailable(storageRetry, errAllDead)
+	})
+	return iat, err
 }
 
 // scopesOf is what of the client's scopes is granted: all of those asked for, or
@@ -156,8 +204,8 @@ func (s *Server) audienceOf(client authn.Client, resources []string) (audience, 
 	return audience{s.cfg.Issuer}, nil
 }
 
-// claims are those of RFC 9068 section 2.2, and azp, by which WSO2's gateways
-// know the client.
+// claims are those of RFC 9068 section 2.2, and azp and entity_id: WSO2's gateways know
+// the client by them, and end tokens in bulk by them together with iat.
 type claims struct {
 	Issuer          string   `json:"iss"`
 	Expiry          int64    `json:"exp"`
@@ -165,6 +213,7 @@ type claims struct {
 	Subject         string   `json:"sub"`
 	ClientID        string   `json:"client_id"`
 	AuthorizedParty string   `json:"azp"`
+	EntityID        string   `json:"entity_id"`
 	IssuedAt        int64    `json:"iat"`
 	ID              string   `json:"jti"`
 	Scope           string   `json:"scope,omitempty"`
