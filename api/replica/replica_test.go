@@ -47,12 +47,9 @@ func (c *clock) newReplica(records bool) *Replica {
 	return r
 }
 
-// heavy makes tests as large as they once were for a good while.
-var heavy = os.Getenv("RESCIND_HEAVY") != ""
-
-// size is of what a test makes: much if it may take long, else some.
+// size is of what a test makes: much if it may take long, as RESCIND_HEAVY says, else some.
 func size(some, much int) int {
-	if heavy {
+	if os.Getenv("RESCIND_HEAVY") != "" {
 		return much
 	}
 	return some
@@ -552,7 +549,7 @@ func isNil(e catalog.Entity) bool {
 
 func TestHistories(t *testing.T) {
 	t.Parallel()
-	for seed := range size(12, 40) {
+	for seed := range size(6, 40) {
 		data := make([]byte, 4000)
 		rng := rand.NewChaCha8([32]byte{byte(seed)})
 		rng.Read(data)
@@ -742,7 +739,7 @@ func TestForget(t *testing.T) {
 	m.clock = clk
 	r := clk.newReplica(true)
 	load(t, r, m.head())
-	const n = 20_000 // several tables and chunks
+	n := size(8000, 20_000) // several tables and chunks
 	for i := range n {
 		must(t, r.Apply(m.revoke(Record{Target: token(uuidOf(i)), Tenant: acme, Exp: begin + int64(i%1000)})))
 	}
@@ -856,7 +853,7 @@ func TestWrongClock(t *testing.T) {
 // does not.
 func TestArchive(t *testing.T) {
 	t.Parallel()
-	for seed := range uint64(10) {
+	for seed := range uint64(size(3, 10)) {
 		rng := rand.New(rand.NewPCG(seed, 1))
 		a := newArchive()
 		numbers, next := map[string]uint32{}, 0
@@ -908,7 +905,7 @@ func TestReadersWhileApplying(t *testing.T) {
 	t.Parallel()
 	clk, m := newClock(), newModel()
 	const ends, window = 300, 5000
-	n := size(15_000, 30_000)
+	n := size(10_000, 30_000)
 	record := func(seq int) Record { // of the event of seq
 		if seq%3 == 0 {
 			return Record{Target: token(uuidOf(seq / 2)), Tenant: acme, Exp: begin + int64(seq)/10 + 2*ends}

@@ -96,6 +96,27 @@ func (l *memoryLog) set(err error, hold chan struct{}) {
 	l.err, l.hold = err, hold
 }
 
+// eventReads is how many reads of events there were.
+func (l *memoryLog) eventReads() int {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.afters
+}
+
+func (l *memoryLog) end() revocation.Position {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.head()
+}
+
+// forget leaves nothing in memory.
+func (f *Follower) forget() {
+	synctest.Wait()
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.ring.reset(f.ring.end)
+}
+
 func (l *memoryLog) reads() int {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -295,9 +316,9 @@ func TestOlderFramesAreShared(t *testing.T) {
 			t.Fatal(err)
 		}
 		after := func(seq int) revocation.Position {
-			return revocation.Position{Epoch: l.head().Epoch, Seq: revocation.Seq(seq)}
+			return revocation.Position{Epoch: l.end().Epoch, Seq: revocation.Seq(seq)}
 		}
-		f.ring.reset(after(n)) // nothing is in memory
+		f.forget()
 		follow := func(from, limit int) error {
 			for seq := from; seq < n; {
 				frames, err := f.Frames(t.Context(), after(seq), limit)
@@ -312,7 +333,7 @@ func TestOlderFramesAreShared(t *testing.T) {
 			}
 			return nil
 		}
-		before := l.afters
+		before := l.eventReads()
 		var readers sync.WaitGroup
 		for i := range 1000 {
 			readers.Go(func() {
@@ -322,7 +343,7 @@ func TestOlderFramesAreShared(t *testing.T) {
 			})
 		}
 		readers.Wait()
-		if got := l.afters - before; got != 3 {
+		if got := l.eventReads() - before; got != 3 {
 			t.Errorf("%d reads of three pages", got)
 		}
 
@@ -333,32 +354,35 @@ func TestOlderFramesAreShared(t *testing.T) {
 		if _, err := f.Fresh(t.Context(), 0); err != nil {
 			t.Fatal(err)
 		}
-		f.ring.reset(after(n + 20))
+		f.forget()
 		if frames, err := f.Frames(t.Context(), after(n), 100); err != nil || len(frames) != 20 {
 			t.Errorf("%d frames of a page that has grown, %v", len(frames), err)
 		}
 
 		// Its beginning is no longer there.
 		f.pages = newPages()
+		l.mu.Lock()
 		l.gone = pageEvents + 7
+		l.mu.Unlock()
 		if frames, err := f.Frames(t.Context(), after(pageEvents+7), 100); err != nil || len(frames) != 100 {
 			t.Errorf("%d frames after what is gone, %v", len(frames), err)
 		}
 		if _, err := f.Frames(t.Context(), after(pageEvents+6), 100); !errors.Is(err, ErrGone) {
 			t.Errorf("what is gone: %v", err)
 		}
-		l.gone = 0
 
 		// The memory of pages is bounded, and so is that of what is returned at a time.
-		l.data = `"` + strings.Repeat("x", 20<<10) + `"`
+		l.mu.Lock()
+		l.gone, l.data = 0, `"`+strings.Repeat("x", 20<<10)+`"`
+		l.mu.Unlock()
 		for range 3 * pageEvents {
 			l.write()
 		}
-		end := int(l.head().Seq)
+		end := int(l.end().Seq)
 		if _, err := f.Fresh(t.Context(), 0); err != nil {
 			t.Fatal(err)
 		}
-		f.ring.reset(after(end))
+		f.forget()
 		for seq := n + 20; seq < end; {
 			frames, err := f.Frames(t.Context(), after(seq), 1000)
 			bytes := 0
@@ -393,17 +417,17 @@ func TestReadsHaveAnEnd(t *testing.T) {
 		time.Sleep(2 * time.Second) // it reads
 		stuck(false)
 		begin := time.Now()
-		for changed := f.Changed(); f.Replica().At() != l.head(); changed = f.Changed() {
+		for changed := f.Changed(); f.Replica().At() != l.end(); changed = f.Changed() {
 			<-changed
 		}
 		if took := time.Since(begin); took > readTimeout+maxRetryWait {
 			t.Errorf("it went on after %s", took)
 		}
 
-		f.ring.reset(l.head())
+		f.forget()
 		stuck(true)
 		begin = time.Now()
-		old := revocation.Position{Epoch: l.head().Epoch}
+		old := revocation.Position{Epoch: l.end().Epoch}
 		if _, err := f.Frames(t.Context(), old, 1); !errors.Is(err, ErrStale) || time.Since(begin) != readTimeout {
 			t.Errorf("old frames after %s: %v", time.Since(begin), err)
 		}
@@ -413,9 +437,9 @@ func TestReadsHaveAnEnd(t *testing.T) {
 		if _, err := f.Frames(ctx, old, 1); !errors.Is(err, context.DeadlineExceeded) {
 			t.Errorf("old frames for one who left: %v", err)
 		}
-		before := l.afters
-		if _, err := f.Frames(t.Context(), old, 1); !errors.Is(err, ErrStale) || l.afters != before {
-			t.Errorf("old frames for the other: %v, %d reads more", err, l.afters-before)
+		before := l.eventReads()
+		if _, err := f.Frames(t.Context(), old, 1); !errors.Is(err, ErrStale) || l.eventReads() != before {
+			t.Errorf("old frames for the other: %v, %d reads more", err, l.eventReads()-before)
 		}
 	})
 }

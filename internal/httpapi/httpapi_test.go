@@ -232,7 +232,9 @@ func TestLogLine(t *testing.T) {
 
 func TestMetricsAreThereFromTheStart(t *testing.T) {
 	t.Parallel()
-	s := newStand(t, Config{}, Deps{Routes: routes(example)})
+	s := newStand(t, Config{}, Deps{Routes: routes(example, func(r chi.Router) {
+		r.Get("/v1/events", func(http.ResponseWriter, *http.Request) {})
+	})})
 	for _, labels := range [][]string{
 		{"200", "POST", "/revoke"}, {"401", "POST", "/oauth2/revoke"}, {"503", "POST", "/oauth2/token"},
 		{"200", "GET", "/v1/things"}, {"404", "GET", "unmatched"},
@@ -250,6 +252,20 @@ func TestMetricsAreThereFromTheStart(t *testing.T) {
 	s.do("WEIRD", "/x")
 	if n := s.metric(t, "rescind_http_request_seconds", "/v1/things"); n != 1 {
 		t.Errorf("%v observed, want 1", n)
+	}
+	// What lasts is counted, and how long it took would only blur what the others take.
+	s.do("GET", "/v1/events")
+	if n := s.metric(t, "rescind_http_requests_total", "200", "GET", "/v1/events"); n != 1 {
+		t.Errorf("%v requests that last, want 1", n)
+	}
+	families, err := s.reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range families {
+		if strings.Contains(f.String(), "/v1/events") != (f.GetName() == "rescind_http_requests_total") {
+			t.Errorf("%s: %s", f.GetName(), f)
+		}
 	}
 	if n := s.metric(t, "rescind_http_requests_total", "405", "other", "unmatched"); n != 1 {
 		t.Errorf("%v unmatched, want 1", n)

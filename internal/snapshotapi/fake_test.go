@@ -177,12 +177,9 @@ func (f *fakeFollower) Frames(ctx context.Context, after revocation.Position, li
 	return f.frames[after.Seq:min(int(after.Seq)+limit, len(f.frames))], ctx.Err()
 }
 
-// heavy makes tests larger, as they are run now and then.
-var heavy = os.Getenv("RESCIND_HEAVY") != ""
-
-// size is of what a test makes: much if it may take long, else some.
+// size is of what a test makes: much if it may take long, as RESCIND_HEAVY says, else some.
 func size(some, much int) int {
-	if heavy {
+	if os.Getenv("RESCIND_HEAVY") != "" {
 		return much
 	}
 	return some

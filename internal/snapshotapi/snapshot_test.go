@@ -392,7 +392,8 @@ func TestSnapshotHasWhatGatewaysNeed(t *testing.T) {
 // All who ask for the same at a time share one making of it.
 func TestSnapshotIsShared(t *testing.T) {
 	t.Parallel()
-	f := manyRevocations(t, 50_000)
+	entries := size(15_000, 50_000)
+	f := manyRevocations(t, entries)
 	s := serveFollower(t, Config{}, f)
 	for _, coding := range []string{"", "zstd"} {
 		before := s.metric("rescind_snapshot_builds_total")
@@ -402,7 +403,7 @@ func TestSnapshotIsShared(t *testing.T) {
 			crc          uint32
 			bytes, lines int
 		}
-		sums := make([]sum, 200)
+		sums := make([]sum, size(100, 200))
 		for i := range sums {
 			all.Go(func() {
 				resp, err := client.Do(s.request("/v1/snapshots/revocations", "Accept-Encoding", coding))
@@ -434,7 +435,7 @@ func TestSnapshotIsShared(t *testing.T) {
 		if got := s.metric("rescind_snapshot_builds_total") - before; got != 1 {
 			t.Errorf("coding %q: %v snapshots were made, want 1", coding, got)
 		}
-		if coding == "" && sums[0].lines != 50_000+2 {
+		if coding == "" && sums[0].lines != entries+2 {
 			t.Errorf("%d lines", sums[0].lines)
 		}
 	}
@@ -457,7 +458,7 @@ func (s *served) stuck(req *http.Request) net.Conn {
 
 func TestSnapshotSlowReaderIsDropped(t *testing.T) {
 	t.Parallel()
-	s := serveFollower(t, Config{}, manyRevocations(t, size(120_000, 300_000)), func(a *API) { a.sendTimeout = time.Second })
+	s := serveFollower(t, Config{}, manyRevocations(t, size(80_000, 300_000)), func(a *API) { a.sendTimeout = time.Second })
 	conn := s.stuck(s.request("/v1/snapshots/revocations"))
 	whole := body(t, s.do(s.request("/v1/snapshots/revocations")))
 	if !json.Valid(whole) {
@@ -478,7 +479,7 @@ func TestSnapshotSlowReaderIsDropped(t *testing.T) {
 
 func TestSnapshotBounds(t *testing.T) {
 	t.Parallel()
-	s := serveFollower(t, Config{MaxReaders: 4}, manyRevocations(t, size(120_000, 300_000)))
+	s := serveFollower(t, Config{MaxReaders: 4}, manyRevocations(t, size(80_000, 300_000)))
 	refused := func(path, user string) {
 		t.Helper()
 		resp := s.do(s.request(path, "user", user))
@@ -498,7 +499,7 @@ func TestSnapshotBounds(t *testing.T) {
 	s.api.readers.max = 20
 	s.api.readers.mu.Unlock()
 	s.api.cache.mu.Lock()
-	s.api.cache.max = 3 << 20
+	s.api.cache.max = 5 << 20
 	s.api.cache.mu.Unlock()
 	refused("/v1/snapshots/apis", "admin") // no memory
 
@@ -517,7 +518,7 @@ func TestSnapshotBounds(t *testing.T) {
 // Who takes a little again and again is dropped as well.
 func TestSnapshotTricklingReaderIsDropped(t *testing.T) {
 	t.Parallel()
-	s := serveFollower(t, Config{}, manyRevocations(t, size(120_000, 300_000)), func(a *API) { a.slowFor = -time.Hour })
+	s := serveFollower(t, Config{}, manyRevocations(t, size(80_000, 300_000)), func(a *API) { a.slowFor = -time.Hour })
 	resp := s.do(s.request("/v1/snapshots/revocations"))
 	if b, err := io.ReadAll(resp.Body); err == nil {
 		t.Errorf("%d bytes look whole", len(b))

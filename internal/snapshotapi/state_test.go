@@ -18,7 +18,7 @@ import (
 // whatever happened.
 func TestSnapshotIsTheFoldOfEvents(t *testing.T) {
 	t.Parallel()
-	for seed := range uint64(4) {
+	for seed := range uint64(size(2, 4)) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
 			s := serve(t, Config{})
