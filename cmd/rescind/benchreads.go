@@ -538,7 +538,7 @@ func writeCatalog(file string, n int) (subscriptions int, err error) {
 func (b *bench) serviceEnviron() []string {
 	return []string{
 		"RESCIND_DATABASE_URL=" + b.dev.DatabaseURL, "RESCIND_MASTER_KEY=" + b.dev.MasterKey, "RESCIND_ISSUER=" + b.issuer,
-		"RESCIND_SINKS=none", "RESCIND_LISTEN=127.0.0.1:0", "RESCIND_OPS_LISTEN=127.0.0.1:0", "RESCIND_LOG_FORMAT=json",
+		"RESCIND_ETCD_ENDPOINTS=" + strings.Join(b.dev.EtcdEndpoints, ","), "RESCIND_SINKS=none", "RESCIND_LISTEN=127.0.0.1:0", "RESCIND_OPS_LISTEN=127.0.0.1:0", "RESCIND_LOG_FORMAT=json",
 	}
 }
 

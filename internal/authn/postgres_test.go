@@ -11,6 +11,7 @@ import (
 	"net/http/httptest"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -676,4 +677,29 @@ func BenchmarkForm(b *testing.B) {
 			}
 		}
 	})
+}
+
+// A fleet whose gateways share an account, and start at once, costs one hash.
+func TestFleetStartsAtOnce(t *testing.T) {
+	t.Parallel()
+	a := newOn(t, pgtest.New(t))
+	account := Account{Username: "fleet", Role: "gateway", Tenant: revocation.SuperTenant}
+	if err := a.PutAccount(t.Context(), account, "a-password"); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	var refused atomic.Int64
+	for range 500 {
+		wg.Go(func() {
+			r := httptest.NewRequestWithContext(t.Context(), http.MethodGet, "/", nil)
+			r.SetBasicAuth("fleet", "a-password")
+			if _, err := a.Account(r); err != nil {
+				refused.Add(1)
+			}
+		})
+	}
+	wg.Wait()
+	if n := refused.Load(); n != 0 {
+		t.Errorf("%d of 500 were refused", n)
+	}
 }
