@@ -313,7 +313,7 @@ func (b *bench) stream(ctx context.Context) error {
 			return fmt.Errorf("follow /v1/events: %w", err)
 		}
 	}
-	conns := make(chan *conn, 16)
+	conns := make(chan *conn, b.connections)
 	for range cap(conns) {
 		c, err := b.dial()
 		if err != nil {
