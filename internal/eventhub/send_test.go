@@ -685,7 +685,7 @@ func FuzzKeys(f *testing.F) {
 	f.Fuzz(func(t *testing.T, jti string) {
 		rec := replica.Record{Target: revocation.Target{Kind: revocation.KindToken, Iss: superISS, ID: jti}, Tenant: super, Exp: time.Now().Unix() + 60}
 		if rec.Target.Validate() != nil {
-			t.Skip()
+			return // no such revocation is ever made
 		}
 		state := &fakeState{replica: replica.New(replica.Config{Records: true})}
 		state.load(t, 1, nil, []replica.Record{rec})
