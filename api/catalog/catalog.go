@@ -166,6 +166,9 @@ type Application struct {
 	Groups []string `json:"groups,omitempty"`
 	// Attributes are for the backends and for people.
 	Attributes map[string]string `json:"attributes,omitempty"`
+	// SelfContained: the tokens of its generated keys carry what gateways would else look up,
+	// so that they can be validated offline.
+	SelfContained bool `json:"self_contained,omitempty"`
 	// Blocked: none of its subscriptions lets a request through. It is changed by
 	// block and unblock only.
 	Blocked bool `json:"blocked"`

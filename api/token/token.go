@@ -65,6 +65,10 @@ var (
 // not [ErrInvalid]: the token may be genuine, try again.
 var ErrKeysUnavailable error = &failure{"keys_unavailable", "the keys of the token's issuer cannot be had now"}
 
+// ErrRefused is what all errors of [Acceptance.Check] are: the token is genuine, and not to be
+// accepted here and now. It is not [ErrInvalid].
+var ErrRefused = errors.New("the token is not accepted")
+
 type failure struct{ reason, text string }
 
 func (f *failure) Error() string { return f.text }

@@ -88,7 +88,7 @@ func newWorld(t *testing.T) *world {
 	if _, err := l.Start(t.Context(), nil); err != nil {
 		t.Fatal(err)
 	}
-	entities := store.New(pool, l, w.authn, log)
+	entities := store.New(store.Config{}, pool, l, w.authn, log)
 	_, err = entities.EnsureKeyManager(t.Context(), catalog.KeyManager{
 		Meta: catalog.Meta{Tenant: revocation.SuperTenant}, Name: "Resident Key Manager", Type: "default", Enabled: true, Resident: true,
 		Iss: iss, MaxTokenLifetime: 3600, TokenType: "DIRECT",

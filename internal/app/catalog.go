@@ -17,6 +17,7 @@ import (
 	"github.com/rescindhq/rescind/internal/authn"
 	store "github.com/rescindhq/rescind/internal/catalog"
 	"github.com/rescindhq/rescind/internal/ledger"
+	"github.com/rescindhq/rescind/internal/sts"
 )
 
 // CatalogTools are what a command changes the catalog and the accounts with, without a
@@ -78,7 +79,7 @@ func newCatalogTools(ctx context.Context, cfg Config, pool *pgxpool.Pool, log *s
 	if err != nil {
 		return nil, err
 	}
-	return &CatalogTools{Pool: pool, Catalog: store.New(pool, l, accounts, log), Accounts: accounts, ledger: l}, nil
+	return &CatalogTools{Pool: pool, Catalog: store.New(catalogConfig(cfg), pool, l, accounts, log), Accounts: accounts, ledger: l}, nil
 }
 
 // witness is how far etcd says that the log once was, nil if it does not say or is no
@@ -145,6 +146,10 @@ func (t *CatalogTools) changeAccount(ctx context.Context, action, username strin
 		return nil
 	})
 	return err
+}
+
+func catalogConfig(cfg Config) store.Config {
+	return store.Config{Issuer: cfg.Issuer, MaxTokenLifetime: sts.MaxTokenLifetime}
 }
 
 // Close ends all connections.

@@ -65,6 +65,8 @@ var layers = map[string]layer{
 	"internal/obs": {level: 2, outside: []string{fromPrometheus}},
 
 	"internal/rest":      {level: 3, outside: []string{fromPgx}},
+	"internal/claims":    {level: 3},
+	"internal/revoke":    {level: 3},
 	"internal/catalog":   {level: 3, outside: []string{fromPgx, fromUUID}},
 	"internal/follow":    {level: 3, outside: []string{fromPrometheus, fromSync, "github.com/cenkalti/backoff/v5"}},
 	"internal/wso2test":  {level: 3, testOnly: true, outside: []string{fromAMQP}},
@@ -74,6 +76,8 @@ var layers = map[string]layer{
 	"internal/adminapi":    {level: 4, outside: []string{fromChi}},
 	"internal/snapshotapi": {level: 4, outside: []string{fromChi, fromPrometheus, fromCompress}},
 	"internal/eventhub":    {level: 4, outside: []string{fromChi, fromPrometheus, fromCompress}},
+	"internal/revokeapi":   {level: 4, outside: []string{fromChi}},
+	"internal/introspect":  {level: 4, outside: []string{fromPrometheus}},
 	"internal/manifest":    {level: 4, outside: []string{fromPgx, fromUUID, fromYAML}},
 	"internal/sts":         {level: 4, outside: []string{fromChi, fromJOSE, fromPgx}},
 	"internal/httpapi":     {level: 4, outside: []string{fromChi, fromPrometheus}},

@@ -56,7 +56,7 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 	if err != nil {
 		return nil, err
 	}
-	entities := store.New(pool, l, callers, log)
+	entities := store.New(catalogConfig(cfg), pool, l, callers, log)
 	own, err := entities.EnsureKeyManager(ctx, catalog.KeyManager{
 		Iss: cfg.Issuer, Resident: true, Enabled: true, MaxTokenLifetime: int32(sts.MaxTokenLifetime / time.Second),
 	})

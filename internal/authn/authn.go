@@ -45,6 +45,11 @@ import (
 
 // Config tunes authentication. The zero value is ready for production.
 type Config struct {
+	// Issuer is the iss of the super tenant: assertions of clients must be for it, or for the
+	// issuer of the client's tenant, which is below it.
+	Issuer string
+	// LegacyAssertionAudience also accepts assertions for the URL of the token endpoint.
+	LegacyAssertionAudience bool
 	// TrustedProxies are those whose X-Forwarded-For is believed. Default none.
 	TrustedProxies []netip.Prefix
 	// Freshness is how long a client, key mapping or account is used without
@@ -172,6 +177,13 @@ type Client struct {
 	Scopes, DefaultScopes, Audience []string
 	// TokenLifetime is 0 for the server's default.
 	TokenLifetime time.Duration
+	// GrantTypes are those that it may use at the token endpoint.
+	GrantTypes []string
+	// TokenTyp is the typ of its tokens: "at+jwt", or "JWT" for gateways that know no other.
+	TokenTyp string
+	// ResourceAudiences are the audiences that it is the resource server of: of tokens for
+	// these, issued in its tenant, it may ask whether they are active.
+	ResourceAudiences []string
 
 	// RevokeByJTI permits a bare jti in place of a token.
 	RevokeByJTI bool

@@ -28,8 +28,11 @@ type Registration struct {
 	// from there when it is empty.
 	ID string
 	// AuthMethod is "client_secret_basic", the default, "client_secret_post", which
-	// permits Basic too, or "none" for a public client.
+	// permits Basic too, "private_key_jwt", or "none" for a public client.
 	AuthMethod string
+	// JWKS is the JWK set with the public keys of a client with private_key_jwt, as JSON;
+	// empty for all others.
+	JWKS string
 	// Secret is made when it is empty. One that is given should have 256 random bits
 	// too: it is not hashed slowly. A public client has none.
 	Secret string
@@ -38,6 +41,12 @@ type Registration struct {
 	Scopes, DefaultScopes, Audience []string
 	// TokenLifetime is in seconds, up to 3600; 0 is the server's default.
 	TokenLifetime int
+	// GrantTypes default to client_credentials; a list with nothing in it gives up all.
+	GrantTypes []string
+	// TokenTyp is "at+jwt", the default, or "JWT".
+	TokenTyp string
+	// ResourceAudiences are as in [Client].
+	ResourceAudiences []string
 	// RevokeByJTI and RevokeOpaque exclude each other. RevokeQuota is in requests
 	// a second; 0 is no limit.
 	RevokeByJTI, RevokeOpaque bool

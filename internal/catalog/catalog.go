@@ -33,6 +33,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"time"
 
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -102,8 +103,18 @@ type Change struct {
 	KeepTokens bool
 }
 
+// Config is for [New].
+type Config struct {
+	// Issuer is the iss of the super tenant's own key manager; that of another tenant is
+	// Issuer/t/<domain>. Empty: tenants get none, which is for tests.
+	Issuer string
+	// MaxTokenLifetime is the longest from iat to exp of tokens of our own issuers.
+	MaxTokenLifetime time.Duration
+}
+
 // Store is the catalog. Its methods may be called from any goroutine.
 type Store struct {
+	cfg     Config
 	pool    *pgxpool.Pool
 	ledger  Ledger
 	clients Clients
@@ -127,6 +138,6 @@ type Clients interface {
 }
 
 // New returns a catalog on pool, which logs in as a member of rescind_service.
-func New(pool *pgxpool.Pool, l Ledger, clients Clients, log *slog.Logger) *Store {
-	return &Store{pool: pool, ledger: l, clients: clients, log: log.With("component", "catalog")}
+func New(cfg Config, pool *pgxpool.Pool, l Ledger, clients Clients, log *slog.Logger) *Store {
+	return &Store{cfg: cfg, pool: pool, ledger: l, clients: clients, log: log.With("component", "catalog")}
 }

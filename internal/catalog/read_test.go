@@ -193,7 +193,7 @@ func TestAnnounce(t *testing.T) {
 	}
 
 	// When there is nothing, the log is not asked; and a process of the version before may still make some.
-	away := store.New(w.pool, refusing{}, w.clients, discard)
+	away := store.New(store.Config{}, w.pool, refusing{}, w.clients, discard)
 	if err := away.Announce(t.Context()); err != nil {
 		t.Errorf("nothing to announce: %v", err)
 	}
@@ -501,7 +501,7 @@ func TestErrorsOfTheLog(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	app := made[*catalog.Application](w, create(application("app")))
-	away := store.New(w.pool, refusing{}, w.clients, discard)
+	away := store.New(store.Config{}, w.pool, refusing{}, w.clients, discard)
 	_, _, created := away.Apply(t.Context(), admin, []store.Change{create(application("x"))})
 	_, _, deleted := away.Apply(t.Context(), admin, []store.Change{remove(app)})
 	_, blocked := away.Block(t.Context(), admin, app.UUID, 0, true, false)

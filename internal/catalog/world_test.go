@@ -67,7 +67,7 @@ func newWorldOn(t testing.TB, pool *pgxpool.Pool) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &world{TB: t, Store: store.New(pool, l, clients, discard), pool: pool, ledger: l, clients: clients}
+	return &world{TB: t, Store: store.New(store.Config{}, pool, l, clients, discard), pool: pool, ledger: l, clients: clients}
 }
 
 func create(e catalog.Entity) store.Change { return store.Change{Op: store.Create, Entity: e} }

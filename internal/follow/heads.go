@@ -192,6 +192,11 @@ func (f *Follower) Fresh(ctx context.Context, maxAge time.Duration) (revocation.
 		}
 		head = read.at
 	}
+	return f.await(ctx, head, bound.C)
+}
+
+// await waits until the replica has reached head, or bound fires.
+func (f *Follower) await(ctx context.Context, head revocation.Position, bound <-chan time.Time) (revocation.Position, error) {
 	for {
 		changed := f.Changed()
 		if f.reached(head) {
@@ -199,12 +204,24 @@ func (f *Follower) Fresh(ctx context.Context, maxAge time.Duration) (revocation.
 		}
 		select {
 		case <-changed:
-		case <-bound.C:
+		case <-bound:
 			return head, fmt.Errorf("%w: the log is at %s, this process at %s", ErrStale, head, f.position())
 		case <-ctx.Done():
 			return head, context.Cause(ctx)
 		}
 	}
+}
+
+// Reach waits until the replica is at p, or past it in p's epoch. It asks nobody, and takes no
+// lock where p is reached. It waits for some seconds at most. Errors: [ErrStale], ctx's.
+func (f *Follower) Reach(ctx context.Context, p revocation.Position) error {
+	if at := f.replica.At(); at.Epoch == p.Epoch && at.Seq >= p.Seq {
+		return nil
+	}
+	bound := time.NewTimer(freshWait)
+	defer bound.Stop()
+	_, err := f.await(ctx, p, bound.C)
+	return err
 }
 
 func (f *Follower) reached(head revocation.Position) bool {

@@ -53,6 +53,8 @@ type Actor struct {
 
 // Result says where a revocation stands in the log.
 type Result struct {
+	// ID is the revocation's, a UUID. Only [Ledger.RevokeAll] sets it where Added is false.
+	ID string
 	// Seq is a place in the log at which the revocation is there.
 	Seq revocation.Seq
 	// Added is false when an earlier revocation of the same target covers this one.

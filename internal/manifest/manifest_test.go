@@ -58,7 +58,7 @@ func newWorld(t testing.TB) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{t, pool, l, store.New(pool, l, clients, log)}
+	w := &world{t, pool, l, store.New(store.Config{}, pool, l, clients, log)}
 	if _, err := w.store.EnsureKeyManager(t.Context(), catalog.KeyManager{
 		Resident: true, Iss: "https://km.example.com", MaxTokenLifetime: 3600, Enabled: true,
 	}); err != nil {
