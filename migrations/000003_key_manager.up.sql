@@ -64,21 +64,23 @@ CREATE TABLE rescind.endings (
 );
 
 -- trim_issued_tokens removes up to max_rows remembered tokens that no gateway accepts any
--- more, and assertions that have expired.
+-- more, and as many assertions that have expired. It returns how many of the more numerous.
 CREATE FUNCTION rescind.trim_issued_tokens(max_rows integer) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    removed integer;
+    removed    integer;
+    assertions integer;
 BEGIN
     DELETE FROM rescind.client_assertions WHERE ctid = ANY (ARRAY(
         SELECT a.ctid FROM rescind.client_assertions a
         WHERE a.expires_at < clock_timestamp() LIMIT max_rows FOR UPDATE SKIP LOCKED));
+    GET DIAGNOSTICS assertions = ROW_COUNT;
     DELETE FROM rescind.issued_tokens WHERE ctid = ANY (ARRAY(
         SELECT i.ctid FROM rescind.issued_tokens i
         WHERE i.exp < extract(epoch FROM clock_timestamp())::bigint - 120
         ORDER BY i.exp LIMIT max_rows FOR UPDATE SKIP LOCKED));
     GET DIAGNOSTICS removed = ROW_COUNT;
-    RETURN removed;
+    RETURN greatest(removed, assertions);
 END
 $$;
 

@@ -167,7 +167,9 @@ type Application struct {
 	// Attributes are for the backends and for people.
 	Attributes map[string]string `json:"attributes,omitempty"`
 	// SelfContained: the tokens of its generated keys carry what gateways would else look up,
-	// so that they can be validated offline.
+	// so that they can be validated offline. Each carries it as it was when it was made: a
+	// change of a name, a policy or of SelfContained itself is for later tokens. What ends a
+	// subscription, a key or the application always revokes the tokens.
 	SelfContained bool `json:"self_contained,omitempty"`
 	// Blocked: none of its subscriptions lets a request through. It is changed by
 	// block and unblock only.
@@ -196,8 +198,7 @@ type KeyMapping struct {
 	Generated bool `json:"generated"`
 }
 
-// States of a subscription. A gateway lets requests through in Unblocked and
-// TierUpdatePending, and those of sandbox keys in ProdOnlyBlocked.
+// States of a subscription. [LetsThrough] says what each is for gateways.
 const (
 	Unblocked         = "UNBLOCKED"
 	Blocked           = "BLOCKED"
@@ -226,6 +227,18 @@ func (s *Subscription) Effective() string {
 		return Blocked
 	}
 	return s.State
+}
+
+// LetsThrough reports whether a gateway lets requests with keys of a type through where a
+// subscription is in a state. A state that it does not know does not stop it.
+func LetsThrough(state, keyType string) bool {
+	switch state {
+	case Blocked, OnHold, Rejected:
+		return false
+	case ProdOnlyBlocked:
+		return keyType == Sandbox
+	}
+	return true
 }
 
 // Kinds of policies.
@@ -285,8 +298,9 @@ type KeyManager struct {
 	Type string `json:"type"`
 	// Enabled: its tokens are accepted.
 	Enabled bool `json:"enabled"`
-	// Resident is an issuer of our own. Callers cannot create or delete one, nor change
-	// more of it than DisplayName, Description, Enabled and Properties.
+	// Resident is an issuer of our own: each tenant has one, which comes and goes with it.
+	// Callers cannot create or delete one, nor change more of it than DisplayName, Description,
+	// Enabled and Properties.
 	Resident bool   `json:"resident"`
 	Iss      string `json:"iss"`
 	// MaxTokenLifetime is the longest from iat to exp of its tokens, in seconds, 1 to

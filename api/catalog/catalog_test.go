@@ -54,6 +54,9 @@ var changes = map[string]catalog.Change{
 	"application": {Verb: catalog.Updated, Entity: &catalog.Application{
 		Meta: meta(7), Name: "PizzaShackApp", Owner: "admin", Policy: "Unlimited", TokenType: "JWT", Groups: []string{"shack"}, Attributes: map[string]string{"b": "2", "a": "1"}, Blocked: true,
 	}},
+	"application-self-contained": {Verb: catalog.Created, Entity: &catalog.Application{
+		Meta: meta(8), Name: "Offline", Owner: "admin", Policy: "Unlimited", TokenType: "JWT", SelfContained: true,
+	}},
 	"key_mapping": {Verb: catalog.Created, Entity: &catalog.KeyMapping{
 		Meta: meta(9), Application: ref(7), ConsumerKey: "wU62DjlyDBnq87GlBwplfqvmAbAa", KeyType: catalog.Production, KeyManager: "Resident Key Manager", Iss: "https://km.example.com", Generated: true,
 	}},
@@ -228,6 +231,18 @@ func TestEffective(t *testing.T) {
 	}
 }
 
+func TestLetsThrough(t *testing.T) {
+	t.Parallel()
+	for state, want := range map[string][2]bool{ // production, sandbox
+		catalog.Unblocked: {true, true}, catalog.TierUpdatePending: {true, true}, "SOME_OTHER": {true, true}, catalog.ProdOnlyBlocked: {false, true},
+		catalog.Blocked: {false, false}, catalog.OnHold: {false, false}, catalog.Rejected: {false, false},
+	} {
+		if got := [2]bool{catalog.LetsThrough(state, catalog.Production), catalog.LetsThrough(state, catalog.Sandbox)}; got != want {
+			t.Errorf("%s: %v, want %v", state, got, want)
+		}
+	}
+}
+
 func TestValidDomain(t *testing.T) {
 	t.Parallel()
 	for domain, want := range map[string]bool{
@@ -322,6 +337,8 @@ func TestValidate(t *testing.T) {
 			a.Type, a.Operations[1].Target, a.Operations[1].Verb = "GRAPHQL", "order", "MUTATION"
 		}), ""},
 		{"many operations", of(func(a *catalog.API) { a.Operations = make([]catalog.Operation, 1001) }), "#/operations"},
+		{"opaque tokens that carry claims", app(func(a *catalog.Application) { a.TokenType, a.SelfContained = "OAUTH", true }), "#/self_contained"},
+		{"tokens that carry claims", app(func(a *catalog.Application) { a.SelfContained = true }), ""},
 		{"nothing of an application", &catalog.Application{}, "#/name #/owner #/policy #/token_type"},
 		{"a long name", app(func(a *catalog.Application) { a.Name = long }), "#/name"},
 		{"a name that is no text", app(func(a *catalog.Application) { a.Name = "\xff" }), "#/name"},

@@ -172,6 +172,9 @@ func (a *Application) Validate() error {
 	c.text("owner", a.Owner)
 	c.text("policy", a.Policy)
 	c.oneOf("token_type", a.TokenType, "JWT", "OAUTH")
+	if a.SelfContained && a.TokenType == "OAUTH" {
+		c.add("self_contained", "must be false where token_type is OAUTH: only a JWT carries claims")
+	}
 	c.texts("groups", a.Groups)
 	if len(a.Attributes) > maxAttributes {
 		c.add("attributes", "has %d members, must be at most %d", len(a.Attributes), maxAttributes)

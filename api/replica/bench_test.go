@@ -17,7 +17,7 @@ func full(b *testing.B, records bool) *Replica {
 	r := newClock().newReplica(records)
 	load(b, r, revocation.Position{Epoch: epoch, Seq: 1}, func(l *Loader) {
 		for i := range million {
-			l.Revocation(Record{Target: token(uuidOf(i)), Tenant: acme, Exp: begin + 3600})
+			l.Revocation(Record{Target: ofJTI(uuidOf(i)), Tenant: acme, Exp: begin + 3600})
 		}
 	})
 	return r
@@ -66,7 +66,7 @@ func (p *plain) check(t Token, now int64) bool {
 func BenchmarkCheck(b *testing.B) {
 	base := &plain{revoked: make(map[revocation.Target]struct{ exp, notAfter int64 }, million)}
 	for i := range million {
-		base.revoked[token(uuidOf(i))] = struct{ exp, notAfter int64 }{exp: begin + 3600}
+		base.revoked[ofJTI(uuidOf(i))] = struct{ exp, notAfter int64 }{exp: begin + 3600}
 	}
 	tokens, all := full(b, false), full(b, false)
 	others(b, all)
@@ -106,7 +106,7 @@ func BenchmarkCheckParallel(b *testing.B) {
 	r := full(b, false)
 	base := &plain{revoked: map[revocation.Target]struct{ exp, notAfter int64 }{}}
 	for i := range million {
-		base.revoked[token(uuidOf(i))] = struct{ exp, notAfter int64 }{exp: begin + 3600}
+		base.revoked[ofJTI(uuidOf(i))] = struct{ exp, notAfter int64 }{exp: begin + 3600}
 	}
 	for name, f := range map[string]func(Token){
 		"replica":              func(t Token) { r.Check(t, begin) },
@@ -127,7 +127,7 @@ func BenchmarkApply(b *testing.B) {
 	for _, records := range []bool{false, true} {
 		b.Run(fmt.Sprintf("records=%t", records), func(b *testing.B) {
 			r := full(b, records)
-			e := revoke(Record{Target: token("x"), Tenant: acme, Exp: begin + 3600})
+			e := revoke(Record{Target: ofJTI("x"), Tenant: acme, Exp: begin + 3600})
 			data := string(e.Data)
 			at := r.At()
 			b.ReportAllocs()
@@ -149,7 +149,7 @@ func BenchmarkLoad(b *testing.B) {
 		b.Run(fmt.Sprintf("records=%t", records), func(b *testing.B) {
 			var all []Record
 			for i := range million {
-				all = append(all, Record{Target: token(uuidOf(i)), Tenant: acme, Exp: begin + 3600})
+				all = append(all, Record{Target: ofJTI(uuidOf(i)), Tenant: acme, Exp: begin + 3600})
 			}
 			for b.Loop() {
 				load(b, newClock().newReplica(records), revocation.Position{Epoch: epoch, Seq: 1}, func(l *Loader) {

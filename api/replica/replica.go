@@ -41,6 +41,7 @@ import (
 
 	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/api/token"
 )
 
 // ErrGap is returned by [Replica.Apply] for an event that does not follow the last
@@ -82,6 +83,19 @@ type Token struct {
 	KID         string
 	// IssuedAt is iat in Unix seconds.
 	IssuedAt int64
+}
+
+// TokenOf is what revocations are compared with of t, whose issuer belongs to the tenant of
+// this domain.
+func TokenOf(t *token.Token, tenant string) Token {
+	c := Token{
+		Iss: t.Issuer, Tenant: tenant, JTI: t.ID, ClientID: t.ClientID, Sub: t.Subject, SID: t.Session,
+		KID: t.KeyID, IssuedAt: t.IssuedAt,
+	}
+	if c.JTI == "" {
+		c.Digest = revocation.DigestTarget(t.Issuer, t.SigningInput).ID
+	}
+	return c
 }
 
 // Replica is the state. Its methods may be called from any goroutine.

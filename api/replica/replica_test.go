@@ -566,7 +566,7 @@ func FuzzHistory(f *testing.F) {
 	f.Fuzz(runHistory)
 }
 
-func token(id string) revocation.Target {
+func ofJTI(id string) revocation.Target {
 	return revocation.Target{Kind: revocation.KindToken, Iss: iss, ID: id}
 }
 
@@ -577,7 +577,7 @@ func TestApplyRefuses(t *testing.T) {
 	clk, m := newClock(), newModel()
 	r := clk.newReplica(true)
 	for n := range 4 {
-		m.revoke(Record{Target: token(uuidOf(n)), Tenant: acme, Exp: begin + 100})
+		m.revoke(Record{Target: ofJTI(uuidOf(n)), Tenant: acme, Exp: begin + 100})
 	}
 	if err := r.Apply(m.log[0]); !errors.Is(err, ErrEpoch) {
 		t.Errorf("before Load: %v", err)
@@ -627,7 +627,7 @@ func TestLoad(t *testing.T) {
 			_, ok := r.Check(Token{Iss: target.Iss, JTI: target.ID, ClientID: target.ID, Tenant: target.ID}, begin)
 			return ok
 		}
-		a, b, c := token("a"), token(uuidOf(1)), token("c")
+		a, b, c := ofJTI("a"), ofJTI(uuidOf(1)), ofJTI("c")
 		client := revocation.Target{Kind: revocation.KindClient, Iss: iss, ID: "client"}
 		tenant := revocation.Target{Kind: revocation.KindTenant, ID: acme.Domain}
 		load(t, r, revocation.Position{Epoch: epoch, Seq: 10}, fill(a, client))
@@ -741,11 +741,11 @@ func TestForget(t *testing.T) {
 	load(t, r, m.head())
 	n := size(8000, 20_000) // several tables and chunks
 	for i := range n {
-		must(t, r.Apply(m.revoke(Record{Target: token(uuidOf(i)), Tenant: acme, Exp: begin + int64(i%1000)})))
+		must(t, r.Apply(m.revoke(Record{Target: ofJTI(uuidOf(i)), Tenant: acme, Exp: begin + int64(i%1000)})))
 	}
-	stay := Record{Target: token("stay"), Tenant: acme, Exp: math.MaxInt64}
+	stay := Record{Target: ofJTI("stay"), Tenant: acme, Exp: math.MaxInt64}
 	must(t, r.Apply(m.revoke(stay)))
-	must(t, r.Apply(m.revoke(Record{Target: token("over"), Tenant: acme, Exp: begin - kept - 1})))
+	must(t, r.Apply(m.revoke(Record{Target: ofJTI("over"), Tenant: acme, Exp: begin - kept - 1})))
 	if got := r.entries(); got != n+1 {
 		t.Fatalf("%d entries, want %d", got, n+1)
 	}
@@ -815,7 +815,7 @@ func TestWrongClock(t *testing.T) {
 			m.clock.seconds.Add(tt.log)
 			load(t, r, m.head(), func(l *Loader) {
 				for i := range n {
-					l.Revocation(Record{Target: token(uuidOf(i)), Tenant: acme, Exp: past + 100})
+					l.Revocation(Record{Target: ofJTI(uuidOf(i)), Tenant: acme, Exp: past + 100})
 				}
 			})
 			holds := func(when string) {
@@ -827,7 +827,7 @@ func TestWrongClock(t *testing.T) {
 				}
 			}
 			for i := range n {
-				must(t, r.Apply(m.revoke(Record{Target: token(uuidOf(n + i)), Tenant: acme, Exp: past + 100 + kept + year})))
+				must(t, r.Apply(m.revoke(Record{Target: ofJTI(uuidOf(n + i)), Tenant: acme, Exp: past + 100 + kept + year})))
 			}
 			if r.entries() < n || !tt.forgetting && r.entries() != 2*n {
 				t.Fatalf("%d entries after as many events", r.entries())
@@ -864,7 +864,7 @@ func TestArchive(t *testing.T) {
 			for range rng.IntN(2 * chunkSize) {
 				id := uuidOf(next)
 				next++
-				numbers[id] = a.append(uuids, Record{Target: token(id), Tenant: acme, Exp: begin})
+				numbers[id] = a.append(uuids, Record{Target: ofJTI(id), Tenant: acme, Exp: begin})
 			}
 			share := rng.IntN(4) // of three
 			for id, n := range numbers {
@@ -881,7 +881,7 @@ func TestArchive(t *testing.T) {
 				t.Fatalf("%d records are listed, want %d", len(got), len(numbers))
 			}
 			for id := range numbers {
-				if _, ok := got[token(id)]; !ok {
+				if _, ok := got[ofJTI(id)]; !ok {
 					t.Fatalf("%s is not listed", id)
 				}
 			}
@@ -908,9 +908,9 @@ func TestReadersWhileApplying(t *testing.T) {
 	n := size(10_000, 30_000)
 	record := func(seq int) Record { // of the event of seq
 		if seq%3 == 0 {
-			return Record{Target: token(uuidOf(seq / 2)), Tenant: acme, Exp: begin + int64(seq)/10 + 2*ends}
+			return Record{Target: ofJTI(uuidOf(seq / 2)), Tenant: acme, Exp: begin + int64(seq)/10 + 2*ends}
 		}
-		return Record{Target: token(uuidOf(seq)), Tenant: acme, Exp: begin + int64(seq)/10 + ends}
+		return Record{Target: ofJTI(uuidOf(seq)), Tenant: acme, Exp: begin + int64(seq)/10 + ends}
 	}
 	for seq := 1; seq <= n; seq++ {
 		m.revoke(record(seq))
@@ -1016,7 +1016,7 @@ func TestMemory(t *testing.T) {
 		r := New(Config{Records: tt.records})
 		load(t, r, revocation.Position{Epoch: epoch}, func(l *Loader) {
 			for i := range n {
-				l.Revocation(Record{Target: token(uuidOf(i)), Tenant: acme, Exp: math.MaxInt64})
+				l.Revocation(Record{Target: ofJTI(uuidOf(i)), Tenant: acme, Exp: math.MaxInt64})
 			}
 		})
 		if got := (heap() - before) / n; got > tt.limit {

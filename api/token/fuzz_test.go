@@ -1,9 +1,13 @@
 package token
 
 import (
+	"bytes"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"io"
+	"maps"
+	"slices"
 	"strings"
 	"testing"
 	"unicode/utf8"
@@ -94,4 +98,153 @@ func FuzzParseKeySet(f *testing.F) {
 			}
 		}
 	})
+}
+
+// The tokens and keys of RFC 7515 appendix A.2 and A.3, signed with RS256 and ES256.
+const (
+	rfcPayload = "eyJpc3MiOiJqb2UiLA0KICJleHAiOjEzMDA4MTkzODAsDQogImh0dHA6Ly9leGFtcGxlLmNvbS9pc19yb290Ijp0cnVlfQ"
+	rfcRS256   = "eyJhbGciOiJSUzI1NiJ9." + rfcPayload
+	rfcES256   = "eyJhbGciOiJFUzI1NiJ9." + rfcPayload
+	rfcKeys    = `{"keys":[{"kty":"RSA","e":"AQAB","n":"ofgWCuLjybRlzo0tZWJjNiuSfb4p4fAkd_wWJcyQoTbji9k0l8W26mPddxHmfHQp` +
+		`-Vaw-4qPCJrcS2mJPMEzP1Pt0Bm4d4QlL-yRT-SFd2lZS-pCgNMsD1W_YpRPEwOWvG6b32690r2jZ47soMZo9wGzjb_7OMg0LOL-bSf63kpaSHSXndS5z5` +
+		`rexMdbBYUsLA9e-KXBdQOS-UTo7WTBEMa2R2CapHg665xsmtdVMTBQY4uDZlxvb3qCo5ZwKh9kG4LT6_I5IhlJH7aGhyxXFvUK-DWNmoudF8NAco9_h9ia` +
+		`GNj8q2ethFkMLs91kzk2PAcDTW9gb54h4FRWyuXpoQ"},{"kty":"EC","crv":"P-256","x":"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU",` +
+		`"y":"x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"}]}`
+)
+
+// FuzzVerify checks that nothing verifies but what was signed. Its tokens were signed by
+// others, with keys that are the same in all the processes of a fuzz test.
+func FuzzVerify(f *testing.F) {
+	keys, err := ParseKeySet([]byte(rfcKeys))
+	if err != nil {
+		f.Fatal(err)
+	}
+	v := verifier(f, Issuer{Iss: "joe", Keys: keys})
+	for _, compact := range []string{
+		rfcRS256 + ".cC4hiUPoj9Eetdgtv3hF80EGrhuB__dzERat0XF9g2VtQgr9PJbu3XOiZj5RZmh7AAuHIm4Bh-0Qc_lF5YKt_O8W2Fp5jujGbds9uJdbF9CUA" +
+			"r7t1dnZcAcQjbKBYNX4BAynRFdiuB--f_nZLgrnbyTyWzO75vRK5h6xBArLIARNPvkSjtQBMHlb1L07Qe7K0GarZRmB_eSN9383LcOLn6_dO--xi12" +
+			"jzDwusC-eOkHWEsqtFZESc6BfI7noOPqvhJ1phCnvWh6IeYI2w9QOYEUipUTI8np6LbgGY9Fs98rqVt5AXLIhWkWywlVmtVrBp0igcN_IoypGlUPQGe77Rw",
+		rfcES256 + ".DtEhU3ljbEg8L38VWAfUAqOyKAM6-Xx-F4GawxaepmXFCgfTjDxw5djxLa8ISlSApmWQxfKTUJqPP3-Kg6NU1Q",
+	} {
+		if _, err := v.Verify(f.Context(), compact); err != nil {
+			f.Fatal(err)
+		}
+		f.Add(compact)
+	}
+	f.Add(rfcRS256 + ".")
+	f.Add("eyJhbGciOiJub25lIn0." + rfcPayload + ".")
+	f.Fuzz(func(t *testing.T, compact string) {
+		got, err := v.Verify(t.Context(), compact)
+		if err != nil {
+			if !errors.Is(err, ErrInvalid) {
+				t.Fatalf("error %v is not %v", err, ErrInvalid)
+			}
+			return
+		}
+		if got.SigningInput != rfcRS256 && got.SigningInput != rfcES256 {
+			t.Fatalf("forged: %s", compact)
+		}
+		if got.SigningInput+"."+got.Signature != compact || got.Issuer != "joe" || got.Expiry != 1300819380 {
+			t.Fatalf("%s was read as %+v", compact, got)
+		}
+	})
+}
+
+// FuzzClaims checks that an object is taken apart as encoding/json does it, but for what
+// that lets through: names that differ in case only are two, equal ones are an error.
+func FuzzClaims(f *testing.F) {
+	for _, s := range []string{
+		`{"jti":"a","JTI":"b"}`, `{"jti":"a","\u006ati":"b"}`, ` {"a":[{"b":1,"b":2}],"c":{"d":null}} `,
+		`{"exp":1.795209e9,"nbf":-0,"iat":9007199254740993}`, `{"aud":["x",["y"]],"sub":"\ud83d\ude00\"\\","sid":"\ud83d"}`,
+		`{"":{},"a b":[],"a\u0000":true,"é":false}`, "{\"a\":\"\x7f\u2028\"}", "[]", "{}x", "",
+	} {
+		f.Add([]byte(s))
+	}
+	f.Fuzz(func(t *testing.T, b []byte) {
+		members, err := parseObject(b)
+		if err != nil {
+			if !errors.Is(err, ErrMalformed) {
+				t.Fatalf("error %v is not %v", err, ErrMalformed)
+			}
+			if isSoundObject(b) {
+				t.Fatalf("a sound object is refused: %v", err)
+			}
+			return
+		}
+		var want map[string]json.RawMessage
+		if err := json.Unmarshal(b, &want); err != nil {
+			t.Fatalf("encoding/json refuses it: %v", err)
+		}
+		got := map[string]json.RawMessage{}
+		for _, m := range members {
+			got[m.name] = json.RawMessage(m.value)
+		}
+		if len(members) != len(want) || !maps.EqualFunc(got, want, slices.Equal) {
+			t.Fatalf("members %q, encoding/json reads %q", got, want)
+		}
+		for name, value := range want {
+			for _, asked := range []string{name, strings.ToUpper(name), strings.ToLower(name)} {
+				there, ok := want[asked]
+				if found, has := lookup(members, asked); has != (ok && string(there) != "null") || has && found != string(there) {
+					t.Fatalf("lookup of %q = %q, %t, encoding/json has %q, %t", asked, found, has, there, ok)
+				}
+			}
+			s, err := text(members, name)
+			var wantText string
+			isText := value[0] == '"' && json.Unmarshal(value, &wantText) == nil
+			if err == nil && s != wantText || err != nil && isText && !strings.ContainsRune(wantText, utf8.RuneError) {
+				t.Fatalf("%q is the text %q, %v, encoding/json reads %q", name, s, err, wantText)
+			}
+			if n, ok := numericDate(string(value)); ok && (n < 0 || n > maxNumeric || value[0] == '-' || value[0] == '"') {
+				t.Fatalf("%q is the time %d, and says %s", name, n, value)
+			}
+		}
+	})
+}
+
+// isSoundObject reports whether b is UTF-8 and a JSON object with distinct names at every
+// depth, by encoding/json. It is false for some whose names have a replaced character, which
+// may have been two that differ.
+func isSoundObject(b []byte) bool {
+	if !utf8.Valid(b) || !json.Valid(b) {
+		return false
+	}
+	d := json.NewDecoder(bytes.NewReader(b))
+	d.UseNumber()
+	type level struct {
+		names map[string]bool // nil in an array
+		value bool            // the next token of an object is a value
+	}
+	var levels []level
+	for first := true; ; first = false {
+		tok, err := d.Token()
+		if err != nil {
+			return err == io.EOF && !first
+		}
+		if first && tok != json.Delim('{') {
+			return false
+		}
+		if n := len(levels); n > 0 && levels[n-1].names != nil {
+			top := &levels[n-1]
+			if name, ok := tok.(string); ok && !top.value {
+				if top.names[name] || strings.ContainsRune(name, utf8.RuneError) {
+					return false
+				}
+				top.names[name], top.value = true, true
+				continue
+			}
+			top.value = false
+		}
+		switch tok {
+		case json.Delim('{'):
+			levels = append(levels, level{names: map[string]bool{}})
+		case json.Delim('['):
+			levels = append(levels, level{})
+		case json.Delim('}'), json.Delim(']'):
+			levels = levels[:len(levels)-1]
+		}
+		if len(levels) > maxDepth {
+			return false
+		}
+	}
 }

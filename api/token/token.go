@@ -1,9 +1,10 @@
 // Package token hides what makes a string a genuine JWT of a trusted issuer:
 // strict decoding, algorithms, key sets and how these are fetched.
 //
-// A [Verifier] answers one question: did this issuer sign exactly these claims?
-// Whether the token has expired, is meant for this audience or is an access
-// token at all is for the caller, who has it all in [Token].
+// A [Verifier] answers one question: did this issuer sign exactly these claims? An
+// [Acceptance] answers the next: is this an access token, for this receiver, now? They are two
+// because who revokes tokens asks the first alone. [Verifier.Accept] asks both. Neither knows
+// what is revoked.
 //
 // # Decisions
 //
@@ -46,43 +47,44 @@ var ErrInvalid = errors.New("the token is not valid")
 var (
 	// ErrMalformed is for what is not three segments of strict base64url with
 	// JSON objects in the first two, is too large, or demands extensions.
-	ErrMalformed error = &failure{"malformed", "the token is malformed"}
+	ErrMalformed error = &failure{ErrInvalid, "malformed", "the token is malformed"}
 	// ErrUntrustedIssuer is for an iss that no configured issuer has.
-	ErrUntrustedIssuer error = &failure{"untrusted_issuer", "the token's issuer is not trusted"}
+	ErrUntrustedIssuer error = &failure{ErrInvalid, "untrusted_issuer", "the token's issuer is not trusted"}
 	// ErrAlgorithm is for an alg that its issuer or its key is not for.
-	ErrAlgorithm error = &failure{"algorithm", "the token's algorithm is not allowed"}
+	ErrAlgorithm error = &failure{ErrInvalid, "algorithm", "the token's algorithm is not allowed"}
 	// ErrUnknownKey is for a kid that a key set lacked which was read after the
 	// verification began.
-	ErrUnknownKey error = &failure{"unknown_key", "the token's issuer does not have its key"}
+	ErrUnknownKey error = &failure{ErrInvalid, "unknown_key", "the token's issuer does not have its key"}
 	// ErrSignature is for a signature that the key did not make.
-	ErrSignature error = &failure{"signature", "the token's signature does not match"}
+	ErrSignature error = &failure{ErrInvalid, "signature", "the token's signature does not match"}
 	// ErrClaims is for a token that its issuer did sign, with a claim of a type
 	// that RFC 7519 or RFC 9068 does not allow.
-	ErrClaims error = &failure{"claims", "a claim of the token has the wrong type"}
+	ErrClaims error = &failure{ErrInvalid, "claims", "a claim of the token has the wrong type"}
 )
 
 // ErrKeysUnavailable says that a trusted issuer's keys cannot be had now. It is
 // not [ErrInvalid]: the token may be genuine, try again.
-var ErrKeysUnavailable error = &failure{"keys_unavailable", "the keys of the token's issuer cannot be had now"}
+var ErrKeysUnavailable error = &failure{nil, "keys_unavailable", "the keys of the token's issuer cannot be had now"}
 
-// ErrRefused is what all errors of [Acceptance.Check] are: the token is genuine, and not to be
-// accepted here and now. It is not [ErrInvalid].
-var ErrRefused = errors.New("the token is not accepted")
-
-type failure struct{ reason, text string }
+// failure is an error with a word for metrics. It is also the error that it is one of, if any.
+type failure struct {
+	of           error
+	reason, text string
+}
 
 func (f *failure) Error() string { return f.text }
+func (f *failure) Unwrap() error { return f.of }
 
-func (f *failure) Is(target error) bool {
-	return target == ErrInvalid && error(f) != ErrKeysUnavailable
-}
+// Reasons are all values of [Reason] for errors of [Verifier.Verify], [RefusedReasons] those
+// for errors of [Acceptance.Check].
+var (
+	Reasons = []string{
+		"malformed", "untrusted_issuer", "algorithm", "unknown_key", "signature", "claims", "keys_unavailable",
+	}
+	RefusedReasons = []string{"type", "no_expiry", "expired", "not_yet_valid", "no_issue_time", "lifetime", "audience"}
+)
 
-// Reasons are all values of [Reason] but the empty one.
-var Reasons = []string{
-	"malformed", "untrusted_issuer", "algorithm", "unknown_key", "signature", "claims", "keys_unavailable",
-}
-
-// Reason is a word for metrics that says why a verification failed; empty when
+// Reason is a word for metrics that says why a token was not accepted; empty when
 // err is none of this package's errors.
 func Reason(err error) string {
 	if f, ok := errors.AsType[*failure](err); ok {
@@ -94,8 +96,11 @@ func Reason(err error) string {
 // Token is a JWT whose signature has been verified. Its claims are as its issuer
 // wrote them. It is not changed after it was made and may be shared.
 type Token struct {
-	// Alg is the algorithm of the signature, KeyID the kid, empty when absent.
-	Alg, KeyID string
+	// Alg is the algorithm of the signature.
+	Alg string
+	// KeyID is the kid of the key that verified it, also when the token names none; empty when
+	// the key has none either.
+	KeyID string
 	// Type is the header's typ in lower case without "application/"; empty when absent.
 	Type string
 
@@ -109,8 +114,10 @@ type Token struct {
 	// Expiry, IssuedAt and NotBefore are exp, iat and nbf in Unix seconds,
 	// fractions cut off; 0 when absent.
 	Expiry, IssuedAt, NotBefore int64
-	// Audience is aud, be it one string or several.
-	Audience []string
+	// Audience is aud, be it one string or several. AudienceList is true when it was an array,
+	// for those who must not take one.
+	Audience     []string
+	AudienceList bool
 	// Scope is scope; of several strings, joined by spaces.
 	Scope string
 
@@ -210,9 +217,12 @@ func (t *Token) readHeader(b []byte) error {
 	if len(t.KeyID) > maxKeyIDBytes {
 		return fmt.Errorf("%w: kid is longer than %d bytes", ErrMalformed, maxKeyIDBytes)
 	}
-	t.Type = strings.TrimPrefix(strings.ToLower(t.Type), "application/")
+	t.Type = mediaType(t.Type)
 	return nil
 }
+
+// mediaType is a typ in the one form that is compared: RFC 7515 section 4.1.9.
+func mediaType(typ string) string { return strings.TrimPrefix(strings.ToLower(typ), "application/") }
 
 type textField struct {
 	name string
@@ -248,6 +258,8 @@ func (t *Token) readClaims() (err error) {
 	if t.Audience, err = texts(t.claims, "aud"); err != nil {
 		return fmt.Errorf("%w: aud is neither a string nor several", ErrClaims)
 	}
+	aud, _ := lookup(t.claims, "aud")
+	t.AudienceList = strings.HasPrefix(aud, "[")
 	scopes, err := texts(t.claims, "scope")
 	if err != nil {
 		return fmt.Errorf("%w: scope is neither a string nor several", ErrClaims)

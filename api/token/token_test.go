@@ -130,7 +130,7 @@ func TestVerify(t *testing.T) {
 	want := &Token{
 		Alg: "RS256", KeyID: "k1", Type: "at+jwt", Issuer: iss, ID: "at-1", Subject: "alice", Session: "s-1",
 		ClientID: "app one", HasExpiry: true, Expiry: 1795209600, IssuedAt: 1795209000, NotBefore: 1795209000,
-		Audience: []string{"https://a.example", "https://b.example"}, Scope: "read write",
+		Audience: []string{"https://a.example", "https://b.example"}, AudienceList: true, Scope: "read write",
 		SigningInput: compact[:last], Signature: compact[last+1:],
 	}
 	if diff := cmp.Diff(want, got, cmpopts.IgnoreUnexported(Token{})); diff != "" {
@@ -405,8 +405,12 @@ func TestVerifyAccepts(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
-			if _, err := v.Verify(t.Context(), raw(t, tt.header, tt.payload)); err != nil {
-				t.Error(err)
+			got, err := v.Verify(t.Context(), raw(t, tt.header, tt.payload))
+			if err != nil {
+				t.Fatal(err)
+			}
+			if got.KeyID != "k1" { // or the revocation of k1 would spare tokens that do not name it
+				t.Errorf("verified by key %q, want k1", got.KeyID)
 			}
 		})
 	}
@@ -425,7 +429,8 @@ func TestClaims(t *testing.T) {
 		{"null counts as absent", `"azp":null,"client_id":"b","exp":null,"aud":null,"jti":null`, Token{ClientID: "b"}},
 		{"other case is another claim", `"AZP":"a","Jti":"x","EXP":5`, Token{}},
 		{"aud is a string", `"aud":"https://a.example"`, Token{Audience: []string{"https://a.example"}}},
-		{"aud is empty", `"aud":[]`, Token{Audience: []string{}}},
+		{"aud is an array of one", `"aud":["https://a.example"]`, Token{Audience: []string{"https://a.example"}, AudienceList: true}},
+		{"aud is empty", `"aud":[]`, Token{Audience: []string{}, AudienceList: true}},
 		{"scope is an array", `"scope":["read","write"]`, Token{Scope: "read write"}},
 		{"exp is 0", `"exp":0`, Token{HasExpiry: true}},
 		{"exp has a fraction", `"exp":1795209600.999999`, Token{HasExpiry: true, Expiry: 1795209600}},
@@ -460,20 +465,30 @@ func TestNumericDateRefuses(t *testing.T) {
 
 func TestReason(t *testing.T) {
 	t.Parallel()
-	seen := map[string]bool{}
-	for _, err := range []error{
-		ErrMalformed, ErrUntrustedIssuer, ErrAlgorithm, ErrUnknownKey, ErrSignature, ErrClaims, ErrKeysUnavailable,
+	invalid := []error{ErrMalformed, ErrUntrustedIssuer, ErrAlgorithm, ErrUnknownKey, ErrSignature, ErrClaims}
+	refused := []error{ErrType, ErrNoExpiry, ErrExpired, ErrNotYetValid, ErrNoIssueTime, ErrLifetime, ErrAudience}
+	for _, tt := range []struct {
+		of      error
+		errs    []error
+		reasons []string
+	}{
+		{ErrInvalid, invalid, Reasons[:len(Reasons)-1]},
+		{nil, []error{ErrKeysUnavailable}, Reasons[len(Reasons)-1:]},
+		{ErrRefused, refused, RefusedReasons},
 	} {
-		seen[Reason(fmt.Errorf("more: %w", err))] = true
-	}
-	for _, reason := range Reasons {
-		if !seen[reason] {
-			t.Errorf("no error has the reason %q", reason)
+		var got []string
+		for _, err := range tt.errs {
+			err = fmt.Errorf("more: %w", err)
+			got = append(got, Reason(err))
+			for _, kind := range []error{ErrInvalid, ErrRefused} {
+				if errors.Is(err, kind) != (kind == tt.of) {
+					t.Errorf("%q is %q: %t, want %t", err, kind, kind != tt.of, kind == tt.of)
+				}
+			}
 		}
-		delete(seen, reason)
-	}
-	if len(seen) > 0 {
-		t.Errorf("reasons %v are not among Reasons", seen)
+		if diff := cmp.Diff(tt.reasons, got); diff != "" {
+			t.Errorf("reasons (-listed +of the errors):\n%s", diff)
+		}
 	}
 	if got := Reason(context.Canceled); got != "" {
 		t.Errorf("Reason of another error = %q, want none", got)

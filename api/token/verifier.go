@@ -22,12 +22,45 @@ type Issuer struct {
 	// Algorithms are the alg values that it may use. Default [DefaultAlgorithms].
 	// EdDSA and Ed25519 allow each other.
 	Algorithms []string
-	// AllowTypes are further typ values, such as "JWT", that mark its access
-	// tokens beside at+jwt. The verifier does not look at typ.
+	// AllowTypes are further typ values, in any case, that mark its access tokens
+	// beside at+jwt. "JWT" stands for no typ at all too. The verifier does not look
+	// at typ; see [Acceptance].
 	AllowTypes []string
-	// MaxLifetime is the longest time from iat to exp. The verifier does not
-	// look at either.
+	// MaxLifetime is the longest time from iat to exp, in whole seconds; 0 is any.
+	// The verifier does not look at either; see [Acceptance].
 	MaxLifetime time.Duration
+}
+
+// idClaims are claims that only ID tokens have. Not nonce: some issuers put it into access
+// tokens too.
+var idClaims = []string{"at_hash", "c_hash", "s_hash"}
+
+// IsAccessToken reports whether t, which i signed, is of the kind that receivers may accept.
+// What is marked as an access token may have any claims. A typ of JWT, or none, marks nothing:
+// then the claims of ID tokens tell them apart, whether or not i may leave the mark out. So
+// it holds for all that any receiver accepts, and for more: who revokes a token goes by it.
+func (i Issuer) IsAccessToken(t *Token) bool {
+	switch {
+	case t.Type == accessTokenType:
+		return true
+	case t.Type != "" && t.Type != "jwt" && !i.allows(t.Type):
+		return false
+	}
+	return !slices.ContainsFunc(idClaims, t.Has)
+}
+
+// accessTokenType is the typ of RFC 9068.
+const accessTokenType = "at+jwt"
+
+// allows reports whether access tokens of i may have this typ, which is as in [Token].
+func (i Issuer) allows(typ string) bool {
+	if typ == accessTokenType {
+		return true
+	}
+	if typ == "" {
+		typ = "jwt"
+	}
+	return slices.ContainsFunc(i.AllowTypes, func(allowed string) bool { return mediaType(allowed) == typ })
 }
 
 // Verifier verifies tokens of a fixed set of issuers. It may be used
@@ -108,6 +141,21 @@ func (v *Verifier) Verify(ctx context.Context, compact string) (*Token, error) {
 	}
 	if claimsErr != nil {
 		return nil, claimsErr
+	}
+	// A revoked key ends its tokens whether or not they name it.
+	t.KeyID = key.id
+	return t, nil
+}
+
+// Accept is what a receiver asks of a token: [Verifier.Verify], then [Acceptance.Check] at now.
+// Its error is that of either. What is left to ask is whether the token is revoked.
+func (v *Verifier) Accept(ctx context.Context, compact string, a Acceptance, now time.Time) (*Token, error) {
+	t, err := v.Verify(ctx, compact)
+	if err != nil {
+		return nil, err
+	}
+	if err := a.Check(t, v.issuers[t.Issuer], now); err != nil {
+		return nil, err
 	}
 	return t, nil
 }

@@ -25,7 +25,6 @@ import (
 	"github.com/rescindhq/rescind/internal/app"
 	"github.com/rescindhq/rescind/internal/authn"
 	"github.com/rescindhq/rescind/internal/devstack"
-	"github.com/rescindhq/rescind/internal/ledger"
 	"github.com/rescindhq/rescind/internal/manifest"
 	"github.com/rescindhq/rescind/internal/obs"
 )
@@ -413,7 +412,7 @@ func (d *dev) loadDemo(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	_, err = manifest.Apply(ctx, tools.Catalog, plan, manifest.Config{Actor: ledger.Actor{Name: "system"}})
+	_, err = manifest.Apply(ctx, tools.Catalog, plan, manifest.Config{Actor: app.Operator()})
 	return err
 }
 

@@ -63,7 +63,7 @@ func runAccount(ctx context.Context, args []string, stdout, stderr io.Writer) in
 		if c.RevokedJWTObject != nil && *form != "array" && *form != "object" {
 			return inv.misused("--revoked-jwt-form is %q: it must be array or object", *form)
 		}
-		if c.Password, err = readPassword(*passwordFile); err != nil {
+		if c.Password, err = readSecret("password", *passwordFile); err != nil {
 			return inv.failed(err)
 		}
 	}
@@ -110,9 +110,9 @@ func accountWords(words []string) (verb, name string, err error) {
 	return "", "", fmt.Errorf("%q is none of put NAME, list and delete NAME", verb)
 }
 
-// readPassword reads a password from a file, from standard input for -, and is "" for no
+// readSecret reads a secret, what, from a file, from standard input for -, and is "" for no
 // file. A newline at the end is not part of it.
-func readPassword(path string) (string, error) {
+func readSecret(what, path string) (string, error) {
 	var b []byte
 	var err error
 	switch path {
@@ -124,13 +124,13 @@ func readPassword(path string) (string, error) {
 		b, err = os.ReadFile(path)
 	}
 	if err != nil {
-		return "", fmt.Errorf("read the password: %w", err)
+		return "", fmt.Errorf("read the %s: %w", what, err)
 	}
-	password := strings.TrimSuffix(strings.TrimSuffix(string(b), "\n"), "\r")
-	if password == "" {
-		return "", errors.New("read the password: it is empty")
+	secret := strings.TrimSuffix(strings.TrimSuffix(string(b), "\n"), "\r")
+	if secret == "" {
+		return "", fmt.Errorf("read the %s: it is empty", what)
 	}
-	return password, nil
+	return secret, nil
 }
 
 // accountJSON is an account as --json shows it.

@@ -14,7 +14,6 @@ import (
 
 	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/internal/app"
-	"github.com/rescindhq/rescind/internal/ledger"
 	"github.com/rescindhq/rescind/internal/manifest"
 	"github.com/rescindhq/rescind/internal/obs"
 )
@@ -85,7 +84,7 @@ func runApply(ctx context.Context, args []string, stdout, stderr io.Writer) int 
 			return inv.failed(errors.New("not confirmed, nothing was changed"))
 		}
 	}
-	apply := manifest.Config{Actor: ledger.Actor{Name: "system"}}
+	apply := manifest.Config{Actor: app.Operator()}
 	if plan.Secrets > 0 {
 		if *secretsOut == "" {
 			return inv.failed(fmt.Errorf("%d keys get a secret that can be read only now: nothing was changed; "+

@@ -228,14 +228,14 @@ gw    gateway  carbon.super  b.example,*    object
 	w.expect(0, "", "", "account delete gw")
 	w.expect(1, "", "it does not exist", "account delete gw")
 
-	rows, err := pgtest.Pool(t, w.database).Query(t.Context(), `SELECT action || ' ' || subject || ' ' || actor || ' ' || tenant_id FROM rescind.audit ORDER BY id`)
+	rows, err := pgtest.Pool(t, w.database).Query(t.Context(), `SELECT action || ' ' || subject || ' ' || split_part(actor, ':', 1) || ' ' || tenant_id FROM rescind.audit ORDER BY id`)
 	if err != nil {
 		t.Fatal(err)
 	}
 	audited, err := pgx.CollectRows(rows, pgx.RowTo[string])
 	wantAudited := []string{
-		"put_account gw system -1234", "put_account boss system -1234", "put_account gw system -1234", "put_account gw system -1234",
-		"delete_account gw system -1234",
+		"put_account gw operator -1234", "put_account boss operator -1234", "put_account gw operator -1234", "put_account gw operator -1234",
+		"delete_account gw operator -1234",
 	}
 	if diff := cmp.Diff(wantAudited, audited); err != nil || diff != "" {
 		t.Errorf("%v, audit (-want +got):\n%s", err, diff)

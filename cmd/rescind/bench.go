@@ -40,7 +40,8 @@ const benchUsage = `Bench measures a running rescind-dev, with load generator an
 
 	rescind bench [flags]
 
-It revokes real tokens of the demo client: use a data folder that you can throw away.
+It revokes real tokens of the demo client, and makes a tenant that stays: use a data
+folder that you can throw away.
 
 `
 
@@ -57,6 +58,7 @@ type bench struct {
 	starts, startsLive int
 	readers            int
 	applications       int
+	distinct           int      // clients of /revoke
 	only               []string // numbers of measurements; empty for all
 	out                io.Writer
 	progress           io.Writer
@@ -86,6 +88,7 @@ func runBench(ctx context.Context, args []string, stdout, stderr io.Writer) int 
 	flags.IntVar(&b.startsLive, "cold-start-live", 100_000, "live revocations of that snapshot")
 	flags.IntVar(&b.readers, "readers", 1000, "readers of /v1/events while events arrive; 0 leaves it out")
 	flags.IntVar(&b.applications, "applications", 10_000, "applications that are applied, with ten subscriptions each; 0 leaves it out")
+	flags.IntVar(&b.distinct, "clients", 10_000, "clients that take turns at /revoke, against one; 0 leaves it out")
 	only := flags.String("only", "", "the measurements to make, for example 6,7; by default all")
 	switch err := flags.Parse(args); {
 	case errors.Is(err, flag.ErrHelp):
@@ -130,7 +133,7 @@ func (b *bench) run(ctx context.Context) error {
 		run     func(context.Context) error
 	}{
 		{"6", b.coldStarts}, {"7", b.stream}, {"1", b.baseline}, {"2", b.revoke}, {"4", b.propagate}, {"3", b.sustained},
-		{"5", b.memory}, {"8", b.catalog}, {"9", b.startUp},
+		{"11", b.minting}, {"12", b.introspect}, {"13", b.revokeByMany}, {"5", b.memory}, {"8", b.catalog}, {"9", b.startUp},
 	} {
 		if len(b.only) > 0 && !slices.Contains(b.only, step.numbers) {
 			continue
@@ -253,7 +256,7 @@ func (b *bench) revoke(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("stop the sinks: %w", err)
 	}
-	l, err := b.loadRevoke(ctx, b.requests)
+	l, err := b.loadRevoke(b.requests)
 	release()
 	if err != nil {
 		return err
@@ -263,7 +266,7 @@ func (b *bench) revoke(ctx context.Context) error {
 	if _, err := b.caughtUp(ctx); err != nil {
 		return err
 	}
-	if l, err = b.loadRevoke(ctx, b.requests); err != nil {
+	if l, err = b.loadRevoke(b.requests); err != nil {
 		return err
 	}
 	b.withSinks = l.rate
@@ -323,8 +326,13 @@ func (b *bench) ledger() (*ledger.Ledger, error) {
 }
 
 // loadRevoke revokes n new tokens from all connections, as fast as they are answered.
-func (b *bench) loadRevoke(ctx context.Context, n int) (load, error) {
-	tokens, err := b.tokens(n)
+func (b *bench) loadRevoke(n int) (load, error) {
+	return b.loadRevokeOf(n, b.demoClient)
+}
+
+// loadRevokeOf is loadRevoke by the clients with these Authorization values.
+func (b *bench) loadRevokeOf(n int, auth func(i int) string) (load, error) {
+	tokens, err := b.tokensOf(n, auth)
 	if err != nil {
 		return load{}, err
 	}
@@ -333,16 +341,22 @@ func (b *bench) loadRevoke(ctx context.Context, n int) (load, error) {
 		if err != nil {
 			return nil, err
 		}
-		return func(i int) error { return c.revoke(tokens[i].compact) }, nil
+		return func(i int) error {
+			c.auth = auth(i)
+			return c.revoke(tokens[i].compact)
+		}, nil
 	})
 }
+
+func (b *bench) demoClient(int) string { return basic(b.dev.ClientID, b.dev.ClientSecret) }
 
 // conn is one HTTP/1.1 connection of the load. A generator that shares two cores
 // with what it measures must cost little.
 type conn struct {
 	net  net.Conn
 	read *bufio.Reader
-	head string // of each request, after its first line and up to the length of the body
+	host string
+	auth string // of the next request
 	buf  []byte
 }
 
@@ -355,9 +369,7 @@ func (b *bench) dial() (*conn, error) {
 	if err != nil {
 		return nil, err
 	}
-	auth := base64.StdEncoding.EncodeToString([]byte(b.dev.ClientID + ":" + b.dev.ClientSecret))
-	head := fmt.Sprintf(" HTTP/1.1\r\nHost: %s\r\nAuthorization: Basic %s\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: ", u.Host, auth)
-	return &conn{net: c, read: bufio.NewReader(c), head: head}, nil
+	return &conn{net: c, read: bufio.NewReader(c), host: u.Host, auth: b.demoClient(0)}, nil
 }
 
 func (c *conn) revoke(token string) error {
@@ -367,19 +379,25 @@ func (c *conn) revoke(token string) error {
 
 // post sends a form and returns the body of the answer, which must be 200.
 func (c *conn) post(path, form string) ([]byte, error) {
-	c.buf = append(c.buf[:0], "POST "+path...)
-	c.buf = append(c.buf, c.head...)
-	c.buf = strconv.AppendInt(c.buf, int64(len(form)), 10)
-	c.buf = append(c.buf, "\r\n\r\n"...)
-	c.buf = append(c.buf, form...)
-	if _, err := c.net.Write(c.buf); err != nil {
-		return nil, err
+	status, body, err := c.send(path, form)
+	if err == nil && !strings.HasPrefix(status, "200") {
+		err = fmt.Errorf("POST %s: %s: %s", path, status, body)
 	}
-	length, status := 0, ""
+	return body, err
+}
+
+// send sends a form and returns the answer.
+func (c *conn) send(path, form string) (status string, body []byte, err error) {
+	c.buf = fmt.Appendf(c.buf[:0], "POST %s HTTP/1.1\r\nHost: %s\r\nAuthorization: %s\r\nContent-Type: application/x-www-form-urlencoded\r\nContent-Length: %d\r\n\r\n%s",
+		path, c.host, c.auth, len(form), form)
+	if _, err := c.net.Write(c.buf); err != nil {
+		return "", nil, err
+	}
+	length := 0
 	for first := true; ; first = false {
 		line, err := c.read.ReadSlice('\n')
 		if err != nil {
-			return nil, err
+			return "", nil, err
 		}
 		line = bytes.TrimRight(line, "\r\n")
 		if first {
@@ -390,18 +408,13 @@ func (c *conn) post(path, form string) ([]byte, error) {
 		}
 		if v, ok := bytes.CutPrefix(line, []byte("Content-Length: ")); ok {
 			if length, err = strconv.Atoi(string(v)); err != nil {
-				return nil, err
+				return "", nil, err
 			}
 		}
 	}
-	body := make([]byte, length)
-	if _, err := io.ReadFull(c.read, body); err != nil {
-		return nil, err
-	}
-	if !strings.HasPrefix(status, "200") {
-		return nil, fmt.Errorf("POST %s: %s: %s", path, status, body)
-	}
-	return body, nil
+	body = make([]byte, length)
+	_, err = io.ReadFull(c.read, body)
+	return status, body, err
 }
 
 // scrape reads the operators' listener.
@@ -730,7 +743,10 @@ func (b *bench) memory(ctx context.Context) error {
 type benchToken struct{ compact, jti string }
 
 // tokens gets n new tokens of the demo client from the service.
-func (b *bench) tokens(n int) ([]benchToken, error) {
+func (b *bench) tokens(n int) ([]benchToken, error) { return b.tokensOf(n, b.demoClient) }
+
+// tokensOf is tokens by the clients with these Authorization values.
+func (b *bench) tokensOf(n int, auth func(i int) string) ([]benchToken, error) {
 	fmt.Fprintf(b.progress, "getting %d tokens ...", n)
 	tokens := make([]benchToken, n)
 	l, err := b.inParallel(32, n, func(int) (func(int) error, error) {
@@ -738,14 +754,18 @@ func (b *bench) tokens(n int) ([]benchToken, error) {
 		if err != nil {
 			return nil, err
 		}
-		return func(i int) (err error) { tokens[i], err = c.token(); return err }, nil
+		return func(i int) (err error) {
+			c.auth = auth(i)
+			tokens[i], err = c.token("/oauth2/token")
+			return err
+		}, nil
 	})
 	fmt.Fprintf(b.progress, " at %.0f/s\n", l.rate)
 	return tokens, err
 }
 
-func (c *conn) token() (benchToken, error) {
-	body, err := c.post("/oauth2/token", "grant_type=client_credentials")
+func (c *conn) token(path string) (benchToken, error) {
+	body, err := c.post(path, "grant_type=client_credentials")
 	if err != nil {
 		return benchToken{}, err
 	}

@@ -22,9 +22,10 @@ import (
 
 // The exit statuses.
 const (
-	exitOK     = 0
-	exitFailed = 1
-	exitUsage  = 2
+	exitOK          = 0
+	exitFailed      = 1
+	exitUsage       = 2
+	exitUnconfirmed = 3 // of revoke and keys: a person did not agree, or was not there
 )
 
 func main() {
@@ -46,6 +47,8 @@ func commands() []command {
 		{"epoch", "give a restored log its new identity", runEpoch},
 		{"apply", "make the catalog what YAML files say", runApply},
 		{"export", "write the catalog as YAML files", runExport},
+		{"revoke", "end tokens: one, or all of a client, a subject, a session, a tenant or a key", runRevoke},
+		{"keys", "list, rotate and retire the signing keys of our own issuers", runKeys},
 		{"account", "manage the accounts of people and gateways", runAccount},
 		{"tail", "show events as they arrive at RabbitMQ and etcd", runTail},
 		{"bench", "measure a running rescind-dev", runBench},
@@ -177,11 +180,32 @@ func (inv *invocation) ownFlags() string {
 	return b.String()
 }
 
+func (inv *invocation) unconfirmed(text string) int {
+	fmt.Fprintf(inv.stderr, "%s: %s\n", inv.name, text)
+	return exitUnconfirmed
+}
+
+// blank is the first of the flags that was given with nothing in it, as by a script whose
+// variable is empty; "" if there is none.
+func (inv *invocation) blank(names ...string) (blank string) {
+	inv.flags.Visit(func(f *flag.Flag) {
+		if blank == "" && f.Value.String() == "" && slices.Contains(names, f.Name) {
+			blank = f.Name
+		}
+	})
+	return blank
+}
+
 // confirm asks a person. Anything but yes, and nobody there to ask, is no.
 func confirm(question string, in io.Reader, stderr io.Writer) bool {
-	fmt.Fprintf(stderr, "%s Type yes to go on: ", question)
+	return confirmWith("yes", question, in, stderr)
+}
+
+// confirmWith asks for a word other than yes, where a habit must not answer.
+func confirmWith(word, question string, in io.Reader, stderr io.Writer) bool {
+	fmt.Fprintf(stderr, "%s Type %s to go on: ", question, word)
 	answer, _ := bufio.NewReader(in).ReadString('\n')
-	return strings.TrimSpace(answer) == "yes"
+	return strings.TrimSpace(answer) == word
 }
 
 func runVersion(_ context.Context, args []string, stdout, stderr io.Writer) int {

@@ -46,6 +46,8 @@ func TestRun(t *testing.T) {
 		{"apply --help", 0, "--prune\n", ""},
 		{"export --help", 0, "--tenant DOMAIN\n", ""},
 		{"account --help", 0, "RESCIND_MASTER_KEY ", ""},
+		{"revoke --help", 0, "3 not confirmed", ""},
+		{"keys --help", 0, "--compromised KID\n", ""},
 		{"version --help", 0, "Usage: rescind version", ""},
 
 		{"version", 0, fmt.Sprintf("schema %d\n", migrations.Latest), ""},

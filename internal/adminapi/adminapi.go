@@ -1,5 +1,6 @@
 // Package adminapi hides the management API: which routes change the catalog, who may
-// use them, and what their bodies may say.
+// use them, and what their bodies may say; and what else admins read: claims of tokens,
+// and the audit.
 //
 // # Decisions
 //
@@ -15,32 +16,51 @@
 // else revoke.
 //
 // What another tenant has does not exist for those who may not see it: 404, never 403. The
-// extra tenants of an account count here for an auditor only, who reads them too: lists show
-// one of them when it is named. For others they are about snapshots, events and WSO2's reads.
+// extra tenants of an account count here for those only who do nothing but read: an auditor,
+// to whom lists show one of them when it is named, and a gateway, which reads claims. For
+// others they are about snapshots, events and WSO2's reads.
 //
 // Whose tokens are believed concerns all tenants: key managers are made and deleted by the
 // role admin.
 package adminapi
 
 import (
+	"context"
 	"errors"
 	"net/http"
 	"slices"
+	"time"
 
 	"github.com/go-chi/chi/v5"
 
+	"github.com/rescindhq/rescind/api/replica"
+	"github.com/rescindhq/rescind/api/revocation"
 	store "github.com/rescindhq/rescind/internal/catalog"
+	"github.com/rescindhq/rescind/internal/ledger"
 	"github.com/rescindhq/rescind/internal/rest"
 )
+
+// State is the service's replica. [follow.Follower] is one.
+type State interface {
+	Fresh(ctx context.Context, maxAge time.Duration) (revocation.Position, error)
+	Replica() *replica.Replica
+}
+
+// Audit reads who did what to what. [ledger.Ledger] is one.
+type Audit interface {
+	AuditPage(ctx context.Context, f ledger.AuditFilter, before int64, limit int) ([]ledger.AuditRecord, error)
+}
 
 // Deps are the parts of the service that requests reach. All are required.
 type Deps struct {
 	Catalog     *store.Store
+	State       State
+	Audit       Audit
 	Accounts    rest.Accounts
 	Idempotency rest.IdempotencyStore
 }
 
-// API is the management API of the catalog.
+// API is the management API of the catalog, and of the audit.
 type API struct {
 	deps Deps
 }
@@ -50,6 +70,12 @@ func New(deps Deps) (*API, error) {
 	var errs []error
 	if deps.Catalog == nil {
 		errs = append(errs, errors.New("a catalog is missing"))
+	}
+	if deps.State == nil {
+		errs = append(errs, errors.New("a replica is missing"))
+	}
+	if deps.Audit == nil {
+		errs = append(errs, errors.New("an audit is missing"))
 	}
 	if deps.Accounts == nil {
 		errs = append(errs, errors.New("accounts are missing"))
@@ -77,6 +103,8 @@ var (
 	readers = []string{rest.Admin, rest.TenantAdmin, rest.Auditor}
 	writers = []string{rest.Admin, rest.TenantAdmin}
 	admins  = []string{rest.Admin}
+	// To us, a token issuer of somebody else's is a gateway.
+	claimReaders = []string{rest.Admin, rest.TenantAdmin, rest.Auditor, rest.Gateway}
 )
 
 // Access returns every route of the API: [API.Routes] adds these and no others.
@@ -89,6 +117,8 @@ func Access() []Route {
 		{http.MethodPost, applicationsPath + "/{id}/block", writers, (*API).block},
 		{http.MethodPost, applicationsPath + "/{id}/unblock", writers, (*API).unblock},
 		{http.MethodPost, keysPath + "/{key}/rotate", writers, (*API).rotateKey},
+		{http.MethodGet, applicationsPath + "/{id}/claims", claimReaders, (*API).claims},
+		{http.MethodGet, auditPath, readers, (*API).audit},
 	})
 }
 
@@ -117,7 +147,7 @@ func caller(w http.ResponseWriter, r *http.Request) store.Caller {
 	if account.SeesAll() && account.Role != rest.TenantAdmin {
 		c.Tenant = ""
 	}
-	if account.Role == rest.Auditor {
+	if account.Role == rest.Auditor || account.Role == rest.Gateway {
 		c.AlsoReads = account.ExtraTenants
 	}
 	return c

@@ -127,17 +127,19 @@ func (b *apiBody) entity() catalog.Entity {
 
 type applicationBody struct {
 	identity
-	Name       string            `json:"name"`
-	Owner      string            `json:"owner"`
-	Policy     string            `json:"policy"`
-	TokenType  string            `json:"token_type"`
-	Groups     []string          `json:"groups"`
-	Attributes map[string]string `json:"attributes"`
+	Name          string            `json:"name"`
+	Owner         string            `json:"owner"`
+	Policy        string            `json:"policy"`
+	TokenType     string            `json:"token_type"`
+	Groups        []string          `json:"groups"`
+	Attributes    map[string]string `json:"attributes"`
+	SelfContained bool              `json:"self_contained"`
 }
 
 func (b *applicationBody) entity() catalog.Entity {
 	return &catalog.Application{
 		Name: b.Name, Owner: b.Owner, Policy: b.Policy, TokenType: b.TokenType, Groups: b.Groups, Attributes: b.Attributes,
+		SelfContained: b.SelfContained,
 	}
 }
 

@@ -1,7 +1,9 @@
 package adminapi
 
 import (
+	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"slices"
 	"strings"
@@ -100,19 +102,43 @@ type keyBody struct {
 
 // clientBody is what a generated key is registered with.
 type clientBody struct {
-	AuthMethod    string   `json:"auth_method"`
-	Scopes        []string `json:"scopes"`
-	DefaultScopes []string `json:"default_scopes"`
-	Audience      []string `json:"audience"`
-	TokenLifetime int      `json:"token_lifetime"`
-	RevokeByJTI   bool     `json:"revoke_by_jti"`
-	RevokeOpaque  bool     `json:"revoke_opaque"`
-	RevokeQuota   int      `json:"revoke_quota"`
+	AuthMethod string `json:"auth_method"`
+	// JWKS is an object of which only the keys of private_key_jwt know the members.
+	JWKS          map[string]json.RawMessage `json:"jwks"`
+	Scopes        []string                   `json:"scopes"`
+	DefaultScopes []string                   `json:"default_scopes"`
+	Audience      []string                   `json:"audience"`
+	TokenLifetime int                        `json:"token_lifetime"`
+	// GrantTypes is nil for the default: an empty list gives up all.
+	GrantTypes        []string `json:"grant_types"`
+	TokenTyp          string   `json:"token_typ"`
+	ResourceAudiences []string `json:"resource_audiences"`
+	RevokeByJTI       bool     `json:"revoke_by_jti"`
+	RevokeOpaque      bool     `json:"revoke_opaque"`
+	RevokeQuota       int      `json:"revoke_quota"`
+}
+
+// registration is b for a key with this secret, which may be empty.
+func (b *clientBody) registration(secret string) (*authn.Registration, error) {
+	r := &authn.Registration{
+		AuthMethod: b.AuthMethod, Secret: secret,
+		Scopes: b.Scopes, DefaultScopes: b.DefaultScopes, Audience: b.Audience, TokenLifetime: b.TokenLifetime,
+		GrantTypes: b.GrantTypes, TokenTyp: b.TokenTyp, ResourceAudiences: b.ResourceAudiences,
+		RevokeByJTI: b.RevokeByJTI, RevokeOpaque: b.RevokeOpaque, RevokeQuota: b.RevokeQuota,
+	}
+	if b.JWKS != nil {
+		set, err := json.Marshal(b.JWKS)
+		if err != nil {
+			return nil, fmt.Errorf("encode jwks: %w", err)
+		}
+		r.JWKS = string(set)
+	}
+	return r, nil
 }
 
 // secretOnce is what is said about a secret, in the one answer that has it.
 type secretOnce struct {
-	// ConsumerSecret is empty for a public client and for a key that is mapped.
+	// ConsumerSecret is empty for a client that has none and for a key that is mapped.
 	ConsumerSecret string `json:"consumer_secret,omitempty"`
 }
 
@@ -152,11 +178,7 @@ func (a *API) createKey(w http.ResponseWriter, r *http.Request) error {
 // client is what the key is registered with, nil for one that is mapped.
 func (b *keyBody) client() (*authn.Registration, error) {
 	if b.Generate {
-		return &authn.Registration{
-			AuthMethod: b.AuthMethod, Secret: b.ConsumerSecret,
-			Scopes: b.Scopes, DefaultScopes: b.DefaultScopes, Audience: b.Audience, TokenLifetime: b.TokenLifetime,
-			RevokeByJTI: b.RevokeByJTI, RevokeOpaque: b.RevokeOpaque, RevokeQuota: b.RevokeQuota,
-		}, nil
+		return b.registration(b.ConsumerSecret)
 	}
 	var found catalog.Invalid
 	refuse := func(member string, given bool) {
@@ -169,10 +191,14 @@ func (b *keyBody) client() (*authn.Registration, error) {
 	}
 	refuse("consumer_secret", b.ConsumerSecret != "")
 	refuse("auth_method", b.AuthMethod != "")
+	refuse("jwks", b.JWKS != nil)
 	refuse("scopes", len(b.Scopes) > 0)
 	refuse("default_scopes", len(b.DefaultScopes) > 0)
 	refuse("audience", len(b.Audience) > 0)
 	refuse("token_lifetime", b.TokenLifetime != 0)
+	refuse("grant_types", b.GrantTypes != nil)
+	refuse("token_typ", b.TokenTyp != "")
+	refuse("resource_audiences", len(b.ResourceAudiences) > 0)
 	refuse("revoke_by_jti", b.RevokeByJTI)
 	refuse("revoke_opaque", b.RevokeOpaque)
 	refuse("revoke_quota", b.RevokeQuota != 0)

@@ -131,6 +131,81 @@ func TestGeneratedKeys(t *testing.T) {
 	}
 }
 
+// Tokens that say themselves what they are good for end with what they are good for.
+func TestSelfContained(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.populate()
+	const (
+		application = "/v1/applications/" + applicationUUID
+		who         = "acme-admin"
+	)
+	selfContained := func(body string) bool {
+		t.Helper()
+		var app catalog.Application
+		w.must(200, who, "PUT", application, body, "If-Match", "*")
+		w.must(200, who, "GET", application, "").into(t, &app)
+		return app.SelfContained
+	}
+	if selfContained(`{"name":"Shop","owner":"alice"}`) || !selfContained(`{"name":"Shop","owner":"alice","self_contained":true}`) {
+		t.Error("an application's self_contained is not what it was given")
+	}
+	before := w.state()
+	for _, at := range []string{application, keysOfApplication + "/" + keyUUID, "/v1/subscriptions/" + subUUID} {
+		a := w.do(who, "DELETE", at+"?revoke_tokens=false", "", "If-Match", "*")
+		checkProblem(t, a, 400, "invalid-parameter")
+		if !strings.Contains(a.body, "revoke_tokens must be true") || strings.Contains(a.body, "#/") {
+			t.Errorf("DELETE %s: %s", at, a.body)
+		}
+	}
+	checkProblem(t, w.do(who, "PUT", "/v1/subscriptions/"+subUUID+"?revoke_tokens=false", `{"state":"BLOCKED"}`, "If-Match", "*"), 400, "invalid-parameter")
+	a := w.do(who, "POST", application+"/block", `{"revoke_tokens":false}`)
+	checkProblem(t, a, 400, "invalid-request")
+	if !strings.Contains(a.body, `"#/revoke_tokens"`) {
+		t.Errorf("%s", a.body)
+	}
+	if diff := cmp.Diff(before, w.state()); diff != "" {
+		t.Errorf("what was refused has changed something:\n%s", diff)
+	}
+	if selfContained(`{"name":"Shop","owner":"alice"}`) {
+		t.Error("what is left out has no default")
+	}
+	w.must(204, who, "DELETE", application+"?revoke_tokens=false", "", "If-Match", "*")
+}
+
+// What a client is registered with beside its secret.
+func TestRegistrations(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	const who = "super-admin"
+	var app catalog.Application
+	w.must(201, who, "POST", "/v1/applications", `{"name":"Shop","owner":"alice"}`).into(t, &app)
+	const set = `{"keys": [{"kid": "k1", "kty": "EC", "crv": "P-256", "alg": "ES256", "use": "sig",` +
+		` "x": "f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU", "y": "x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"}]}`
+	for _, tt := range []struct{ key, settings, want string }{
+		{"least", ``, `["client_secret_basic",null,["client_credentials"],"at+jwt",[]]`},
+		{"null", `,"jwks":null,"grant_types":null,"resource_audiences":null`, `["client_secret_basic",null,["client_credentials"],"at+jwt",[]]`},
+		{"jwt", `,"auth_method":"private_key_jwt","token_typ":"JWT","jwks":` + set, `["private_key_jwt",` + set + `,["client_credentials"],"JWT",[]]`},
+		{"gw-1", `,"grant_types":[],"resource_audiences":["https://api.example.com"]`,
+			`["client_secret_basic",null,[],"at+jwt",["https://api.example.com"]]`},
+	} {
+		made := w.must(201, who, "POST", "/v1/applications/"+app.UUID+"/keys", `{"consumer_key":"`+tt.key+`"`+tt.settings+`}`)
+		if has := strings.Contains(made.body, "consumer_secret"); has == (tt.key == "jwt") {
+			t.Errorf("%s: %s", tt.key, made.body)
+		}
+		var same bool
+		var got string
+		err := w.pool.QueryRow(t.Context(), `
+SELECT r.is = $2::jsonb, r.is::text
+FROM rescind.clients c CROSS JOIN LATERAL (
+    SELECT jsonb_build_array(c.auth_method, c.jwks, c.grant_types, c.token_typ, c.resource_audiences) AS is) r
+WHERE c.client_id = $1`, tt.key, tt.want).Scan(&same, &got)
+		if err != nil || !same {
+			t.Errorf("%s is registered with %s, want %s: %v", tt.key, got, tt.want, err)
+		}
+	}
+}
+
 func TestTooManyKeys(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)

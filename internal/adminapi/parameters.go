@@ -23,6 +23,15 @@ const (
 	paramAPI          = "api"
 	paramConsumerKey  = "consumer_key"
 	paramRevokeTokens = "revoke_tokens"
+	paramKeyType      = "key_type"
+	paramActor        = "actor"
+	paramAction       = "action"
+	paramSubject      = "subject"
+	paramIss          = "iss"
+	paramEntityID     = "entity_id"
+	paramRequestID    = "request_id"
+	paramFrom         = "from"
+	paramTo           = "to"
 )
 
 // maxText is the longest name that anything has, in bytes.
@@ -38,9 +47,9 @@ func narrow(f *store.Filter, query url.Values) error {
 		case paramTenant:
 			f.Tenant, ok, must = value, catalog.ValidDomain(value), "must be a domain"
 		case paramName:
-			f.Name, ok, must = value, isName(value), "must be UTF-8 of at most 255 bytes without control characters"
+			f.Name, ok, must = value, isName(value), mustBeName
 		case paramConsumerKey:
-			f.ConsumerKey, ok, must = value, isName(value), "must be UTF-8 of at most 255 bytes without control characters"
+			f.ConsumerKey, ok, must = value, isName(value), mustBeName
 		case paramApplication:
 			f.Application, ok, must = value, uuid.MatchString(value), "must be a UUID"
 		case paramAPI:
@@ -52,6 +61,8 @@ func narrow(f *store.Filter, query url.Values) error {
 	}
 	return nil
 }
+
+const mustBeName = "must be UTF-8 of at most 255 bytes without control characters"
 
 func isName(s string) bool {
 	return len(s) <= maxText && utf8.ValidString(s) && !strings.ContainsFunc(s, unicode.IsControl)

@@ -1,6 +1,7 @@
 package adminapi
 
 import (
+	"errors"
 	"net/http"
 	"net/url"
 	"slices"
@@ -290,9 +291,18 @@ func (res *resource) delete(a *API, w http.ResponseWriter, r *http.Request) erro
 func (a *API) apply(w http.ResponseWriter, r *http.Request, c store.Change) (catalog.Entity, error) {
 	entities, _, err := a.deps.Catalog.Apply(r.Context(), caller(w, r), []store.Change{c})
 	if err != nil {
-		return nil, err
+		return nil, ofKeepTokens(err)
 	}
 	return entities[0], nil
+}
+
+// ofKeepTokens says of the parameter what err says of a member revoke_tokens, which no body of
+// a PUT or DELETE has.
+func ofKeepTokens(err error) error {
+	if invalid, ok := errors.AsType[catalog.Invalid](err); ok && len(invalid) == 1 && invalid[0].Pointer == "#/"+paramRevokeTokens {
+		return badParameter(paramRevokeTokens, invalid[0].Detail)
+	}
+	return err
 }
 
 // decode reads r's body into b and returns it as an entity.

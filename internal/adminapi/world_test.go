@@ -2,7 +2,9 @@ package adminapi
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -15,6 +17,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/go-chi/chi/v5"
 	"github.com/go-chi/chi/v5/middleware"
@@ -24,6 +27,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/rescindhq/rescind/api/catalog"
+	"github.com/rescindhq/rescind/api/replica"
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/authn"
 	store "github.com/rescindhq/rescind/internal/catalog"
@@ -54,6 +58,9 @@ var accounts = map[string]authn.Account{
 	"two-auditor":  {Tenant: revocation.SuperTenant, Role: rest.Auditor, ExtraTenants: []string{"acme.com"}},
 	"two-admin":    {Tenant: revocation.SuperTenant, Role: rest.TenantAdmin, ExtraTenants: []string{"acme.com"}},
 	"gateway":      {Tenant: revocation.SuperTenant, Role: rest.Gateway, ExtraTenants: []string{"*"}},
+	"two-gateway":  {Tenant: revocation.SuperTenant, Role: rest.Gateway, ExtraTenants: []string{"acme.com"}},
+	"acme-gateway": {Tenant: acme, Role: rest.Gateway},
+	"own-gateway":  {Tenant: revocation.SuperTenant, Role: rest.Gateway},
 	"notifier":     {Tenant: revocation.SuperTenant, Role: rest.Notifier},
 }
 
@@ -63,6 +70,8 @@ type world struct {
 	t      *testing.T
 	pool   *pgxpool.Pool
 	authn  *authn.Authenticator
+	fresh  *state
+	deps   Deps
 	router *chi.Mux
 	server *httptest.Server
 
@@ -88,6 +97,7 @@ func newWorld(t *testing.T) *world {
 	if _, err := l.Start(t.Context(), nil); err != nil {
 		t.Fatal(err)
 	}
+	w.fresh = &state{pool: pool, replica: replica.New(replica.Config{})}
 	entities := store.New(store.Config{}, pool, l, w.authn, log)
 	_, err = entities.EnsureKeyManager(t.Context(), catalog.KeyManager{
 		Meta: catalog.Meta{Tenant: revocation.SuperTenant}, Name: "Resident Key Manager", Type: "default", Enabled: true, Resident: true,
@@ -102,7 +112,11 @@ func newWorld(t *testing.T) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	api, err := New(Deps{Catalog: entities, Accounts: w.authn, Idempotency: rest.NewIdempotencyStore(pool, []authn.MasterKey{key})})
+	w.deps = Deps{
+		Catalog: entities, State: w.fresh, Audit: l, Accounts: w.authn,
+		Idempotency: rest.NewIdempotencyStore(pool, []authn.MasterKey{key}),
+	}
+	api, err := New(w.deps)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -112,6 +126,38 @@ func newWorld(t *testing.T) *world {
 	w.server = httptest.NewServer(w.router)
 	t.Cleanup(w.server.Close)
 	return w
+}
+
+// state is a replica of the catalog that is read whole whenever it is to be fresh.
+type state struct {
+	pool    *pgxpool.Pool
+	replica *replica.Replica
+
+	mu  sync.Mutex
+	err error // of Fresh
+}
+
+func (s *state) Replica() *replica.Replica { return s.replica }
+
+func (s *state) Fresh(ctx context.Context, maxAge time.Duration) (revocation.Position, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.err != nil || maxAge != 0 {
+		return revocation.Position{}, errors.Join(s.err, ctx.Err())
+	}
+	at := s.replica.At()
+	at.Epoch, at.Seq = "00000000-0000-4000-8000-000000000000", at.Seq+1
+	return at, s.replica.Load(at, func(l *replica.Loader) error {
+		return pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
+			for e, err := range store.ReadAll(ctx, tx) {
+				if err != nil {
+					return err
+				}
+				l.Entity(e)
+			}
+			return nil
+		})
+	})
 }
 
 // account makes the account when it is first used: a password takes a while to hash.
@@ -176,6 +222,30 @@ func (w *world) do(who, method, path, body string, header ...string) response {
 		w.t.Fatal(err)
 	}
 	return response{res.StatusCode, res.Header, string(b)}
+}
+
+// one is who sends every request.
+type one authn.Account
+
+func (a one) Account(*http.Request) (authn.Account, error) { return authn.Account(a), nil }
+
+// get reads as who without a password, which takes a while to hash.
+func (w *world) get(who, path string) response {
+	w.t.Helper()
+	acc, ok := accounts[who]
+	if !ok {
+		w.t.Fatalf("there is no account %q", who)
+	}
+	deps := w.deps
+	deps.Accounts = one(acc)
+	api, err := New(deps)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	router, rec := chi.NewRouter(), httptest.NewRecorder()
+	api.Routes(router)
+	router.ServeHTTP(rec, httptest.NewRequestWithContext(w.t.Context(), "GET", path, nil))
+	return response{rec.Code, rec.Header(), rec.Body.String()}
 }
 
 // must is do, and a fatal error if the answer has another status.

@@ -48,7 +48,7 @@ func (s *service) revokeMany(client *http.Client, prefix string, n int) []string
 	return ids
 }
 
-func TestRabbitMQAwayThenWiped(t *testing.T) {
+func TestConformanceRabbitMQAway(t *testing.T) {
 	t.Parallel()
 	own := stacktest.Own(t, stacktest.RabbitMQ)
 	w := newWorld(t).on(own)
@@ -62,12 +62,16 @@ func TestRabbitMQAwayThenWiped(t *testing.T) {
 	await(t, "the first events", func() bool { return hasAll(events.seen(), want) })
 
 	own.Stop(stacktest.RabbitMQ)
-	away := s.revokeMany(client, "away", 100)
-	await(t, "etcd while RabbitMQ is away", func() bool { return hasAll(w.inEtcd(etcd), away) })
-	await(t, "the warning", func() bool { status, code := s.readyz(client); return status == "warn" && code == http.StatusOK })
-	own.Start(stacktest.RabbitMQ)
-	want = append(want, away...)
-	await(t, "the events of the time away", func() bool { return hasAll(events.seen(), want) })
+	t.Run("C032", func(t *testing.T) {
+		away := s.revokeMany(client, "away", 100)
+		await(t, "etcd while RabbitMQ is away", func() bool { return hasAll(w.inEtcd(etcd), away) })
+		t.Run("C109", func(t *testing.T) {
+			await(t, "the warning", func() bool { status, code := s.readyz(client); return status == "warn" && code == http.StatusOK })
+		})
+		own.Start(stacktest.RabbitMQ)
+		want = append(want, away...)
+		await(t, "the events of the time away", func() bool { return hasAll(events.seen(), want) })
+	})
 
 	// All queues and exchanges are gone. The consumer comes back before the service.
 	proxy.Refuse()
@@ -113,7 +117,7 @@ func exchangeExists(rawURL, name string) bool {
 	}) == nil
 }
 
-func TestEtcdAwayThenWiped(t *testing.T) {
+func TestConformanceEtcdAway(t *testing.T) {
 	t.Parallel()
 	own := stacktest.Own(t, stacktest.Etcd)
 	w := newWorld(t).on(own)
@@ -125,12 +129,14 @@ func TestEtcdAwayThenWiped(t *testing.T) {
 	await(t, "the first keys", func() bool { return hasAll(w.inEtcd(etcd), want) })
 
 	own.Stop(stacktest.Etcd)
-	away := s.revokeMany(client, "away", 100)
-	await(t, "RabbitMQ while etcd is away", func() bool { return hasAll(events.seen(), away) })
-	await(t, "the warning", func() bool { status, code := s.readyz(client); return status == "warn" && code == http.StatusOK })
-	own.Start(stacktest.Etcd)
-	want = append(want, away...)
-	await(t, "the keys of the time away", func() bool { return hasAll(w.inEtcd(etcd), want) })
+	t.Run("C033", func(t *testing.T) {
+		away := s.revokeMany(client, "away", 100)
+		await(t, "RabbitMQ while etcd is away", func() bool { return hasAll(events.seen(), away) })
+		await(t, "the warning", func() bool { status, code := s.readyz(client); return status == "warn" && code == http.StatusOK })
+		own.Start(stacktest.Etcd)
+		want = append(want, away...)
+		await(t, "the keys of the time away", func() bool { return hasAll(w.inEtcd(etcd), want) })
+	})
 
 	own.Wipe(stacktest.Etcd)
 	own.Start(stacktest.Etcd)
@@ -165,7 +171,7 @@ func sameEnd(a, b []byte) bool {
 	return cut(a) == cut(b)
 }
 
-func TestPostgresAway(t *testing.T) {
+func TestConformancePostgresAway(t *testing.T) {
 	t.Parallel()
 	own := stacktest.Own(t, stacktest.Postgres)
 	w := newWorld(t).on(own)
@@ -176,22 +182,28 @@ func TestPostgresAway(t *testing.T) {
 		id := fmt.Sprintf("away-%d", round)
 		token := accessToken(id)
 		end(stacktest.Postgres)
-		for range 3 {
-			a, err := s.revoke(client, token)
-			if err != nil || a.status != http.StatusServiceUnavailable || a.header.Get("Retry-After") != "5" || a.oauthError() != "temporarily_unavailable" {
-				t.Errorf("while Postgres is away: %+v, %v", a, err)
+		t.Run("C031", func(t *testing.T) {
+			for range 3 {
+				a, err := s.revoke(client, token)
+				if err != nil || a.status != http.StatusServiceUnavailable || a.header.Get("Retry-After") != "5" || a.oauthError() != "temporarily_unavailable" {
+					t.Errorf("while Postgres is away: %+v, %v", a, err)
+				}
 			}
-		}
-		if status, code := s.readyz(client); status != "fail" || code != http.StatusServiceUnavailable {
-			t.Errorf("readyz says %s with %d", status, code)
-		}
-		if a, err := send(client, http.MethodGet, s.ops+"/healthz", nil, ""); err != nil || a.status != http.StatusOK || !strings.Contains(a.body, `"pass"`) {
-			t.Errorf("healthz: %+v, %v", a, err)
-		}
-		own.Start(stacktest.Postgres)
-		await(t, "a revocation after the restart", func() bool {
-			a, err := s.revoke(client, token)
-			return err == nil && a.status == http.StatusOK
+			t.Run("C109", func(t *testing.T) {
+				if status, code := s.readyz(client); status != "fail" || code != http.StatusServiceUnavailable {
+					t.Errorf("readyz says %s with %d", status, code)
+				}
+			})
+			t.Run("C108", func(t *testing.T) {
+				if a, err := send(client, http.MethodGet, s.ops+"/healthz", nil, ""); err != nil || a.status != http.StatusOK || !strings.Contains(a.body, `"pass"`) {
+					t.Errorf("healthz: %+v, %v", a, err)
+				}
+			})
+			own.Start(stacktest.Postgres)
+			await(t, "a revocation after the restart", func() bool {
+				a, err := s.revoke(client, token)
+				return err == nil && a.status == http.StatusOK
+			})
 		})
 		want = append(append(want, id), s.revokeMany(client, "after-"+id, 3)...)
 	}

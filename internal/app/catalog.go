@@ -2,7 +2,6 @@ package app
 
 import (
 	"context"
-	"encoding/base64"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -67,19 +66,20 @@ func newCatalogTools(ctx context.Context, cfg Config, pool *pgxpool.Pool, log *s
 	if _, err := l.Start(ctx, published); err != nil {
 		return nil, err
 	}
-	raw, err := base64.StdEncoding.DecodeString(string(cfg.MasterKey))
-	if err != nil {
-		return nil, errors.New("RESCIND_MASTER_KEY is not base64")
-	}
-	master, err := authn.NewMasterKey(raw)
+	keys, err := masterKeys(cfg)
 	if err != nil {
 		return nil, err
 	}
-	accounts, err := authn.New(authn.Config{}, pool, []authn.MasterKey{master}, reg, log)
+	accounts, err := authn.New(authn.Config{Issuer: cfg.Issuer}, pool, keys, reg, log)
 	if err != nil {
 		return nil, err
 	}
-	return &CatalogTools{Pool: pool, Catalog: store.New(catalogConfig(cfg), pool, l, accounts, log), Accounts: accounts, ledger: l}, nil
+	entities := store.New(catalogConfig(cfg), pool, l, accounts, log)
+	// Where no service has started yet, the catalog must be what one would find.
+	if err := entities.EnsureIssuers(ctx); err != nil {
+		return nil, err
+	}
+	return &CatalogTools{Pool: pool, Catalog: entities, Accounts: accounts, ledger: l}, nil
 }
 
 // witness is how far etcd says that the log once was, nil if it does not say or is no
@@ -142,7 +142,7 @@ func (t *CatalogTools) changeAccount(ctx context.Context, action, username strin
 		if err != nil {
 			return err
 		}
-		tx.Audit(ledger.AuditEntry{Tenant: account.Tenant, Action: action, Subject: username, Actor: ledger.Actor{Name: "system"}})
+		tx.Audit(ledger.AuditEntry{Tenant: account.Tenant, Action: action, Subject: username, Actor: Operator()})
 		return nil
 	})
 	return err

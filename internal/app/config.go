@@ -39,11 +39,17 @@ type Config struct {
 	TokenLifetime  time.Duration
 	// SigningAlgorithm is RS256 or ES256.
 	SigningAlgorithm string
-	ClockSkew        time.Duration
-	MaxBatch         int
-	QueueSize        int
-	CommitTimeout    time.Duration
-	LogRetention     time.Duration
+	// RememberTokens keeps the jti of every token that we issue, while it lives.
+	RememberTokens bool
+	// LegacyAssertionAudience lets clients name the token endpoint in their assertions.
+	LegacyAssertionAudience bool
+	// Leeway is by how much other clocks may differ where we say whether a token is active.
+	Leeway        time.Duration
+	ClockSkew     time.Duration
+	MaxBatch      int
+	QueueSize     int
+	CommitTimeout time.Duration
+	LogRetention  time.Duration
 	// Migrate brings the schema up to date before the service starts.
 	Migrate       bool
 	ShutdownGrace time.Duration
@@ -115,8 +121,10 @@ const (
 	ForServe Use = 1 << iota
 	ForMigrate
 	ForEpoch
-	// ForApply is for whatever changes the catalog or the accounts by itself.
+	// ForApply is for whatever changes the catalog, the accounts or the signing keys by itself.
 	ForApply
+	// ForRevoke is for what ends tokens by itself.
+	ForRevoke
 )
 
 // Input is where settings come from. A flag outranks the environment, which

@@ -17,6 +17,7 @@ import (
 
 	"github.com/jackc/pgx/v5"
 
+	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/obs"
 	"github.com/rescindhq/rescind/internal/wso2"
 )
@@ -88,9 +89,10 @@ func (s *setting) ruleAndDefault(use Use) string {
 }
 
 const (
-	forAll   = ForServe | ForMigrate | ForEpoch | ForApply
-	forState = ForServe | ForEpoch
-	forLog   = forState | ForApply
+	forAll    = ForServe | ForMigrate | ForEpoch | ForApply | ForRevoke
+	forState  = ForServe | ForEpoch
+	forLog    = forState | ForApply | ForRevoke
+	forTokens = ForServe | ForRevoke
 )
 
 // settings is the table, filling c. A name never changes, and a new setting's
@@ -100,7 +102,7 @@ func settings(c *Config) []setting {
 		{name: "ISSUER", use: forLog, required: forLog, value: issuerValue(&c.Issuer),
 			help: "The iss of our tokens and the base of all published URLs. Tokens and clients hold on to it: choose it once.",
 			fix:  "Give the URL under which clients reach the service, for example https://km.example.com"},
-		{name: "MASTER_KEY", use: ForServe | ForApply, required: ForServe | ForApply, value: masterKeyValue(&c.MasterKey),
+		{name: "MASTER_KEY", use: forTokens | ForApply, required: forTokens | ForApply, value: masterKeyValue(&c.MasterKey),
 			help: "Encrypts the signing keys in the database and keys the HMACs of client secrets. Without it both are lost: keep a copy.",
 			fix:  "Make one with: openssl rand -base64 32"},
 		{name: "DATABASE_URL", use: forAll, required: forLog, value: secretValue(&c.Database.URL, postgresURL, checkPostgresURL),
@@ -163,10 +165,10 @@ func settings(c *Config) []setting {
 			help: "Where operators' tools reach /healthz, /readyz and /metrics, unauthenticated. Not for clients."},
 		{name: "PPROF", use: ForServe, def: "0", value: boolValue(&c.Obs.Pprof),
 			help: "Serve /debug/pprof/ on RESCIND_OPS_LISTEN. Profiles show memory, so secrets too."},
-		{name: "TRUSTED_ISSUERS_FILE", use: ForServe, value: issuersFileValue(&c.TrustedIssuers),
+		{name: "TRUSTED_ISSUERS_FILE", use: forTokens, value: issuersFileValue(&c.TrustedIssuers),
 			help: "The other issuers whose tokens may be revoked here.",
 			fix:  "Mend the file"},
-		{name: "KEY_SET_NETWORKS", use: ForServe, value: networksValue(&c.KeySetNetworks),
+		{name: "KEY_SET_NETWORKS", use: forTokens, value: networksValue(&c.KeySetNetworks),
 			help: "Private networks that the jwks_uri of a key manager may lead to. Without it only public addresses are fetched from."},
 		{name: "WEBHOOKS_FILE", use: ForServe, value: webhooksFileValue(&c.Webhooks),
 			help: "Where events are posted to: each is a sink of its own, webhook-<name>.",
@@ -175,7 +177,13 @@ func settings(c *Config) []setting {
 			help: "How long our tokens live, unless the client has its own. Short lives bound the damage while a gateway is cut off."},
 		{name: "SIGNING_ALGORITHM", use: ForServe, def: "RS256", value: choiceValue(&c.SigningAlgorithm, "RS256", "ES256"),
 			help: "What new signing keys of ours are for. Every gateway must know it."},
-		{name: "CLOCK_SKEW", use: ForServe | ForApply, def: "2s", value: secondsValue(&c.ClockSkew, 0, time.Minute),
+		{name: "REMEMBER_TOKENS", use: ForServe, def: "0", value: boolValue(&c.RememberTokens),
+			help: "Keep the jti of each token that we issue for as long as it lives, so that a revocation of a client, subject or tenant is also told token by token, to gateways that know no other (Choreo Connect, Microgateway), and its dry run can count. The same for all processes. Costs a commit for each token, shared by those that come at once."},
+		{name: "LEGACY_ASSERTION_AUDIENCE", use: ForServe, def: "0", value: boolValue(&c.LegacyAssertionAudience),
+			help: "Accept assertions of clients (private_key_jwt) that name the URL of the token endpoint in place of the issuer."},
+		{name: "LEEWAY", use: ForServe, def: "30s", value: secondsValue(&c.Leeway, 0, revocation.MaxLeeway),
+			help: "By how much an issuer's clock may differ from ours where introspection says whether a token is active."},
+		{name: "CLOCK_SKEW", use: forTokens | ForApply, def: "2s", value: secondsValue(&c.ClockSkew, 0, time.Minute),
 			help: "By how much an issuer's clock may be ahead of the database's. Revoking a client, subject or tenant reaches that much ahead."},
 		{name: "MAX_BATCH", use: ForServe, def: "500", value: countValue(&c.MaxBatch, "revocations", 1, 5000),
 			help: "Most revocations in one commit. More means fewer commits under load, and one slow commit delays more callers."},
@@ -231,7 +239,7 @@ func (p *configParser) checkTogether(c *Config) {
 			"AMQP_WSO2_ROUTING_KEY", "AMQP_WSO2_LEGACY_ROUTING_KEY", "AMQP_WSO2_LEGACY_NOTIFICATION_KEY", "AMQP_WSO2_LEGACY_KEY_MANAGER_KEY")
 	}
 	// The log itself tells whoever only changes it whether etcd is a sink.
-	p.together(p.use != ForApply && len(c.Etcd.Endpoints) == 0 && slices.Contains(c.Sinks, "etcd"),
+	p.together(p.use&(ForApply|ForRevoke) == 0 && len(c.Etcd.Endpoints) == 0 && slices.Contains(c.Sinks, "etcd"),
 		"RESCIND_ETCD_ENDPOINTS is not set: the sink etcd needs it. Set it, or leave etcd out of RESCIND_SINKS",
 		"ETCD_ENDPOINTS", "SINKS")
 	p.together(c.QueueSize < c.MaxBatch,

@@ -307,6 +307,7 @@ func TestParseConfigForACommand(t *testing.T) {
 		{"apply", ForApply, []string{"RESCIND_DATABASE_URL=" + testDBURL, "RESCIND_ISSUER=https://km.example.com", "RESCIND_MASTER_KEY=" + testKey, "RESCIND_AMQP_URL=none at all"}, ""},
 		{"apply with a sink that is none", ForApply, []string{"RESCIND_DATABASE_URL=" + testDBURL, "RESCIND_ISSUER=https://km.example.com", "RESCIND_MASTER_KEY=" + testKey, "RESCIND_SINKS=none at all"}, "RESCIND_SINKS is"},
 		{"apply without master key", ForApply, []string{"RESCIND_DATABASE_URL=" + testDBURL, "RESCIND_ISSUER=https://km.example.com"}, "RESCIND_MASTER_KEY (or RESCIND_MASTER_KEY_FILE) is not set"},
+		{"revoke", ForRevoke, []string{"RESCIND_DATABASE_URL=" + testDBURL, "RESCIND_ISSUER=https://km.example.com", "RESCIND_MASTER_KEY=" + testKey, "RESCIND_AMQP_URL=none at all"}, ""},
 		{"serve", ForServe, nil, "RESCIND_MASTER_KEY (or RESCIND_MASTER_KEY_FILE) is not set"},
 	} {
 		_, err := ParseConfig(Input{Use: tt.use, Environ: tt.environ})

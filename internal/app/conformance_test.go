@@ -23,15 +23,15 @@ import (
 	"github.com/rescindhq/rescind/internal/authn"
 )
 
-// The cases of the revocation endpoint, on the real services. C031 to C033, which
-// take a server away, are [TestPostgresAway], [TestRabbitMQAwayThenWiped] and
-// [TestEtcdAwayThenWiped]; there is no CORS for C042 and C043.
+// The cases of the revocation endpoint, on the real services; those of the others are in
+// conformancekm_test.go. C031 to C033, C108 and C109 take a server away: they are in
+// [TestConformancePostgresAway] and its neighbours. There is no CORS for C042 and C043.
 
 // conformanceClients are to be registered for one application each.
 var conformanceClients = []authn.Registration{
 	{ID: "app one", Secret: "s3cr:t+/=%", Scopes: []string{"read", "write"}},
 	{ID: "app-2", Secret: "Secret-2", AuthMethod: "client_secret_post"},
-	{ID: "gw-1", Secret: "plainSecret_42"},
+	{ID: "gw-1", Secret: "plainSecret_42", ResourceAudiences: []string{"https://api.example.com"}},
 	{ID: "spa-1", AuthMethod: "none"},
 	{ID: "app-quota", Secret: "Secret-3", RevokeQuota: 100},
 	{ID: "app-jti", Secret: "Secret-4", RevokeByJTI: true},
@@ -193,6 +193,8 @@ func TestConformance(t *testing.T) {
 			}
 		})
 	}
+
+	conformKeyManager(t, w, s)
 
 	t.Run("both paths", func(t *testing.T) {
 		step := conformanceStep{target: "/revoke", header: []string{basicOne}, body: "token={T1}", status: 200}

@@ -82,7 +82,7 @@ var layers = map[string]layer{
 	"internal/sts":         {level: 4, outside: []string{fromChi, fromJOSE, fromPgx}},
 	"internal/httpapi":     {level: 4, outside: []string{fromChi, fromPrometheus}},
 
-	"internal/app": {level: 5, outside: []string{fromPgx, fromMigrate, fromPrometheus, fromChi}},
+	"internal/app": {level: 5, outside: []string{fromPgx, fromMigrate, fromPrometheus, fromChi, fromUUID}},
 
 	"cmd/rescind":     {level: 6, outside: []string{fromPgx, fromPrometheus, fromAMQP, fromEtcd, fromEtcdAPI, fromZap, fromUUID}},
 	"cmd/rescind-dev": {level: 6, outside: []string{fromPgx}},

@@ -13,6 +13,7 @@ import (
 
 	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/replica"
+	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/api/token"
 	"github.com/rescindhq/rescind/internal/follow"
 	"github.com/rescindhq/rescind/internal/httpapi"
@@ -24,7 +25,8 @@ type issuers struct {
 	// configured have keys that this process was given, by iss.
 	configured map[string]token.Issuer
 	networks   []netip.Prefix
-	state      *follow.Follower
+	own        ownIssuers
+	state      state
 	log        *slog.Logger
 
 	verifier atomic.Pointer[token.Verifier]
@@ -37,6 +39,17 @@ type issuers struct {
 
 var _ httpapi.Verifier = (*issuers)(nil)
 
+// state is the state of the log. [follow.Follower] is one.
+type state interface {
+	Fresh(ctx context.Context, maxAge time.Duration) (revocation.Position, error)
+	Replica() *replica.Replica
+}
+
+// ownIssuers knows the keys of key managers of our own. [sts.Server] is one.
+type ownIssuers interface {
+	Issuer(*catalog.KeyManager) token.Issuer
+}
+
 type remoteKeys struct {
 	url  string
 	keys token.KeySet
@@ -47,9 +60,9 @@ type version struct {
 	timestamp int64
 }
 
-func newIssuers(configured []token.Issuer, networks []netip.Prefix, state *follow.Follower, log *slog.Logger) *issuers {
+func newIssuers(configured []token.Issuer, networks []netip.Prefix, own ownIssuers, state state, log *slog.Logger) *issuers {
 	v := &issuers{
-		configured: make(map[string]token.Issuer), networks: networks, state: state, log: log,
+		configured: make(map[string]token.Issuer), networks: networks, own: own, state: state, log: log,
 		remote: make(map[string]remoteKeys), warned: make(map[string]bool),
 	}
 	for _, issuer := range configured {
@@ -60,9 +73,9 @@ func newIssuers(configured []token.Issuer, networks []netip.Prefix, state *follo
 }
 
 // run keeps up with the catalog until ctx ends.
-func (v *issuers) run(ctx context.Context) error {
+func (v *issuers) run(ctx context.Context, state *follow.Follower) error {
 	for {
-		changed := v.state.Changed()
+		changed := state.Changed()
 		v.refresh()
 		select {
 		case <-changed:
@@ -109,6 +122,9 @@ func (v *issuers) issuer(m *catalog.KeyManager, kept map[string]remoteKeys) toke
 	if configured, ok := v.configured[m.Iss]; ok {
 		configured.Tenant = m.Tenant
 		return configured
+	}
+	if m.Resident {
+		return v.own.Issuer(m)
 	}
 	issuer := token.Issuer{
 		Iss: m.Iss, Tenant: m.Tenant, Algorithms: m.Algorithms, AllowTypes: m.AllowTyp,

@@ -2,6 +2,7 @@ package app
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/base64"
 	"errors"
@@ -24,8 +25,10 @@ import (
 	"github.com/rescindhq/rescind/internal/eventhub"
 	"github.com/rescindhq/rescind/internal/follow"
 	"github.com/rescindhq/rescind/internal/httpapi"
+	"github.com/rescindhq/rescind/internal/introspect"
 	"github.com/rescindhq/rescind/internal/ledger"
 	"github.com/rescindhq/rescind/internal/rest"
+	"github.com/rescindhq/rescind/internal/revokeapi"
 	"github.com/rescindhq/rescind/internal/snapshotapi"
 	"github.com/rescindhq/rescind/internal/sts"
 )
@@ -50,6 +53,7 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 		return nil, err
 	}
 	callers, err := authn.New(authn.Config{
+		Issuer: cfg.Issuer, LegacyAssertionAudience: cfg.LegacyAssertionAudience,
 		TrustedProxies: cfg.HTTP.TrustedProxies,
 		MaxLookups:     max(1, min(4, cfg.Database.MaxConns/4)), // commits use the same connections
 	}, pool, keys, reg, log)
@@ -57,42 +61,49 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 		return nil, err
 	}
 	entities := store.New(catalogConfig(cfg), pool, l, callers, log)
-	own, err := entities.EnsureKeyManager(ctx, catalog.KeyManager{
-		Iss: cfg.Issuer, Resident: true, Enabled: true, MaxTokenLifetime: int32(sts.MaxTokenLifetime / time.Second),
-	})
-	if err != nil {
+	if err := entities.EnsureIssuers(ctx); err != nil {
 		return nil, err
 	}
-	issuer, err := sts.New(ctx, sts.Config{
-		Issuer: cfg.Issuer, KeyManagerID: own.ID, State: state, TokenLifetime: cfg.TokenLifetime, Algorithm: cfg.SigningAlgorithm,
-	}, pool, keys, callers, log)
+	trusted, err := trustedIssuers(ctx, cfg, entities, log)
 	if err != nil {
 		return nil, err
-	}
-	configured := []token.Issuer{issuer.Issuer()}
-	for _, t := range cfg.TrustedIssuers {
-		trusted, err := newTrustedIssuer(ctx, t, entities, log)
-		if _, isConflict := errors.AsType[*store.Conflict](err); isConflict {
-			// One entry that somebody else is in the way of must not stop all revocations.
-			log.Error("an issuer of RESCIND_TRUSTED_ISSUERS_FILE is left out: its tokens are not known here", "issuer", t.Iss, "error", err)
-			continue
-		}
-		if err != nil {
-			return nil, fmt.Errorf("trusted issuer %s: %w", t.Iss, err)
-		}
-		configured = append(configured, trusted)
 	}
 	if err := entities.Announce(ctx); err != nil {
+		return nil, err
+	}
+	if err := l.SetRemembering(ctx, cfg.RememberTokens); err != nil {
 		return nil, err
 	}
 	if err := state.Load(ctx); err != nil {
 		return nil, err
 	}
 	debug.FreeOSMemory() // loading leaves as much garbage as there is state
-	p := &public{issuers: newIssuers(configured, cfg.KeySetNetworks, state, log), state: state, callers: callers, entities: entities, log: log}
+	ownConfig := sts.Config{
+		Issuer: cfg.Issuer, State: state, TokenLifetime: cfg.TokenLifetime, Algorithm: cfg.SigningAlgorithm,
+	}
+	if cfg.RememberTokens {
+		ownConfig.Memory = l
+	}
+	own, err := sts.New(ctx, ownConfig, pool, keys, callers, log)
+	if err != nil {
+		return nil, err
+	}
+	p := &public{issuers: newIssuers(trusted, cfg.KeySetNetworks, own, state, log), state: state, callers: callers, entities: entities, log: log}
 
 	repeats := rest.NewIdempotencyStore(pool, keys)
-	admin, err := adminapi.New(adminapi.Deps{Catalog: entities, Accounts: callers, Idempotency: repeats})
+	admin, err := adminapi.New(adminapi.Deps{Catalog: entities, Accounts: callers, Idempotency: repeats, State: state, Audit: l})
+	if err != nil {
+		return nil, err
+	}
+	revocations, err := revokeapi.New(revokeapi.Deps{
+		Revoker: newRevoker(cfg, l, state, p.issuers), Ledger: l, Accounts: callers, Idempotency: repeats,
+	})
+	if err != nil {
+		return nil, err
+	}
+	introspection, err := introspect.New(introspect.Config{Leeway: orNone(cfg.Leeway)}, introspect.Deps{
+		Callers: callers, Verifier: p.issuers, State: state, Seen: l.Seen, Registerer: reg,
+	})
 	if err != nil {
 		return nil, err
 	}
@@ -102,11 +113,7 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 	if err != nil {
 		return nil, err
 	}
-	skew := cfg.ClockSkew
-	if skew == 0 {
-		skew = -1 // none, rather than the default
-	}
-	hub, err := eventhub.New(eventhub.Config{MaxInFlight: share(cfg, hubShare), ClockSkew: skew}, eventhub.Deps{
+	hub, err := eventhub.New(eventhub.Config{MaxInFlight: share(cfg, hubShare), ClockSkew: orNone(cfg.ClockSkew)}, eventhub.Deps{
 		State: state, Accounts: callers, Ledger: l, Idempotency: repeats, Registerer: reg, Log: log,
 	})
 	if err != nil {
@@ -115,10 +122,19 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 	p.drain = reads.Close
 	p.handler, err = httpapi.New(httpConfig(cfg), httpapi.Deps{
 		Clients: callers, Verifier: p.issuers, Ledger: l,
-		Routes: []func(chi.Router){issuer.Routes, admin.Routes, reads.Routes, hub.Routes},
+		Introspection: introspection, Tenant: own.HasTenant,
+		Routes: []func(chi.Router){own.Routes, admin.Routes, revocations.Routes, reads.Routes, hub.Routes},
 		Remote: callers.Remote, Registerer: reg, Log: log,
 	})
 	return p, err
+}
+
+// orNone is d for a setting of a package that takes 0 for its default.
+func orNone(d time.Duration) time.Duration {
+	if d == 0 {
+		return -1
+	}
+	return d
 }
 
 // Requests that last take at most these shares of the connections, in percent, so that
@@ -201,7 +217,8 @@ func (p *public) announce(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		}
-		if err := p.entities.Announce(ctx); err != nil && ctx.Err() == nil {
+		// A process of the schema before makes tenants without an issuer.
+		if err := cmp.Or(p.entities.EnsureIssuers(ctx), p.entities.Announce(ctx)); err != nil && ctx.Err() == nil {
 			p.log.Warn("what an older process made could not be announced, it is tried again", "in", announceEvery, "error", err)
 		}
 	}
@@ -219,6 +236,23 @@ func masterKeys(cfg Config) ([]authn.MasterKey, error) {
 	return []authn.MasterKey{master}, nil
 }
 
+// trustedIssuers registers those that cfg names.
+func trustedIssuers(ctx context.Context, cfg Config, entities *store.Store, log *slog.Logger) (trusted []token.Issuer, err error) {
+	for _, t := range cfg.TrustedIssuers {
+		issuer, err := newTrustedIssuer(ctx, t, entities, log)
+		if _, isConflict := errors.AsType[*store.Conflict](err); isConflict {
+			// One entry that somebody else is in the way of must not stop all revocations.
+			log.Error("an issuer of RESCIND_TRUSTED_ISSUERS_FILE is left out: its tokens are not known here", "issuer", t.Iss, "error", err)
+			continue
+		}
+		if err != nil {
+			return nil, fmt.Errorf("trusted issuer %s: %w", t.Iss, err)
+		}
+		trusted = append(trusted, issuer)
+	}
+	return trusted, nil
+}
+
 // newTrustedIssuer registers t, whose keys are not needed before a token of its
 // own is revoked: an issuer that is down keeps nobody from starting.
 func newTrustedIssuer(ctx context.Context, t TrustedIssuer, entities *store.Store, log *slog.Logger) (token.Issuer, error) {
@@ -229,7 +263,12 @@ func newTrustedIssuer(ctx context.Context, t TrustedIssuer, entities *store.Stor
 	if err != nil {
 		return token.Issuer{}, err
 	}
-	issuer := token.Issuer{
+	return t.issuer(ctx, manager, log)
+}
+
+// issuer is t, registered as manager.
+func (t TrustedIssuer) issuer(ctx context.Context, manager *catalog.KeyManager, log *slog.Logger) (issuer token.Issuer, err error) {
+	issuer = token.Issuer{
 		Iss: t.Iss, Tenant: manager.Tenant, Algorithms: t.Algorithms, AllowTypes: t.AllowTyp, MaxLifetime: time.Duration(manager.MaxTokenLifetime) * time.Second,
 	}
 	log = log.With("issuer", t.Iss)

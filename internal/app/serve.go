@@ -119,7 +119,7 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 		{"operators' listener", grace, func(ctx context.Context) error { return serveHTTP(ctx, opsServer, ops, time.Second, log) }},
 		{"ledger", cfg.CommitTimeout + grace, ledgers.Run},
 		{"replica", grace, state.Run},
-		{"issuers", grace, public.issuers.run},
+		{"issuers", grace, func(ctx context.Context) error { return public.issuers.run(ctx, state) }},
 		{"callers", grace, public.forget},
 		{"catalog", grace, public.announce},
 		{"relay", grace, feeds.Run},
@@ -202,12 +202,8 @@ func openPool(ctx context.Context, db Database) (*pgxpool.Pool, error) {
 }
 
 func newLedger(cfg Config, pool *pgxpool.Pool, reg prometheus.Registerer, log *slog.Logger) (*ledger.Ledger, error) {
-	skew := cfg.ClockSkew
-	if skew == 0 {
-		skew = -1 // none, rather than the default
-	}
 	return ledger.New(ledger.Config{
-		MaxBatch: cfg.MaxBatch, QueueSize: cfg.QueueSize, CommitTimeout: cfg.CommitTimeout, ClockSkew: skew,
+		MaxBatch: cfg.MaxBatch, QueueSize: cfg.QueueSize, CommitTimeout: cfg.CommitTimeout, ClockSkew: orNone(cfg.ClockSkew),
 		LogRetention: cfg.LogRetention, Source: cfg.Issuer,
 	}, pool, reg, log)
 }

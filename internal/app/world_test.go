@@ -333,6 +333,14 @@ func (w *world) pool() *pgxpool.Pool {
 	return pgtest.Pool(w.t, w.db.ServiceURL)
 }
 
+// owner runs a statement as the owner of the schema.
+func (w *world) owner(sql string) {
+	w.t.Helper()
+	if _, err := pgtest.Pool(w.t, w.db.OwnerURL).Exec(w.t.Context(), sql); err != nil {
+		w.t.Fatal(err)
+	}
+}
+
 // catalog is the catalog as the commands change it.
 func (w *world) catalog() *app.CatalogTools {
 	w.t.Helper()
@@ -343,34 +351,47 @@ func (w *world) catalog() *app.CatalogTools {
 	return c
 }
 
+// tenant makes a tenant, which gets an issuer of its own.
+func (w *world) tenant(domain string) {
+	w.t.Helper()
+	c := w.catalog()
+	defer c.Close()
+	_, _, err := c.Catalog.Apply(w.t.Context(), bySystem, []store.Change{{
+		Op: store.Create, Entity: &catalog.Tenant{Meta: catalog.Meta{Tenant: revocation.Tenant{Domain: domain}}},
+	}})
+	if err != nil {
+		w.t.Fatal(err)
+	}
+}
+
+var bySystem = store.Caller{Actor: ledger.Actor{Name: "system"}}
+
 // client registers a client of the issuer iss with an application of its own.
 func (w *world) client(iss string, r authn.Registration) {
 	w.t.Helper()
 	c := w.catalog()
 	defer c.Close()
-	by := store.Caller{Actor: ledger.Actor{Name: "system"}}
-	made, _, err := c.Catalog.Apply(w.t.Context(), by, []store.Change{{
-		Op: store.Create, Entity: &catalog.Application{Name: r.ID, Owner: "admin"},
+	managers, err := c.Catalog.List(w.t.Context(), bySystem, catalog.NounKeyManager, store.Filter{}, 0, 100)
+	if err != nil {
+		w.t.Fatal(err)
+	}
+	i := slices.IndexFunc(managers, func(e catalog.Entity) bool { return e.(*catalog.KeyManager).Iss == iss })
+	if i < 0 {
+		w.t.Fatalf("there is no key manager with issuer %s", iss)
+	}
+	m := managers[i].(*catalog.KeyManager)
+	made, _, err := c.Catalog.Apply(w.t.Context(), bySystem, []store.Change{{
+		Op: store.Create, Entity: &catalog.Application{Meta: catalog.Meta{Tenant: m.Tenant}, Name: r.ID, Owner: "admin"},
 	}})
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	managers, err := c.Catalog.List(w.t.Context(), by, catalog.NounKeyManager, store.Filter{}, 0, 100)
+	_, _, err = c.Catalog.CreateKey(w.t.Context(), bySystem, store.NewKey{Client: &r, Mapping: catalog.KeyMapping{
+		Application: catalog.Ref{UUID: made[0].Base().UUID}, ConsumerKey: r.ID, KeyType: catalog.Production, KeyManager: m.Name,
+	}})
 	if err != nil {
 		w.t.Fatal(err)
 	}
-	for _, m := range managers {
-		if m := m.(*catalog.KeyManager); m.Iss == iss {
-			_, _, err = c.Catalog.CreateKey(w.t.Context(), by, store.NewKey{Client: &r, Mapping: catalog.KeyMapping{
-				Application: catalog.Ref{UUID: made[0].Base().UUID}, ConsumerKey: r.ID, KeyType: catalog.Production, KeyManager: m.Name,
-			}})
-			if err != nil {
-				w.t.Fatal(err)
-			}
-			return
-		}
-	}
-	w.t.Fatalf("there is no key manager with issuer %s", iss)
 }
 
 // account makes an account of carbon.super unless it names another tenant.

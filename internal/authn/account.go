@@ -18,7 +18,6 @@ import (
 	"time"
 
 	"github.com/hashicorp/golang-lru/v2/simplelru"
-	"github.com/jackc/pgx/v5"
 	"golang.org/x/crypto/argon2"
 
 	"github.com/rescindhq/rescind/api/revocation"
@@ -92,7 +91,7 @@ func (a *Authenticator) identifyAccount(r *http.Request) (Account, error) {
 	case !readable:
 		return Account{}, a.refuseAccount(who)
 	}
-	row, _, err := a.accounts.get(ctx, user, a.cfg.Freshness)
+	row, _, err := a.accounts.get(ctx, user)
 	if err != nil {
 		return Account{}, lookupError(ctx, err)
 	}
@@ -168,26 +167,35 @@ func (a *Authenticator) verify(ctx context.Context, user, password, hash string,
 	return true, nil
 }
 
-const accountSQL = `
-SELECT a.role, a.password_hash, t.id, t.domain, a.extra_tenants, a.revoked_jwt_form
+const readAccountsSQL = `
+SELECT a.username, a.role, a.password_hash, t.id, t.domain, a.extra_tenants, a.revoked_jwt_form
 FROM rescind.accounts a
 JOIN rescind.tenants t ON t.id = a.tenant_id
-WHERE a.username = $1`
+WHERE a.username = ANY ($1)`
 
-func (a *Authenticator) readAccount(ctx context.Context, username string) (accountRow, error) {
-	row := accountRow{account: Account{Username: username}}
-	acc := &row.account
-	var form string
-	err := a.pool.QueryRow(ctx, accountSQL, username).Scan(
-		&acc.Role, &row.hash, &acc.Tenant.ID, &acc.Tenant.Domain, &acc.ExtraTenants, &form)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return accountRow{}, nil
-	}
+func (a *Authenticator) readAccounts(ctx context.Context, usernames []string) (map[string]accountRow, error) {
+	all := make(map[string]accountRow, len(usernames))
+	found, err := a.pool.Query(ctx, readAccountsSQL, usernames)
 	if err != nil {
-		return accountRow{}, fmt.Errorf("read account: %w", err)
+		return nil, fmt.Errorf("read accounts: %w", err)
 	}
-	acc.RevokedJWTObject = form == formObject
-	return row, nil
+	for found.Next() {
+		var (
+			row  accountRow
+			acc  = &row.account
+			form string
+		)
+		err := found.Scan(&acc.Username, &acc.Role, &row.hash, &acc.Tenant.ID, &acc.Tenant.Domain, &acc.ExtraTenants, &form)
+		if err != nil {
+			break // found.Err has it
+		}
+		acc.RevokedJWTObject = form == formObject
+		all[acc.Username] = row
+	}
+	if err := found.Err(); err != nil {
+		return nil, fmt.Errorf("read accounts: %w", err)
+	}
+	return all, nil
 }
 
 const (

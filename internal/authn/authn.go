@@ -14,8 +14,11 @@
 // others get 503, and never a 401 that would send them looking for a mistake of
 // their own.
 //
-// An unknown id, a wrong secret and the wrong way to send it take the same steps
-// and get the same answer.
+// An unknown id, a wrong secret or assertion and the wrong way to send it take the same
+// steps and get the same answer.
+//
+// An assertion is accepted once, whichever process it is sent to, and only if that is on
+// disk: so it gets 503 when the database is away, even if its client was seen.
 //
 // # Decisions
 //
@@ -27,10 +30,12 @@
 // Failures count for each source address, and for each client id at an address,
 // never for a client id alone: a thief must not lock the owner out of revoking.
 // For the same reason an id that has proved itself at an address is spared what
-// others fail there: behind one proxy or NAT all have one address.
+// others fail there: behind one proxy or NAT all have one address. The throttle is asked
+// before a signature is verified: that costs as much as a hundred secrets.
 package authn
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -41,6 +46,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/api/token"
 )
 
 // Config tunes authentication. The zero value is ready for production.
@@ -59,14 +65,16 @@ type Config struct {
 	// MaxStale is how long it is used while the database cannot be asked.
 	// Default 5m, at least Freshness, at most 1h.
 	MaxStale time.Duration
-	// LookupTimeout bounds one question to the database, and one wait for a place
-	// to hash a password. Default 2s, 100ms to 30s.
+	// LookupTimeout bounds one question to the database with the wait for its turn, and
+	// one wait for a place to hash a password. Default 2s, 100ms to 30s.
 	LookupTimeout time.Duration
 	// MaxLookups is how many questions to the database run at a time: callers
 	// nobody knows must not take all its connections. Default 4, 1 to 100.
 	MaxLookups int
 	// CacheSize is how many clients are remembered, how many key mappings, and how
-	// many accounts, known and unknown ones together. Default 10000, 100 to 10000000.
+	// many accounts, known and unknown ones together. A client takes about 1 KiB, and who
+	// has more clients than this at work asks the database for each request. Default
+	// 50000, 100 to 10000000.
 	CacheSize int
 	// AddressFailures is how many failures an address may make at once, and
 	// CallerFailures how many for one client id or user name; after that, one a
@@ -103,7 +111,7 @@ func (c Config) withDefaults() (Config, error) {
 	duration("MaxStale", &c.MaxStale, max(5*time.Minute, c.Freshness), c.Freshness, time.Hour)
 	duration("LookupTimeout", &c.LookupTimeout, 2*time.Second, 100*time.Millisecond, 30*time.Second)
 	number("MaxLookups", &c.MaxLookups, 4, 1, 100)
-	number("CacheSize", &c.CacheSize, 10000, 100, 10000000)
+	number("CacheSize", &c.CacheSize, 50000, 100, 10000000)
 	number("AddressFailures", &c.AddressFailures, 50, 1, 100000)
 	number("CallerFailures", &c.CallerFailures, 10, 1, 100000)
 	number("MaxSources", &c.MaxSources, 50000, 1000, 10000000)
@@ -128,10 +136,14 @@ type Authenticator struct {
 	metrics  *metrics
 	throttle *throttle
 
-	clients  *cache[string, clientRow]
+	clients  *cache[string, *clientRow]
 	owners   *cache[consumer, ownerRow]
 	accounts *cache[string, accountRow]
 	verified *passwords
+
+	decoy token.KeySet // verifies nothing of anybody
+	// useUp is useUpAssertion, but where a test has no database.
+	useUp func(context.Context, *once) (bool, error)
 }
 
 // New returns an Authenticator on pool. The first of keys keys the HMACs of new
@@ -152,11 +164,13 @@ func New(cfg Config, pool *pgxpool.Pool, keys []MasterKey, reg prometheus.Regist
 		metrics:  newMetrics(reg),
 		throttle: newThrottle(cfg),
 		verified: newPasswords(cfg.MaxHashes),
+		decoy:    anyKey{decoyKeys()},
 	}
+	a.useUp = a.useUpAssertion
 	slots := make(chan struct{}, cfg.MaxLookups)
-	a.clients = newCache(cfg, slots, a.metrics, a.readClient)
-	a.owners = newCache(cfg, slots, a.metrics, a.readOwner)
-	a.accounts = newCache(cfg, slots, a.metrics, a.readAccount)
+	a.clients = newCache(cfg, slots, a.metrics, a.readClients)
+	a.owners = newCache(cfg, slots, a.metrics, a.readOwners)
+	a.accounts = newCache(cfg, slots, a.metrics, a.readAccounts)
 	return a, nil
 }
 
@@ -171,7 +185,7 @@ type Client struct {
 	// life of a token of it.
 	Issuer           string
 	MaxTokenLifetime time.Duration
-	// Public is a client without a secret: it has said who it is, and proved nothing.
+	// Public is a client without a secret or keys: it has said who it is, and proved nothing.
 	Public bool
 
 	Scopes, DefaultScopes, Audience []string

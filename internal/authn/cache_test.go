@@ -3,6 +3,8 @@ package authn
 import (
 	"context"
 	"errors"
+	"fmt"
+	"net/http"
 	"net/netip"
 	"strings"
 	"sync"
@@ -106,9 +108,9 @@ func TestSlowDatabase(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		m := newMemory(t, Config{LookupTimeout: time.Second, MaxLookups: 1})
-		m.clients.read = func(ctx context.Context, _ string) (clientRow, error) {
+		m.clients.read = func(ctx context.Context, _ []string) (map[string]*clientRow, error) {
 			<-ctx.Done()
-			return clientRow{}, ctx.Err()
+			return nil, ctx.Err()
 		}
 		start := time.Now()
 		var group sync.WaitGroup
@@ -137,12 +139,12 @@ func TestCallerGoesAway(t *testing.T) {
 		ctx, leave := context.WithCancel(t.Context())
 		gone, stays := make(chan error, 1), make(chan error, 1)
 		go func() {
-			_, _, err := m.clients.get(ctx, "app one", time.Second)
+			_, _, err := m.clients.get(ctx, "app one")
 			gone <- err
 		}()
 		synctest.Wait()
 		go func() {
-			_, _, err := m.clients.get(t.Context(), "app one", time.Second)
+			_, _, err := m.clients.get(t.Context(), "app one")
 			stays <- err
 		}()
 		synctest.Wait()
@@ -175,6 +177,176 @@ func TestForgetDuringRead(t *testing.T) {
 			t.Errorf("%d reads, want 2", n)
 		}
 	})
+}
+
+// Who waits for a turn to ask is asked for by the first that gets it.
+func TestLookupsShareAQuestion(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory(t, Config{MaxLookups: 1})
+		m.gate = make(chan struct{})
+		var group sync.WaitGroup
+		ask := func(id string) {
+			group.Go(func() {
+				if row, _, err := m.clients.get(t.Context(), id); err != nil || (row == noClient) == (m.rows[id] != nil) {
+					t.Errorf("%s: %v, %v", id, row, err)
+				}
+			})
+		}
+		ask("app one")
+		synctest.Wait() // it asks
+		for i := range 3*maxBatch - 2 {
+			ask(fmt.Sprint("nobody ", i))
+		}
+		ask("app-2")
+		ask("spa-1")
+		synctest.Wait()
+		close(m.gate)
+		group.Wait()
+		if n, of := m.queries.Load(), m.reads.Load(); n != 4 || of != 3*maxBatch+1 {
+			t.Errorf("%d questions for %d rows, want 4 for %d", n, of, 3*maxBatch+1)
+		}
+	})
+}
+
+// Rows in use are read again on the way, before anybody has to wait for them, and never
+// used for longer than their freshness.
+func TestRowsInUseRideAlong(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory(t, Config{Freshness: 10 * time.Second})
+		use := func(authorization string) {
+			t.Helper()
+			if code := m.status(authorization); code != 200 {
+				t.Errorf("status %d, want 200", code)
+			}
+		}
+		check := func(when string, queries, reads int64) {
+			t.Helper()
+			if n, of := m.queries.Load(), m.reads.Load(); n != queries || of != reads {
+				t.Errorf("%s: %d questions for %d rows, want %d for %d", when, n, of, queries, reads)
+			}
+		}
+		idle := postForm("client_id=spa-1")
+		m.answer(idle)
+		use(basicOne)
+		check("at first", 2, 2)
+		time.Sleep(6 * time.Second)
+		use(basicOne)
+		use(basicOne)
+		check("in its second half", 2, 2)
+		use(basicTwo)
+		check("when another is read", 3, 4)
+		time.Sleep(6 * time.Second)
+		use(basicOne)
+		check("when it would have been too old", 3, 4)
+		time.Sleep(5 * time.Second)
+		delete(m.rows, "app one")
+		if code := m.status(basicOne); code != 401 {
+			t.Errorf("status %d for a client that was removed, want 401", code)
+		}
+	})
+}
+
+// A ride along that began before a change must not be remembered after it, and one that
+// fails takes nothing away.
+func TestRideAlong(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory(t, Config{Freshness: 10 * time.Second})
+		m.status(basicOne)
+		m.status(basicTwo)
+		time.Sleep(6 * time.Second)
+		m.status(basicOne)
+		m.status(basicTwo)
+		m.down.Store(true)
+		if code := m.status(basicOf("nobody:x")); code != 503 {
+			t.Fatalf("status %d, want 503", code)
+		}
+		for _, authorization := range []string{basicOne, basicTwo} {
+			if code := m.status(authorization); code != 200 {
+				t.Errorf("status %d after a read that failed, want 200", code)
+			}
+		}
+		m.down.Store(false)
+		m.gate = make(chan struct{})
+		var group sync.WaitGroup
+		group.Go(func() { m.status(basicOf("nobody:x")) })
+		synctest.Wait() // the others ride along
+		m.clients.forget("app one")
+		close(m.gate)
+		group.Wait()
+		before := m.reads.Load()
+		m.status(basicTwo)
+		if n := m.reads.Load() - before; n != 0 {
+			t.Errorf("%d reads of a row that rode along, want 0", n)
+		}
+		m.status(basicOne)
+		if n := m.reads.Load() - before; n != 1 {
+			t.Errorf("%d reads of a row that was forgotten meanwhile, want 1", n)
+		}
+	})
+}
+
+// One who waits for his turn waits for no longer than the timeout, and the one who has it
+// takes nobody along who has left.
+func TestWaitForATurnIsBounded(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory(t, Config{LookupTimeout: time.Second, MaxLookups: 1})
+		m.clients.slots <- struct{}{}
+		start := time.Now()
+		if code := m.status(basicOne); code != 503 || time.Since(start) != time.Second {
+			t.Errorf("status %d after %s, want 503 after LookupTimeout", code, time.Since(start))
+		}
+		<-m.clients.slots
+		if code := m.status(basicTwo); code != 200 {
+			t.Errorf("status %d, want 200", code)
+		}
+		if n := m.reads.Load(); n != 1 || len(m.clients.waiting) != 0 {
+			t.Errorf("%d rows read, %d still waiting, want 1 and none", n, len(m.clients.waiting))
+		}
+	})
+}
+
+// What is due is not kept more than once, however often rows change.
+func TestDueIsBounded(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		m := newMemory(t, Config{Freshness: 2 * time.Second, CacheSize: 100})
+		for i := range 200 {
+			id := fmt.Sprint("id", i)
+			_, _, _ = m.clients.get(t.Context(), id)
+			time.Sleep(1100 * time.Millisecond)
+			_, _, _ = m.clients.get(t.Context(), id)
+			m.clients.forget(id)
+		}
+		if n := len(m.clients.due); n > 100 {
+			t.Errorf("%d are due, want at most CacheSize", n)
+		}
+	})
+}
+
+// The places to hash passwords are all taken, and clients get in.
+func TestNoSlowHashInTheWayOfClients(t *testing.T) {
+	t.Parallel()
+	m := newMemory(t, Config{Issuer: memoryIssuer, LookupTimeout: 100 * time.Millisecond})
+	m.addKeys("jwt-1", memoryIssuer, jwksOf(publicKey("", "", ecTestKey().Public())))
+	for range cap(m.verified.slots) {
+		m.verified.slots <- struct{}{}
+	}
+	jwt := assertionForm(sign("ES256", ecTestKey(), nil, claimsOf("jwt-1")))
+	for name, r := range map[string]*http.Request{
+		"basic": postForm("", "Authorization", basicOne), "post": postForm("client_id=app-2&client_secret=Secret-2"),
+		"public": postForm("client_id=spa-1"), "assertion": postForm(jwt),
+	} {
+		if w, _ := m.answer(r); w.Code != 200 {
+			t.Errorf("%s: status %d, want 200", name, w.Code)
+		}
+	}
+	if w, _ := m.answer(postForm("", "Authorization", basicWrong)); w.Code != 401 {
+		t.Errorf("status %d for a wrong secret, want 401", w.Code)
+	}
 }
 
 // To refuse an unknown id takes the same steps as to refuse a wrong secret, so

@@ -9,6 +9,8 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+
+	"github.com/rescindhq/rescind/api/token"
 )
 
 // maxIDBytes is the longest client id and user name that there can be.
@@ -18,17 +20,25 @@ type clientRow struct {
 	client  Client
 	method  string // as in rescind.clients.auth_method
 	secrets [maxSecrets]storedSecret
+	keys    *token.Verifier // of the client's assertions; nil without usable keys
 }
+
+// noClient is the row of every id that no client has.
+var noClient = &clientRow{}
 
 const (
 	methodBasic = "client_secret_basic"
 	methodPost  = "client_secret_post"
+	methodKey   = "private_key_jwt"
 	methodNone  = "none"
 )
 
-func (a *Authenticator) authenticate(r *http.Request, cred credentials) (Client, error) {
+func (a *Authenticator) authenticate(w http.ResponseWriter, r *http.Request, cred credentials) (Client, error) {
 	client, err := a.identify(r, cred)
 	a.count(err)
+	if rec, ok := w.(Recorder); ok && err == nil {
+		rec.RecordClient(client.ID)
+	}
 	return client, err
 }
 
@@ -45,8 +55,8 @@ func (a *Authenticator) count(err error) {
 	a.metrics.callers.WithLabelValues(result).Inc()
 }
 
-// identify is the one way in. Whatever is wrong with an id and a secret, the
-// steps are the same: ask for the row, compare, ask again unless it is new.
+// identify is the one way in. Whatever is wrong with an id and what shall prove it,
+// the steps are the same: ask for the row, compare, ask again unless it is new.
 func (a *Authenticator) identify(r *http.Request, cred credentials) (Client, error) {
 	ctx := r.Context()
 	who := caller{id: cred.id, from: bucket(a.Remote(r))}
@@ -60,24 +70,34 @@ func (a *Authenticator) identify(r *http.Request, cred credentials) (Client, err
 	case nothing:
 		return Client{}, errClient // no guess, so not counted
 	case unreadable:
-		return Client{}, a.refuse(who)
+		return Client{}, a.refuse(who, errClient)
 	}
-	row, waited, err := a.clients.get(ctx, cred.id, a.cfg.Freshness)
+	row, waited, err := a.clients.get(ctx, cred.id)
 	if err != nil {
 		return Client{}, lookupError(ctx, err)
 	}
 	if waited && a.throttle.throttled(who) { // others may have guessed meanwhile
 		return Client{}, errThrottled
 	}
-	if !a.admits(&row, cred) {
-		if err := a.refuse(who); err != errClient {
+	once, refused := a.admits(row, cred)
+	if refused != nil {
+		if err := a.refuse(who, refused); err == errThrottled {
 			return Client{}, err
 		}
 		if row, err = a.clients.recheck(ctx, cred.id); err != nil {
 			return Client{}, lookupError(ctx, err)
 		}
-		if !a.admits(&row, cred) {
-			return Client{}, errClient
+		if once, refused = a.admits(row, cred); refused != nil {
+			return Client{}, refused
+		}
+	}
+	if once != nil { // last, so that nobody can use up what he could not have made
+		fresh, err := a.useUp(ctx, once)
+		switch {
+		case err != nil:
+			return Client{}, lookupError(ctx, err)
+		case !fresh:
+			return Client{}, a.refuse(who, because("the assertion was used before, or has expired by the database's clock"))
 		}
 	}
 	if !row.client.Public {
@@ -86,27 +106,36 @@ func (a *Authenticator) identify(r *http.Request, cred credentials) (Client, err
 	return row.client, nil
 }
 
-// refuse counts a failure and returns what to answer.
-func (a *Authenticator) refuse(who caller) *OAuthError {
+// refuse counts a failure and returns what to answer: refused, unless others have
+// failed too often meanwhile.
+func (a *Authenticator) refuse(who caller, refused *OAuthError) *OAuthError {
 	if a.throttle.failed(who) {
 		return errThrottled
 	}
-	return errClient
+	return refused
 }
 
-// admits hashes and compares before it looks at anything else, so that all
-// refusals take as long.
-func (a *Authenticator) admits(row *clientRow, cred credentials) bool {
+// admits returns nil, or why not. It hashes and compares before it looks at anything
+// else, so that all refusals take as long. What is right only once is for the caller to
+// use up.
+func (a *Authenticator) admits(row *clientRow, cred credentials) (*once, *OAuthError) {
+	if cred.mechanism == assertion {
+		return a.verifyAssertion(row, cred)
+	}
 	proved := a.secrets.matches(&row.secrets, cred.id, cred.secret, time.Now())
+	ok := false
 	switch cred.mechanism {
 	case basic:
-		return proved && row.method != methodNone
+		ok = proved && (row.method == methodBasic || row.method == methodPost)
 	case post:
-		return proved && row.method == methodPost
+		ok = proved && row.method == methodPost
 	case none:
-		return row.method == methodNone
+		ok = row.method == methodNone
 	}
-	return false
+	if !ok {
+		return nil, errClient
+	}
+	return nil, nil
 }
 
 // lookupError keeps apart a caller who went away and a database that did.
@@ -117,11 +146,12 @@ func lookupError(ctx context.Context, err error) error {
 	return Unavailable(storageRetry, err)
 }
 
-const clientSQL = `
-SELECT m.application_id, t.id, t.domain, k.iss, k.max_token_lifetime, c.auth_method,
+const clientsSQL = `
+SELECT c.client_id, m.application_id, t.id, t.domain, k.iss, k.max_token_lifetime, c.auth_method,
        c.scopes, c.default_scopes, c.audience, coalesce(c.token_lifetime, 0),
+       c.grant_types, c.token_typ, c.resource_audiences,
        c.revoke_by_jti, c.revoke_opaque AND NOT k.resident, coalesce(c.revoke_quota, 0),
-       s.macs, s.key_ids, s.expiries
+       coalesce(c.jwks::text, ''), s.macs, s.key_ids, s.expiries
 FROM rescind.clients c
 JOIN rescind.key_mappings m ON m.id = c.key_mapping_id
 JOIN rescind.key_managers k ON k.id = m.key_manager_id
@@ -133,45 +163,66 @@ CROSS JOIN LATERAL (
           WHERE client_id = c.client_id AND (expires_at IS NULL OR expires_at > now())
           ORDER BY id DESC LIMIT 2) AS active
 ) s
-WHERE c.client_id = $1`
+WHERE c.client_id = ANY ($1)`
 
-func (a *Authenticator) readClient(ctx context.Context, id string) (clientRow, error) {
-	row := clientRow{client: Client{ID: id}}
-	c := &row.client
+// readClients logs what is of no use in a row and goes on without it: one bad row must
+// not keep other clients out.
+func (a *Authenticator) readClients(ctx context.Context, ids []string) (map[string]*clientRow, error) {
+	all := make(map[string]*clientRow, len(ids))
+	for _, id := range ids {
+		all[id] = noClient
+	}
+	found, err := a.pool.Query(ctx, clientsSQL, ids)
+	if err != nil {
+		return nil, fmt.Errorf("read clients: %w", err)
+	}
 	var (
+		row                   *clientRow
 		maxLifetime, lifetime int64
+		jwks                  string
 		macs                  [][]byte
 		keyIDs                []string
 		expiries              []*time.Time
 	)
-	err := a.pool.QueryRow(ctx, clientSQL, id).Scan(
-		&c.ApplicationID, &c.Tenant.ID, &c.Tenant.Domain, &c.Issuer, &maxLifetime, &row.method,
-		&c.Scopes, &c.DefaultScopes, &c.Audience, &lifetime,
-		&c.RevokeByJTI, &c.RevokeOpaque, &c.RevokeQuota,
-		&macs, &keyIDs, &expiries)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return clientRow{}, nil
-	}
-	if err != nil {
-		return clientRow{}, fmt.Errorf("read client: %w", err)
-	}
-	c.MaxTokenLifetime = time.Duration(maxLifetime) * time.Second
-	c.TokenLifetime = time.Duration(lifetime) * time.Second
-	c.Public = row.method == methodNone
-	for i := range macs {
-		key := slices.Index(a.secrets.ids, keyIDs[i])
-		if key < 0 {
-			a.log.Warn("a client's secret is of no use: the master key that it was made under is not configured",
-				"client", id, "master_key_id", keyIDs[i])
-			continue
+	for found.Next() {
+		row = &clientRow{}
+		c := &row.client
+		err := found.Scan(
+			&c.ID, &c.ApplicationID, &c.Tenant.ID, &c.Tenant.Domain, &c.Issuer, &maxLifetime, &row.method,
+			&c.Scopes, &c.DefaultScopes, &c.Audience, &lifetime,
+			&c.GrantTypes, &c.TokenTyp, &c.ResourceAudiences,
+			&c.RevokeByJTI, &c.RevokeOpaque, &c.RevokeQuota,
+			&jwks, &macs, &keyIDs, &expiries)
+		if err != nil {
+			break // found.Err has it
 		}
-		s := storedSecret{usable: true, key: key, mac: mac(macs[i])}
-		if expiries[i] != nil {
-			s.expires = *expiries[i]
+		c.MaxTokenLifetime = time.Duration(maxLifetime) * time.Second
+		c.TokenLifetime = time.Duration(lifetime) * time.Second
+		c.Public = row.method == methodNone
+		for i := range macs {
+			key := slices.Index(a.secrets.ids, keyIDs[i])
+			if key < 0 {
+				a.log.Warn("a client's secret is of no use: the master key that it was made under is not configured",
+					"client", c.ID, "master_key_id", keyIDs[i])
+				continue
+			}
+			s := storedSecret{usable: true, key: key, mac: mac(macs[i])}
+			if expiries[i] != nil {
+				s.expires = *expiries[i]
+			}
+			row.secrets[i] = s
 		}
-		row.secrets[i] = s
+		if jwks != "" {
+			if row.keys, err = newAssertionVerifier(c.ID, jwks); err != nil {
+				a.log.Warn("a client's keys are of no use: none of its assertions will be taken", "client", c.ID, "error", err)
+			}
+		}
+		all[c.ID] = row
 	}
-	return row, nil
+	if err := found.Err(); err != nil {
+		return nil, fmt.Errorf("read clients: %w", err)
+	}
+	return all, nil
 }
 
 // consumer is a client as its tokens name it.
@@ -189,7 +240,7 @@ func (a *Authenticator) Owner(ctx context.Context, iss, consumerKey string) (app
 		return 0, false, nil
 	}
 	c := consumer{iss, consumerKey}
-	row, _, err := a.owners.get(ctx, c, a.cfg.Freshness)
+	row, _, err := a.owners.get(ctx, c)
 	if err == nil && !row.found {
 		row, err = a.owners.recheck(ctx, c)
 	}
@@ -199,20 +250,30 @@ func (a *Authenticator) Owner(ctx context.Context, iss, consumerKey string) (app
 	return row.applicationID, row.found, nil
 }
 
-const ownerSQL = `
-SELECT m.application_id
+// A consumer key that several of the issuers have comes more often than was asked for.
+const ownersSQL = `
+SELECT k.iss, m.consumer_key, m.application_id
 FROM rescind.key_mappings m
 JOIN rescind.key_managers k ON k.id = m.key_manager_id
-WHERE k.iss = $1 AND m.consumer_key = $2`
+WHERE m.consumer_key = ANY ($2) AND k.iss = ANY ($1)`
 
-func (a *Authenticator) readOwner(ctx context.Context, c consumer) (ownerRow, error) {
-	row := ownerRow{found: true}
-	err := a.pool.QueryRow(ctx, ownerSQL, c.iss, c.key).Scan(&row.applicationID)
-	if errors.Is(err, pgx.ErrNoRows) {
-		return ownerRow{}, nil
+func (a *Authenticator) readOwners(ctx context.Context, consumers []consumer) (map[consumer]ownerRow, error) {
+	issuers, keys := make([]string, len(consumers)), make([]string, len(consumers))
+	for i, c := range consumers {
+		issuers[i], keys[i] = c.iss, c.key
+	}
+	all := make(map[consumer]ownerRow, len(consumers))
+	found, err := a.pool.Query(ctx, ownersSQL, issuers, keys)
+	if err == nil {
+		var c consumer
+		row := ownerRow{found: true}
+		_, err = pgx.ForEachRow(found, []any{&c.iss, &c.key, &row.applicationID}, func() error {
+			all[c] = row
+			return nil
+		})
 	}
 	if err != nil {
-		return ownerRow{}, fmt.Errorf("read key mapping: %w", err)
+		return nil, fmt.Errorf("read key mappings: %w", err)
 	}
-	return row, nil
+	return all, nil
 }

@@ -52,23 +52,29 @@ var credentialParams = []string{"client_id", "client_secret", "client_assertion"
 // Form forbids caching of whatever answer follows. Its error is an [OAuthError]
 // or that of r's context, for [WriteError].
 func (a *Authenticator) Form(w http.ResponseWriter, r *http.Request, known ...string) (Client, url.Values, error) {
+	cred, form, err := readRequest(w, r, known)
+	if err != nil {
+		return Client{}, nil, err
+	}
+	if cred.mechanism == bearerToken {
+		cred = credentials{mechanism: unreadable} // not a way for clients to say who they are
+	}
+	client, err := a.authenticate(w, r, cred)
+	if err != nil {
+		return Client{}, nil, err
+	}
+	return client, form, nil
+}
+
+// readRequest is all of [Authenticator.Form] that needs no knowledge of clients.
+func readRequest(w http.ResponseWriter, r *http.Request, known []string) (credentials, url.Values, error) {
 	w.Header().Set("Cache-Control", "no-store")
 	form, err := readForm(w, r, known)
 	if err != nil {
-		return Client{}, nil, err
+		return credentials{}, nil, err
 	}
 	cred, err := credentialsOf(r, form)
-	if err != nil {
-		return Client{}, nil, err
-	}
-	client, err := a.authenticate(r, cred)
-	if err != nil {
-		return Client{}, nil, err
-	}
-	if rec, ok := w.(Recorder); ok {
-		rec.RecordClient(client.ID)
-	}
-	return client, form, nil
+	return cred, form, err
 }
 
 func readForm(w http.ResponseWriter, r *http.Request, known []string) (url.Values, error) {
@@ -149,16 +155,19 @@ func isText(s string) bool {
 type mechanism int
 
 const (
-	nothing    mechanism = iota
-	basic                // the Authorization field
-	post                 // client_id and client_secret in the body
-	none                 // client_id alone: a public client
-	unreadable           // credentials that no client can have, or of a kind that is not supported
+	nothing     mechanism = iota
+	basic                 // the Authorization field
+	post                  // client_id and client_secret in the body
+	assertion             // client_assertion, a JWT
+	none                  // client_id alone: a public client
+	bearerToken           // the Authorization field, with a token
+	unreadable            // credentials that no client can have, or of a kind that is not supported
 )
 
 type credentials struct {
 	mechanism
-	id, secret string
+	id     string
+	secret string // or the assertion, or the token
 }
 
 func credentialsOf(r *http.Request, form url.Values) (credentials, error) {
@@ -167,19 +176,22 @@ func credentialsOf(r *http.Request, form url.Values) (credentials, error) {
 	}
 	header := r.Header["Authorization"]
 	id, secret := form.Get("client_id"), form.Get("client_secret")
-	assertion := form.Has("client_assertion") || form.Has("client_assertion_type")
+	asserts := form.Has("client_assertion") || form.Has("client_assertion_type")
 
 	ways := len(header)
 	if secret != "" {
 		ways++
 	}
-	if assertion {
+	if asserts {
 		ways++
 	}
 	switch {
 	case ways > 1:
 		return credentials{}, errMechanisms
 	case len(header) == 1:
+		if t, ok := parseBearer(header[0]); ok {
+			return credentials{mechanism: bearerToken, id: id, secret: t}, nil
+		}
 		user, password, ok := parseBasic(header[0])
 		if !ok {
 			return credentials{mechanism: unreadable}, nil
@@ -188,7 +200,17 @@ func credentialsOf(r *http.Request, form url.Values) (credentials, error) {
 			return credentials{}, errOtherID
 		}
 		return credentials{basic, user, password}, nil
-	case assertion, secret != "" && id == "":
+	case asserts:
+		jwt := form.Get("client_assertion")
+		client, ok := assertedClient(jwt)
+		switch {
+		case !ok || form.Get("client_assertion_type") != assertionType:
+			return credentials{mechanism: unreadable}, nil
+		case id != "" && id != client:
+			return credentials{}, errOtherID
+		}
+		return credentials{assertion, client, jwt}, nil
+	case secret != "" && id == "":
 		return credentials{mechanism: unreadable}, nil
 	case secret != "":
 		return credentials{post, id, secret}, nil

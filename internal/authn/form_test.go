@@ -49,6 +49,7 @@ func TestForm(t *testing.T) {
 		{"long id", postForm("", "Authorization", basicOf(strings.Repeat("a", 256)+":x")), 401, InvalidClient, ""},
 		{"bearer", postForm("", "Authorization", "Bearer x"), 401, InvalidClient, ""},
 		{"empty header", postForm("", "Authorization", ""), 401, InvalidClient, ""},
+		{"bearer with an id", postForm("client_id=spa-1", "Authorization", "Bearer x"), 401, InvalidClient, ""},
 		{"assertion", postForm("client_assertion=e30.e30.x&client_assertion_type=jwt"), 401, InvalidClient, ""},
 
 		{"same id in the body", postForm("client_id=app-2", "Authorization", basicTwo), 200, "", "app-2"},
@@ -203,6 +204,12 @@ func (brokenReader) Read([]byte) (int, error) { return 0, io.ErrUnexpectedEOF }
 
 func FuzzForm(f *testing.F) {
 	f.Add("POST", "", formType, basicOne, "token=t")
+	f.Add("POST", "", formType, "Basic YXBwIG9uZTpzM2NyOnQrLz0l", "token=t") // C034
+	f.Add("POST", "", formType, "Basic bm9zZXBhcmF0b3I=", "token=t")         // C035
+	f.Add("POST", "", formType, basicOne, "token=t;x=1")                     // C041
+	f.Add("POST", "", formType, basicOne, "token=%zz")                       // C041
+	f.Add("POST", "", formType, "bearer a.b-_~+/==", "token=t&client_id=")
+	f.Add("POST", "", formType, "Bearer \"", "client_assertion=e30.eyJpc3MiOiJcIiJ9.&client_assertion_type="+url.QueryEscape(assertionType))
 	f.Add("POST", "client_secret=x", "application/json", "Bearer x", "token=t&token=t")
 	f.Add("GET", "a=%zz;b", formType+"; charset=\"", "Basic \"\\\x7f", "client_id=\"%5C%C3%A9&client_secret=\\\"")
 	f.Fuzz(func(t *testing.T, method, query, contentType, authorization, body string) {
@@ -221,11 +228,21 @@ func FuzzForm(f *testing.F) {
 			t.Fatalf("status %d", w.Code)
 		}
 		checkError(t, w, "")
+
+		r.Body = io.NopCloser(strings.NewReader(body))
+		switch w, client, bearer := m.answerOrBearer(r); {
+		case client.ID != "":
+			t.Fatalf("client %q let in only where a Bearer token is taken too", client.ID)
+		case (bearer != "") != (w.Code == 200), bearer != "" && !strings.EqualFold(authorization[:6], "bearer"):
+			t.Fatalf("status %d with bearer %q", w.Code, bearer)
+		case bearer == "":
+			checkError(t, w, "")
+		}
 	})
 }
 
 func FuzzParseBasic(f *testing.F) {
-	for _, s := range []string{basicOne, basicTwo, "Basic bm9zZXBhcmF0b3I=", "Basic YTpiYw==", "Basic YTpiYx==", "BASIC  OnI=", "Basic"} {
+	for _, s := range []string{basicOne, basicTwo, "Basic YXBwIG9uZTpzM2NyOnQrLz0l", "Basic bm9zZXBhcmF0b3I=", "Basic YTpiYw==", "Basic YTpiYx==", "BASIC  OnI=", "Basic"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, header string) {
@@ -247,7 +264,7 @@ func FuzzParseBasic(f *testing.F) {
 }
 
 func FuzzParseForm(f *testing.F) {
-	for _, s := range []string{"", "token=t", "a=1&a=2", "a;b", "%zz", "%00", "%FF=%FF", "=", "&&", "a=%2"} {
+	for _, s := range []string{"", "token=t", "token=T1;x=1", "token=%zz", "a=1&a=2", "a;b", "%zz", "%00", "%FF=%FF", "=", "&&", "a=%2"} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, body string) {

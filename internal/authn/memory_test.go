@@ -6,6 +6,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 
@@ -16,10 +17,14 @@ import (
 // tested on the database.
 type memory struct {
 	*Authenticator
-	rows  map[string]clientRow
-	down  atomic.Bool
-	reads atomic.Int64
-	gate  chan struct{} // if not nil, each read takes one
+	rows    map[string]*clientRow
+	down    atomic.Bool
+	queries atomic.Int64
+	reads   atomic.Int64  // of rows
+	gate    chan struct{} // if not nil, each query takes one
+
+	mu   sync.Mutex
+	used map[once]bool
 }
 
 func testKey(t testing.TB, fill string) MasterKey {
@@ -37,16 +42,33 @@ func newMemory(t testing.TB, cfg Config) *memory {
 	if err != nil {
 		t.Fatal(err)
 	}
-	m := &memory{Authenticator: a, rows: make(map[string]clientRow)}
-	a.clients.read = func(_ context.Context, id string) (clientRow, error) {
-		m.reads.Add(1)
+	m := &memory{Authenticator: a, rows: make(map[string]*clientRow), used: make(map[once]bool)}
+	a.clients.read = func(_ context.Context, ids []string) (map[string]*clientRow, error) {
+		m.queries.Add(1)
+		m.reads.Add(int64(len(ids)))
 		if m.gate != nil {
 			<-m.gate
 		}
 		if m.down.Load() {
-			return clientRow{}, errDown
+			return nil, errDown
 		}
-		return m.rows[id], nil
+		found := make(map[string]*clientRow)
+		for _, id := range ids {
+			if found[id] = m.rows[id]; found[id] == nil {
+				found[id] = noClient
+			}
+		}
+		return found, nil
+	}
+	a.useUp = func(_ context.Context, o *once) (bool, error) {
+		m.mu.Lock()
+		defer m.mu.Unlock()
+		if m.down.Load() {
+			return false, errDown
+		}
+		fresh := !m.used[*o]
+		m.used[*o] = true
+		return fresh, nil
 	}
 	m.add("app one", methodBasic, "s3cr:t+/=%")
 	m.add("app-2", methodPost, "Secret-2")
@@ -62,7 +84,7 @@ func (downError) Error() string { return "the database is away" }
 var errDown downError
 
 func (m *memory) add(id, method string, secrets ...string) {
-	row := clientRow{client: Client{ID: id, Public: method == methodNone}, method: method}
+	row := &clientRow{client: Client{ID: id, Public: method == methodNone}, method: method}
 	for i, s := range secrets {
 		row.secrets[i] = storedSecret{usable: true, mac: m.secrets.mac(0, id, s)}
 	}

@@ -3,7 +3,10 @@ package authn
 import (
 	"bytes"
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
 	"crypto/rand"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -15,6 +18,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/go-jose/go-jose/v4"
 	"github.com/google/go-cmp/cmp"
 	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
@@ -133,6 +137,7 @@ func TestClientIsWhatWasRegistered(t *testing.T) {
 		ID: "app one", AuthMethod: "client_secret_post", Secret: "s3cret",
 		Scopes: []string{"read", "write"}, DefaultScopes: []string{"read"}, Audience: []string{"https://api.example.com"},
 		TokenLifetime: 60, RevokeOpaque: true, RevokeQuota: 100,
+		GrantTypes: []string{}, TokenTyp: "JWT", ResourceAudiences: []string{"https://api.example.com"},
 	}
 	mustCreate(t, a, app, issExternal, full)
 	cred := mustCreate(t, a, app, issOwn, Registration{RevokeByJTI: true})
@@ -146,14 +151,17 @@ func TestClientIsWhatWasRegistered(t *testing.T) {
 			ID: "app one", ApplicationID: app, Tenant: revocation.SuperTenant, Issuer: issExternal, MaxTokenLifetime: 2 * time.Hour,
 			Scopes: full.Scopes, DefaultScopes: full.DefaultScopes, Audience: full.Audience,
 			TokenLifetime: time.Minute, RevokeOpaque: true, RevokeQuota: 100,
+			GrantTypes: []string{}, TokenTyp: "JWT", ResourceAudiences: []string{"https://api.example.com"},
 		}},
 		{cred.ID, cred.Secret, Client{
 			ID: cred.ID, ApplicationID: app, Tenant: revocation.SuperTenant, Issuer: issOwn, MaxTokenLifetime: time.Hour,
 			Scopes: []string{}, DefaultScopes: []string{}, Audience: []string{}, RevokeByJTI: true,
+			GrantTypes: []string{"client_credentials"}, TokenTyp: "at+jwt", ResourceAudiences: []string{},
 		}},
 		{"opaque", "x", Client{ // our own issuer has no tokens that we cannot read
 			ID: "opaque", ApplicationID: app, Tenant: revocation.SuperTenant, Issuer: issOwn, MaxTokenLifetime: time.Hour,
 			Scopes: []string{}, DefaultScopes: []string{}, Audience: []string{},
+			GrantTypes: []string{"client_credentials"}, TokenTyp: "at+jwt", ResourceAudiences: []string{},
 		}},
 	}
 	for _, tt := range tests {
@@ -232,6 +240,8 @@ func TestStoreClientRefuses(t *testing.T) {
 	}
 	_, rotatePublic := a.rotate(t.Context(), "public", "", false)
 	_, rotateNobody := a.rotate(t.Context(), "nobody", "", false)
+	mustCreate(t, a, app, issOwn, Registration{ID: "keys", AuthMethod: "private_key_jwt", JWKS: jwksOf(publicKey("", "", ecTestKey().Public()))})
+	_, rotateKeys := a.rotate(t.Context(), "keys", "", false)
 	_, rotateLong := a.rotate(t.Context(), "c", strings.Repeat("s", 1025), false)
 	_, rotateBytes := a.rotate(t.Context(), "c", "\xff", false)
 	second := newApplication(t, pool, "second")
@@ -241,6 +251,11 @@ func TestStoreClientRefuses(t *testing.T) {
 	}
 	free := newMapping(t, pool, app, issOwn, "d")
 	refuse := func(r Registration) error { _, err := a.store(t.Context(), free, r); return err }
+	var keysMapping int32
+	if err := pool.QueryRow(t.Context(), `SELECT key_mapping_id FROM rescind.clients WHERE client_id = 'keys'`).Scan(&keysMapping); err != nil {
+		t.Fatal(err)
+	}
+	_, secretForKeys := a.store(t.Context(), keysMapping, Registration{Secret: "s"})
 	_, noMapping := a.store(t.Context(), -1, Registration{ID: "d"})
 	const scopes, audience = "#/scopes/0", "#/audience/0"
 	for name, tt := range map[string]struct {
@@ -266,6 +281,14 @@ func TestStoreClientRefuses(t *testing.T) {
 		"many scopes":                  {refuse(Registration{Scopes: strings.Split(strings.Repeat("a,", 101), ",")}), nil, "#/scopes"},
 		"an audience with NUL":         {refuse(Registration{Audience: []string{"\x00"}}), nil, audience},
 		"a long audience":              {refuse(Registration{Audience: []string{strings.Repeat("a", 256)}}), nil, audience},
+		"a grant that nobody has":      {refuse(Registration{GrantTypes: []string{"client_credentials", "password"}}), nil, "#/grant_types/1"},
+		"an unknown typ":               {refuse(Registration{TokenTyp: "jwt"}), nil, "#/token_typ"},
+		"a resource with a line end":   {refuse(Registration{ResourceAudiences: []string{"a", "\n"}}), nil, "#/resource_audiences/1"},
+		"keys for a secret's client":   {refuse(Registration{JWKS: jwksOf(publicKey("", "", ecTestKey().Public()))}), nil, "#/jwks"},
+		"a secret beside keys":         {refuse(Registration{AuthMethod: "private_key_jwt", JWKS: jwksOf(publicKey("", "", ecTestKey().Public())), Secret: "s"}), nil, "#/secret"},
+		"no keys":                      {refuse(Registration{AuthMethod: "private_key_jwt"}), nil, "#/jwks"},
+		"a secret for one with keys":   {secretForKeys, nil, "#/secret"},
+		"rotation for one with keys":   {rotateKeys, nil, "#"},
 		"a long life":                  {refuse(Registration{TokenLifetime: 3601}), nil, "#/token_lifetime"},
 		"a negative quota":             {refuse(Registration{RevokeQuota: -1}), nil, "#/revoke_quota"},
 		"rotation for a public client": {rotatePublic, nil, "#"},
@@ -284,8 +307,157 @@ func TestStoreClientRefuses(t *testing.T) {
 		}
 	}
 	var left int
-	if err := pool.QueryRow(t.Context(), `SELECT count(*) FROM rescind.clients WHERE client_id NOT IN ('c', 'public')`).Scan(&left); err != nil || left != 0 {
+	if err := pool.QueryRow(t.Context(), `SELECT count(*) FROM rescind.clients WHERE client_id NOT IN ('c', 'public', 'keys')`).Scan(&left); err != nil || left != 0 {
 		t.Errorf("%d clients, %v, are left of what was refused", left, err)
+	}
+}
+
+func TestClientKeysAreRefused(t *testing.T) {
+	t.Parallel()
+	ec := publicKey("ec", "", ecTestKey().Public())
+	withKid := func(kid string, key jose.JSONWebKey) jose.JSONWebKey { key.KeyID = kid; return key }
+	many := make([]jose.JSONWebKey, 11)
+	for i := range many {
+		many[i] = withKid(fmt.Sprint(i), ec)
+	}
+	member := func(name, value string) string { // of an EC key
+		return strings.Replace(jwksOf(ec), `{"use"`, fmt.Sprintf(`{%q:%s,"use"`, name, value), 1)
+	}
+	for name, tt := range map[string]struct{ jwks, want string }{
+		"one key":                        {jwksOf(withKid("", ec)), ""},
+		"ten keys":                       {jwksOf(many[:10]...), ""},
+		"two kinds":                      {jwksOf(ec, publicKey("rsa", "PS256", rsaTestKey().Public())), ""},
+		"members that nobody knows":      {member("note", `{"a":[1.5,null,"\\u0000"]}`), ""},
+		"no JSON":                        {`{"keys":[`, "JSON object"},
+		"an array":                       {`[]`, "JSON object"},
+		"no keys":                        {`{"KEYS":[]}`, `"keys"`},
+		"keys that are none":             {`{"keys":[7]}`, "key 1 is not"},
+		"an empty set":                   {`{"keys":[]}`, "1 to 10"},
+		"eleven keys":                    {jwksOf(many...), "has 11 keys"},
+		"a private key":                  {jwksOf(ec, publicKey("p", "", ecOtherKey())), "key 2 is private or symmetric"},
+		"a symmetric key":                {`{"keys":[{"kty":"oct","k":"AAAA"}]}`, "private or symmetric"},
+		"an algorithm that is not taken": {jwksOf(publicKey("", "RS512", rsaTestKey().Public())), "key 1 cannot verify"},
+		"a curve that is not taken":      {jwksOf(publicKey("", "", must(ecdsa.GenerateKey(elliptic.P384(), rand.Reader)).Public())), "P-256"},
+		"an RSA key that is short":       {`{"keys":[{"kty":"RSA","e":"AQAB","n":"` + strings.Repeat("_", 170) + `"}]}`, "2048"},
+		"a key for encryption":           {strings.Replace(jwksOf(ec), `"sig"`, `"enc"`, 1), "cannot verify"},
+		"two keys and one name":          {jwksOf(ec, withKid("", ec)), "key 2 has no kid"},
+		"two of one name":                {jwksOf(ec, ec), `"ec" is there twice`},
+		"a member that is there twice":   {member("use", `"sig"`), "cannot verify"},
+		"a set that is there twice":      {strings.Replace(jwksOf(ec), `{"keys"`, `{"keys":[],"keys"`, 1), "each name once"},
+		"a NUL":                          {member("note", `"\u0000"`), "cannot be stored"},
+		"a number of the infinite":       {member("note", `1e999`), "cannot be stored"},
+		"much":                           {member("note", `"`+strings.Repeat("x", 32<<10)+`"`), "32768"},
+	} {
+		err := Registration{AuthMethod: "private_key_jwt", JWKS: tt.jwks}.Validate()
+		invalid, _ := errors.AsType[catalog.Invalid](err)
+		if tt.want == "" && err != nil || tt.want != "" && (len(invalid) != 1 || invalid[0].Pointer != "#/jwks" || !strings.Contains(invalid[0].Detail, tt.want)) {
+			t.Errorf("%s: %v, want %q at #/jwks", name, err, tt.want)
+		}
+		if private := ecOtherKey(); strings.Contains(fmt.Sprint(err), base64.RawURLEncoding.EncodeToString(must(private.Bytes()))) {
+			t.Errorf("%s: the error has the private key", name)
+		}
+	}
+}
+
+// What is read back is what was registered, in one form however it was written.
+func TestReadRegistrations(t *testing.T) {
+	t.Parallel()
+	pool, app := newDatabase(t)
+	a := newOn(t, pool)
+	key := `"crv":"P-256","kty":"EC","x":"%s","y":"%s"`
+	point := must(ecTestKey().PublicKey.Bytes())
+	key = fmt.Sprintf(key, base64.RawURLEncoding.EncodeToString(point[1:33]), base64.RawURLEncoding.EncodeToString(point[33:]))
+	want := []Registration{
+		{ID: "a", AuthMethod: "private_key_jwt", JWKS: `{"keys":[{` + key + `}],"x":{"a":100,"b":"\u003c"}}`,
+			Scopes: []string{"s"}, DefaultScopes: []string{}, Audience: []string{}, TokenLifetime: 5,
+			GrantTypes: []string{}, TokenTyp: "JWT", ResourceAudiences: []string{"r"}, RevokeQuota: 1},
+		{ID: "b", AuthMethod: "client_secret_basic", Scopes: []string{}, DefaultScopes: []string{}, Audience: []string{},
+			GrantTypes: []string{"client_credentials"}, TokenTyp: "at+jwt", ResourceAudiences: []string{}},
+	}
+	given := want[0]
+	given.JWKS = `{ "x":{"b":"<", "a":1e2}, "keys":[ {` + key + `} ] }`
+	if cred := mustCreate(t, a, app, issOwn, given); cred != (Credentials{ID: "a"}) {
+		t.Errorf("%+v for a client with keys, want no secret", cred)
+	}
+	mustCreate(t, a, app, issOwn, Registration{ID: "b"})
+	var got []Registration
+	err := pgx.BeginFunc(t.Context(), pool, func(tx pgx.Tx) error {
+		for r, err := range ReadRegistrations(t.Context(), tx) {
+			if err != nil {
+				return err
+			}
+			got = append(got, r)
+		}
+		return nil
+	})
+	if diff := cmp.Diff(want, got); err != nil || diff != "" {
+		t.Errorf("%v (-want +got):\n%s", err, diff)
+	}
+}
+
+// One assertion that is sent to all processes at once counts once.
+func TestAssertionCountsOnceInAllProcesses(t *testing.T) {
+	t.Parallel()
+	pool, app := newDatabase(t)
+	processes := make([]*Authenticator, 3)
+	for i := range processes {
+		processes[i] = newOn(t, pool)
+		processes[i].cfg.Issuer = issOwn
+	}
+	mustCreate(t, processes[0], app, issOwn, Registration{ID: "c", AuthMethod: "private_key_jwt", JWKS: jwksOf(publicKey("", "", ecTestKey().Public()))})
+	claims := claimsOf("c").with(object{"aud": issOwn, "jti": strings.Repeat("\u00e9", 127)})
+	jwt := sign("ES256", ecTestKey(), nil, claims)
+	statuses := make(chan int, 9)
+	var group sync.WaitGroup
+	for i := range cap(statuses) {
+		group.Go(func() {
+			w := httptest.NewRecorder()
+			if _, _, err := processes[i%3].Form(w, postForm(assertionForm(jwt))); err != nil {
+				WriteError(w, err)
+			}
+			statuses <- w.Code
+		})
+	}
+	group.Wait()
+	close(statuses)
+	count := map[int]int{}
+	for status := range statuses {
+		count[status]++
+	}
+	if count[200] != 1 || count[401] != 8 {
+		t.Errorf("statuses %v, want 200 once", count)
+	}
+
+	// By the database's clock, which decides when a use is forgotten.
+	for until, want := range map[time.Duration]bool{-time.Minute: false, time.Minute: true} {
+		fresh, err := processes[0].useUp(t.Context(), &once{"c", [32]byte{1}, time.Now().Add(until)})
+		if err != nil || fresh != want {
+			t.Errorf("an assertion that ends in %s: %t, %v, want %t", until, fresh, err, want)
+		}
+	}
+	pool.Close()
+	w := httptest.NewRecorder()
+	if _, _, err := processes[0].Form(w, postForm(assertionForm(sign("ES256", ecTestKey(), nil, claims.with(object{"jti": "2"}))))); err != nil {
+		WriteError(w, err)
+	}
+	if w.Code != 503 {
+		t.Errorf("status %d without the database, want 503", w.Code)
+	}
+}
+
+// A row that is of no use keeps nobody else out who is read with it.
+func TestUnusableKeysAreTheirClientsAlone(t *testing.T) {
+	t.Parallel()
+	pool, app := newDatabase(t)
+	a := newOn(t, pool)
+	mustCreate(t, a, app, issOwn, Registration{ID: "c", AuthMethod: "private_key_jwt", JWKS: jwksOf(publicKey("", "", ecTestKey().Public()))})
+	mustCreate(t, a, app, issOwn, Registration{ID: "d", Secret: "s"})
+	if _, err := pool.Exec(t.Context(), `UPDATE rescind.clients SET jwks = '{}' WHERE client_id = 'c'`); err != nil {
+		t.Fatal(err)
+	}
+	rows, err := a.readClients(t.Context(), []string{"c", "d", "e", "d"})
+	if err != nil || len(rows) != 3 || rows["c"].keys != nil || rows["d"].client.ID != "d" || rows["e"] != noClient {
+		t.Errorf("%v, %v", rows, err)
 	}
 }
 
@@ -701,5 +873,55 @@ func TestFleetStartsAtOnce(t *testing.T) {
 	wg.Wait()
 	if n := refused.Load(); n != 0 {
 		t.Errorf("%d of 500 were refused", n)
+	}
+}
+
+// BenchmarkDistinctClients compares many clients, of which each request looks one up with
+// its key mapping, with a single one. Rows are read again each second: ten times as
+// often as by default.
+func BenchmarkDistinctClients(b *testing.B) {
+	for _, clients := range []int{1, 10000} {
+		b.Run(fmt.Sprint(clients), func(b *testing.B) {
+			pool, app := newDatabase(b)
+			a, err := New(Config{Freshness: time.Second}, pool, []MasterKey{testKey(b, "k")}, prometheus.NewRegistry(), slog.New(slog.DiscardHandler))
+			if err != nil {
+				b.Fatal(err)
+			}
+			_, err = pool.Exec(b.Context(), `
+WITH mapping AS (
+    INSERT INTO rescind.key_mappings (application_id, key_manager_id, consumer_key, key_type)
+    SELECT $1, k.id, 'client-' || n, 'PRODUCTION' FROM rescind.key_managers k, generate_series(0, $3::int - 1) n WHERE k.iss = $2
+    RETURNING id, consumer_key
+)
+INSERT INTO rescind.clients (client_id, key_mapping_id, auth_method) SELECT consumer_key, id, 'none' FROM mapping`, app, issOwn, clients)
+			if err == nil {
+				_, err = pool.Exec(b.Context(), `ANALYZE rescind.clients, rescind.key_mappings`)
+			}
+			if err != nil {
+				b.Fatal(err)
+			}
+			var next atomic.Int64
+			var questions atomic.Int64
+			read := a.clients.read
+			a.clients.read = func(ctx context.Context, ids []string) (map[string]*clientRow, error) {
+				questions.Add(1)
+				return read(ctx, ids)
+			}
+			defer func() { b.ReportMetric(float64(questions.Load())/float64(b.N), "questions/op") }()
+			b.SetParallelism(32)
+			b.RunParallel(func(pb *testing.PB) {
+				for pb.Next() {
+					id := fmt.Sprint("client-", next.Add(7919)%int64(clients))
+					if _, _, err := a.Form(httptest.NewRecorder(), postForm("client_id="+id)); err != nil {
+						b.Error(err)
+						return
+					}
+					if _, ok, err := a.Owner(b.Context(), issOwn, id); err != nil || !ok {
+						b.Errorf("%t, %v", ok, err)
+						return
+					}
+				}
+			})
+		})
 	}
 }

@@ -3,6 +3,7 @@ package authn
 import (
 	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -14,6 +15,7 @@ import (
 
 	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/api/token"
 )
 
 // ErrExists is returned for a natural key that something else has already.
@@ -31,10 +33,11 @@ type Registration struct {
 	// permits Basic too, "private_key_jwt", or "none" for a public client.
 	AuthMethod string
 	// JWKS is the JWK set with the public keys of a client with private_key_jwt, as JSON;
-	// empty for all others.
+	// empty for all others. It is kept in a canonical form: as encoding/json writes it,
+	// members sorted, after having read it into an any.
 	JWKS string
 	// Secret is made when it is empty. One that is given should have 256 random bits
-	// too: it is not hashed slowly. A public client has none.
+	// too: it is not hashed slowly. A public client has none, nor has one with keys.
 	Secret string
 
 	// DefaultScopes are some of Scopes.
@@ -73,10 +76,16 @@ func (r Registration) Validate() error {
 		method = methodBasic
 	}
 	public := method == methodNone
-	check(slices.Contains([]string{methodBasic, methodPost, methodNone}, method),
-		"auth_method", "must be one of %s, %s, %s", methodBasic, methodPost, methodNone)
+	check(slices.Contains(methods, method), "auth_method", "must be one of %s", strings.Join(methods, ", "))
 	check(!public || r.Secret == "", "secret", "must not be there: a public client has none")
+	check(method != methodKey || r.Secret == "", "secret", "must not be there: a client with %s proves itself with its keys", methodKey)
 	check(isSecret(r.Secret), "secret", "must be UTF-8 of at most %d bytes", maxSecretBytes)
+	if method == methodKey {
+		wrong := checkClientKeys(r.JWKS)
+		check(wrong == "", "jwks", "%s", wrong)
+	} else {
+		check(r.JWKS == "", "jwks", "must not be there: only a client with %s has keys", methodKey)
+	}
 	lists := []struct {
 		name  string
 		items []string
@@ -86,6 +95,8 @@ func (r Registration) Validate() error {
 		{"scopes", r.Scopes, `must be printable ASCII without space, " and \`, isScope},
 		{"default_scopes", r.DefaultScopes, "must be one of scopes", func(s string) bool { return slices.Contains(r.Scopes, s) }},
 		{"audience", r.Audience, "must be UTF-8 without control characters", isAudience},
+		{"resource_audiences", r.ResourceAudiences, "must be UTF-8 without control characters", isAudience},
+		{"grant_types", r.GrantTypes, "must be " + grantClientCredentials, func(s string) bool { return s == grantClientCredentials }},
 	}
 	for _, l := range lists {
 		check(len(l.items) <= maxItems, l.name, "has %d items, must be at most %d", len(l.items), maxItems)
@@ -95,6 +106,7 @@ func (r Registration) Validate() error {
 			check(item == "" || l.ok(item), at, "%s", l.what)
 		}
 	}
+	check(r.TokenTyp == "" || r.TokenTyp == typAccessToken || r.TokenTyp == "JWT", "token_typ", "must be %s or JWT", typAccessToken)
 	const maxLifetime = int(time.Hour / time.Second)
 	check(0 <= r.TokenLifetime && r.TokenLifetime <= maxLifetime, "token_lifetime", "must be 1 to %d seconds, or 0 for the server's default", maxLifetime)
 	check(!r.RevokeByJTI || !r.RevokeOpaque, "revoke_opaque", "must not be there with revoke_by_jti: an opaque token would be taken for a jti")
@@ -107,6 +119,86 @@ func (r Registration) Validate() error {
 	return found
 }
 
+var methods = []string{methodBasic, methodPost, methodKey, methodNone}
+
+// What a client is registered with by default.
+const (
+	grantClientCredentials = "client_credentials"
+	typAccessToken         = "at+jwt"
+)
+
+const (
+	maxClientKeys = 10
+	maxJWKSBytes  = 32 << 10
+)
+
+// checkClientKeys returns what is wrong with a client's JWK set. Unlike those of issuers,
+// which we can but take as they are, it must be right in all of its keys.
+func checkClientKeys(jwks string) (wrong string) {
+	if jwks == "" {
+		return "must be there: a JWK set with the client's public keys"
+	}
+	if len(jwks) > maxJWKSBytes {
+		return fmt.Sprintf("has %d bytes, must be at most %d", len(jwks), maxJWKSBytes)
+	}
+	var set map[string]json.RawMessage // not a struct, whose members match in any case
+	var keys []json.RawMessage
+	if json.Unmarshal([]byte(jwks), &set) != nil || json.Unmarshal(set["keys"], &keys) != nil {
+		return `must be a JSON object with an array "keys"`
+	}
+	if len(keys) < 1 || len(keys) > maxClientKeys {
+		return fmt.Sprintf("has %d keys, must be 1 to %d", len(keys), maxClientKeys)
+	}
+	for i, key := range keys {
+		if wrong := checkClientKey(key, len(keys) > 1); wrong != "" {
+			return fmt.Sprintf("key %d %s", i+1, wrong)
+		}
+	}
+	if _, err := token.ParseKeySet([]byte(jwks)); err != nil { // such as a kid that is there twice
+		return err.Error()
+	}
+	canonical, err := canonicalJSON(jwks)
+	if err != nil || strings.Contains(strings.ReplaceAll(canonical, `\\`, ""), `\u0000`) { // Postgres has no NUL
+		return "has a number or a character that cannot be stored"
+	}
+	return ""
+}
+
+func checkClientKey(key json.RawMessage, oneOfMany bool) (wrong string) {
+	var members map[string]json.RawMessage
+	if json.Unmarshal(key, &members) != nil || members == nil {
+		return "is not a JSON object"
+	}
+	for _, name := range []string{"d", "k", "priv"} {
+		if _, ok := members[name]; ok {
+			return fmt.Sprintf("is private or symmetric: it has %q. Make another one, and register its public half alone", name)
+		}
+	}
+	set, err := token.ParseKeySet(fmt.Appendf(nil, `{"keys":[%s]}`, key))
+	usable := err == nil && slices.ContainsFunc(AssertionAlgorithms, func(alg string) bool {
+		_, err := set.Key(context.Background(), "", alg)
+		return err == nil
+	})
+	switch {
+	case !usable:
+		return "cannot verify signatures: it must be RSA of 2048 to 8192 bits, EC with P-256, or OKP with Ed25519, and its alg, if it has one, of " +
+			strings.Join(AssertionAlgorithms, ", ")
+	case oneOfMany && (members["kid"] == nil || string(members["kid"]) == `""` || string(members["kid"]) == "null"):
+		return "has no kid: where there are several, each needs one"
+	}
+	return ""
+}
+
+// canonicalJSON brings documents that mean the same to the same text.
+func canonicalJSON(document string) (string, error) {
+	var v any
+	if err := json.Unmarshal([]byte(document), &v); err != nil {
+		return "", err
+	}
+	b, err := json.Marshal(v)
+	return string(b), err
+}
+
 // isScope reports whether s is a scope-token of RFC 6749 section 3.3.
 func isScope(s string) bool { return isPlain(s) && !strings.Contains(s, " ") }
 
@@ -115,7 +207,7 @@ func isAudience(s string) bool { return isText(s) && !strings.ContainsFunc(s, un
 // Credentials are what a client proves itself with.
 type Credentials struct {
 	ID string
-	// Secret is empty for a public client, and for a client that existed already,
+	// Secret is empty for a client without one, and for a client that existed already,
 	// unless it was given.
 	Secret string
 }
@@ -128,11 +220,13 @@ JOIN rescind.key_managers k ON k.id = m.key_manager_id
 WHERE m.id = $1`
 	insertClientSQL = `
 INSERT INTO rescind.clients (client_id, key_mapping_id, auth_method, scopes, default_scopes, audience,
-                             token_lifetime, revoke_by_jti, revoke_opaque, revoke_quota)
+                             token_lifetime, revoke_by_jti, revoke_opaque, revoke_quota,
+                             jwks, grant_types, token_typ, resource_audiences)
 VALUES ($1, $2, $3, coalesce($4, '{}'::text[]), coalesce($5, '{}'::text[]), coalesce($6, '{}'::text[]),
-        nullif($7, 0), $8, $9, nullif($10, 0))
+        nullif($7, 0), $8, $9, nullif($10, 0),
+        nullif($11::text, '')::jsonb, coalesce($12, '{client_credentials}'::text[]), $13, coalesce($14, '{}'::text[]))
 ON CONFLICT (client_id) DO NOTHING`
-	clientMappingSQL = `SELECT key_mapping_id FROM rescind.clients WHERE client_id = $1 FOR UPDATE`
+	clientMappingSQL = `SELECT key_mapping_id, auth_method FROM rescind.clients WHERE client_id = $1 FOR UPDATE`
 	clientMethodSQL  = `SELECT auth_method FROM rescind.clients WHERE client_id = $1 FOR UPDATE`
 	accountExistsSQL = `SELECT EXISTS (SELECT FROM rescind.accounts WHERE username = $1)`
 )
@@ -160,6 +254,9 @@ func (a *Authenticator) storeClient(ctx context.Context, tx pgx.Tx, keyMappingID
 	if r.AuthMethod == "" {
 		r.AuthMethod = methodBasic
 	}
+	if r.JWKS != "" {
+		r.JWKS, _ = canonicalJSON(r.JWKS) // it was valid
+	}
 	target := revocation.Target{Kind: revocation.KindClient}
 	switch err := tx.QueryRow(ctx, consumerKeySQL, keyMappingID).Scan(&target.Iss, &target.ID); {
 	case errors.Is(err, pgx.ErrNoRows):
@@ -180,19 +277,26 @@ func (a *Authenticator) storeClient(ctx context.Context, tx pgx.Tx, keyMappingID
 		return Credentials{}, err
 	}
 	tag, err := tx.Exec(ctx, insertClientSQL, cred.ID, keyMappingID, r.AuthMethod, r.Scopes, r.DefaultScopes, r.Audience,
-		r.TokenLifetime, r.RevokeByJTI, r.RevokeOpaque, r.RevokeQuota)
+		r.TokenLifetime, r.RevokeByJTI, r.RevokeOpaque, r.RevokeQuota,
+		r.JWKS, r.GrantTypes, cmp.Or(r.TokenTyp, typAccessToken), r.ResourceAudiences)
 	if err != nil {
 		return Credentials{}, err
 	}
-	var of int32
-	if err := tx.QueryRow(ctx, clientMappingSQL, cred.ID).Scan(&of); err != nil {
+	var (
+		of     int32
+		method string
+	)
+	if err := tx.QueryRow(ctx, clientMappingSQL, cred.ID).Scan(&of, &method); err != nil {
 		return Credentials{}, err
 	}
-	if of != keyMappingID {
-		return Credentials{}, ErrExists
-	}
 	isNew := tag.RowsAffected() == 1
-	if r.AuthMethod == methodNone || !isNew && r.Secret == "" {
+	hasSecret := method == methodBasic || method == methodPost
+	switch {
+	case of != keyMappingID:
+		return Credentials{}, ErrExists
+	case !hasSecret && r.Secret != "":
+		return Credentials{}, catalog.Invalid{{Pointer: "#/secret", Detail: "must not be there: the client exists already, with the auth_method " + method}}
+	case !hasSecret, !isNew && r.Secret == "":
 		return cred, nil
 	}
 	if cred.Secret == "" {
@@ -207,7 +311,7 @@ func (a *Authenticator) storeClient(ctx context.Context, tx pgx.Tx, keyMappingID
 // other processes a secret that was ended lives for [Config.Freshness].
 //
 // Errors: [ErrNotFound] when there is no such client, [catalog.Invalid] for an unusable
-// secret, and for a public client, which has none.
+// secret, and for a client that has none: a public one, and one with private_key_jwt.
 func (a *Authenticator) RotateClient(ctx context.Context, tx pgx.Tx, clientID, given string, endPrevious bool) (secret string, err error) {
 	cred := Credentials{clientID, given}
 	if given == "" {
@@ -225,6 +329,8 @@ func (a *Authenticator) RotateClient(ctx context.Context, tx pgx.Tx, clientID, g
 	case err != nil:
 	case method == methodNone:
 		err = catalog.Invalid{{Pointer: "#", Detail: "a public client has no secret"}}
+	case method == methodKey:
+		err = catalog.Invalid{{Pointer: "#", Detail: "a client with private_key_jwt has no secret: it proves itself with its keys"}}
 	case !isSecret(given):
 		err = catalog.Invalid{{Pointer: "#/secret", Detail: fmt.Sprintf("must be UTF-8 of at most %d bytes", maxSecretBytes)}}
 	default:

@@ -14,25 +14,28 @@ import (
 type applications struct{ plain }
 
 const readApplicationsSQL = `
-SELECT e.id, e.uuid::text, t.id, t.domain, e.ts, e.name, e.owner, e.policy, e.token_type, e.groups, e.attributes, e.blocked
+SELECT e.id, e.uuid::text, t.id, t.domain, e.ts, e.name, e.owner, e.policy, e.token_type, e.groups, e.attributes,
+       e.self_contained, e.blocked
 FROM rescind.applications e
 JOIN rescind.tenants t ON t.id = e.tenant_id`
 
 const insertApplicationsSQL = `
-INSERT INTO rescind.applications (id, uuid, tenant_id, ts, name, owner, policy, token_type, groups, attributes, blocked)
+INSERT INTO rescind.applications (id, uuid, tenant_id, ts, name, owner, policy, token_type, groups, attributes,
+    self_contained, blocked)
 SELECT r.id, r.uuid, (r.tenant ->> 'id')::integer, r.timestamp, r.name, r.owner, r.policy, r.token_type,
-    coalesce(r.groups, '{}'), coalesce(r.attributes, '{}'), r.blocked
+    coalesce(r.groups, '{}'), coalesce(r.attributes, '{}'), coalesce(r.self_contained, false), r.blocked
 FROM jsonb_to_recordset($1::jsonb) AS r (id integer, uuid uuid, tenant jsonb, timestamp bigint, name text, owner text,
-    policy text, token_type text, groups text[], attributes jsonb, blocked boolean)
+    policy text, token_type text, groups text[], attributes jsonb, self_contained boolean, blocked boolean)
 ON CONFLICT DO NOTHING
 RETURNING uuid::text`
 
 const updateApplicationsSQL = `
 UPDATE rescind.applications e
 SET ts = r.timestamp, name = r.name, policy = r.policy, token_type = r.token_type,
-    groups = coalesce(r.groups, '{}'), attributes = coalesce(r.attributes, '{}'), blocked = r.blocked
+    groups = coalesce(r.groups, '{}'), attributes = coalesce(r.attributes, '{}'),
+    self_contained = coalesce(r.self_contained, false), blocked = r.blocked
 FROM jsonb_to_recordset($1::jsonb) AS r (id integer, timestamp bigint, name text,
-    policy text, token_type text, groups text[], attributes jsonb, blocked boolean)
+    policy text, token_type text, groups text[], attributes jsonb, self_contained boolean, blocked boolean)
 WHERE e.id = r.id`
 
 func (applications) sql() statements {
@@ -42,7 +45,7 @@ func (applications) sql() statements {
 func (applications) scan(row pgx.CollectableRow) (catalog.Entity, error) {
 	var a catalog.Application
 	err := row.Scan(&a.ID, &a.UUID, &a.Tenant.ID, &a.Tenant.Domain, &a.Timestamp, &a.Name, &a.Owner, &a.Policy, &a.TokenType,
-		&a.Groups, &a.Attributes, &a.Blocked)
+		&a.Groups, &a.Attributes, &a.SelfContained, &a.Blocked)
 	a.Groups = list(a.Groups)
 	if len(a.Attributes) == 0 {
 		a.Attributes = nil

@@ -32,7 +32,7 @@ func (f *Failed) Unwrap() error { return f.Err }
 // as they are after it (a deleted one as it was last) and the log's position that has them.
 //
 // A batch makes at most 500 events and revocations: one event for each change, one more for
-// each time that an API is deployed or undeployed with it, three more for a new tenant, one for
+// each time that an API is deployed or undeployed with it, four more for a new tenant, one for
 // everything that goes with something deleted, and a revocation for each consumer key whose tokens
 // end. Deleting one application, as the only change, may take several transactions, the first of which
 // blocks it; a deletion that stopped is finished by asking for it again.
@@ -57,7 +57,7 @@ func (s *Store) Apply(ctx context.Context, by Caller, changes []Change) ([]catal
 	var b *batch
 	var done []*step
 	at, err := s.ledger.Change(ctx, func(ctx context.Context, tx *ledger.Tx) error {
-		b = newBatch(by, tx)
+		b = s.newBatch(by, tx)
 		done = b.steps(asked)
 		return b.apply(ctx, done)
 	})
@@ -179,7 +179,7 @@ func validate(st *step) error {
 		}
 	case *catalog.KeyManager:
 		if e.Resident && st.op == Create {
-			add("#/resident", "must be false: an issuer of our own comes with the configuration")
+			add("#/resident", "must be false: an issuer of our own comes with its tenant")
 		}
 	case *catalog.KeyMapping:
 		ref("#/application", e.Application)

@@ -39,8 +39,9 @@ func TestLife(t *testing.T) {
 			change:   &catalog.Tenant{DisplayName: "A"},
 			subject:  "a.example",
 			events: []string{
-				"tenant.created", "policy.created subscription/Unlimited", "policy.created application/Unlimited", "policy.created api/Unlimited", "tenant.updated",
-				"policy.deleted subscription/Unlimited", "policy.deleted application/Unlimited", "policy.deleted api/Unlimited", "tenant.deleted",
+				"tenant.created", "key_manager.created Resident Key Manager", "policy.created subscription/Unlimited", "policy.created application/Unlimited", "policy.created api/Unlimited", "tenant.updated",
+				"policy.deleted subscription/Unlimited", "policy.deleted application/Unlimited", "policy.deleted api/Unlimited",
+				"key_manager.deleted Resident Key Manager", "tenant.deleted",
 			},
 		},
 		{
@@ -94,6 +95,20 @@ func TestLife(t *testing.T) {
 			complete: &catalog.Application{Name: "A", Owner: "o", Policy: "Unlimited", TokenType: "JWT"},
 			change:   &catalog.Application{Name: "B", Owner: "o", Policy: "Gold", TokenType: "OAUTH", Groups: []string{"g"}, Attributes: map[string]string{"k": "v"}},
 			events:   []string{"application.created A", "application.updated B", "application.deleted B"},
+		},
+		{
+			given:    &catalog.Application{Name: "S", Owner: "o", SelfContained: true},
+			complete: &catalog.Application{Name: "S", Owner: "o", Policy: "Unlimited", TokenType: "JWT", SelfContained: true},
+			change:   &catalog.Application{Name: "S", Owner: "o", Policy: "Unlimited", TokenType: "JWT"},
+			subject:  "S",
+			events:   []string{"application.created", "application.updated", "application.deleted"},
+		},
+		{
+			given:    &catalog.Application{Name: "T", Owner: "o"},
+			complete: &catalog.Application{Name: "T", Owner: "o", Policy: "Unlimited", TokenType: "JWT"},
+			change:   &catalog.Application{Name: "T", Owner: "o", Policy: "Unlimited", TokenType: "JWT", SelfContained: true},
+			subject:  "T",
+			events:   []string{"application.created", "application.updated", "application.deleted"},
 		},
 		{
 			given:    &catalog.KeyMapping{Application: catalog.Ref{ID: app.ID}, ConsumerKey: "ck", KeyType: catalog.Sandbox, KeyManager: "IdP", Generated: true},
@@ -254,6 +269,8 @@ func TestRefusals(t *testing.T) {
 		{"an unknown tenant", create(&catalog.Scope{Meta: in("x.example"), Name: "s"}), "invalid #/tenant"},
 		{"a tenant of two names", create(&catalog.Scope{Meta: catalog.Meta{Tenant: revocation.Tenant{ID: -1234, Domain: "a.example"}}, Name: "s"}), "invalid #/tenant"},
 		{"a tenant without a domain", create(&catalog.Tenant{}), "invalid #/tenant/domain"},
+		{"a tenant whose issuer would be another's", create(&catalog.Tenant{Meta: in("..")}), "invalid #/tenant/domain"},
+		{"self-contained tokens that carry nothing", create(&catalog.Application{Name: "x", Owner: "o", TokenType: "OAUTH", SelfContained: true}), "invalid #/self_contained"},
 		{"a resident key manager", create(&catalog.KeyManager{Name: "r", Iss: "https://r", MaxTokenLifetime: 1, Resident: true}), "invalid #/resident"},
 		{"keys over plain HTTP", create(&catalog.KeyManager{Name: "r", Iss: "https://r", MaxTokenLifetime: 1, JWKSURI: "http://10.0.0.1/"}), "invalid #/jwks_uri"},
 		{"an application without its policy", create(&catalog.Application{Name: "x", Owner: "o", Policy: "Gold"}), "invalid #/policy"},

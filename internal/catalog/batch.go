@@ -14,8 +14,9 @@ import (
 
 // batch is one try at a transaction.
 type batch struct {
-	by Caller
-	tx *ledger.Tx
+	cfg Config
+	by  Caller
+	tx  *ledger.Tx
 	// system may do what callers cannot.
 	system bool
 
@@ -25,8 +26,8 @@ type batch struct {
 	forget  []consumer // what others may remember of them is old
 }
 
-func newBatch(by Caller, tx *ledger.Tx) *batch {
-	return &batch{by: by, tx: tx, tenants: make(map[string]revocation.Tenant), revoked: make(map[revocation.Target]bool)}
+func (s *Store) newBatch(by Caller, tx *ledger.Tx) *batch {
+	return &batch{cfg: s.cfg, by: by, tx: tx, tenants: make(map[string]revocation.Tenant), revoked: make(map[revocation.Target]bool)}
 }
 
 // steps are asked as this try may change them.

@@ -14,9 +14,9 @@ const blockedOtherwiseSQL = ` WHERE e.application_id = $1 AND e.application_bloc
 
 // Block makes an application, by its UUID or id, blocked or not, and its subscriptions with
 // it, and revokes the tokens that its consumer keys have so far unless told not to, also of one
-// that is blocked already. An application with very many subscriptions takes several
-// transactions, the first of which blocks and revokes; one that stopped is finished by calling it
-// again. Errors are those of Apply.
+// that is blocked already; tokens that are self-contained cannot be kept. An application with very
+// many subscriptions takes several transactions, the first of which blocks and revokes; one that
+// stopped is finished by calling it again. Errors are those of Apply.
 func (s *Store) Block(ctx context.Context, by Caller, application string, ifTimestamp int64, blocked, keepTokens bool) (*catalog.Application, error) {
 	found, err := s.Get(ctx, by, catalog.NounApplication, application)
 	if err != nil {
@@ -32,7 +32,7 @@ func (s *Store) Block(ctx context.Context, by Caller, application string, ifTime
 		var app *step
 		more := false
 		_, err := s.ledger.Change(ctx, func(ctx context.Context, tx *ledger.Tx) error {
-			b = newBatch(by, tx)
+			b = s.newBatch(by, tx)
 			app = &step{op: Update, noun: catalog.NounApplication, uuid: m.UUID, keepTokens: keepTokens}
 			if first {
 				app.ifTimestamp = ifTimestamp
@@ -82,8 +82,11 @@ func (b *batch) block(ctx context.Context, app *step, blocked bool, reason strin
 	}
 	for _, k := range keys[a.ID] {
 		b.forget = append(b.forget, k.consumer)
-		if blocked && !app.keepTokens {
-			b.revoke(k, a.Tenant, reason)
+		if !blocked {
+			continue
+		}
+		if err := b.endTokens(app, k, a.Tenant, reason); err != nil {
+			return err
 		}
 	}
 	if !changed {
@@ -124,7 +127,7 @@ func (s *Store) deleteApplication(ctx context.Context, by Caller, asked *step) (
 		var st *step
 		done := false
 		at, err := s.ledger.Change(ctx, func(ctx context.Context, tx *ledger.Tx) error {
-			b = newBatch(by, tx)
+			b = s.newBatch(by, tx)
 			st = b.steps([]*step{asked})[0]
 			if !first {
 				st.ifTimestamp = 0

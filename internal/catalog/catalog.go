@@ -1,7 +1,8 @@
 // Package catalog changes and reads what gateways validate subscriptions with. It
 // hides the tables, what refers to what, which revocations a change entails, and how
 // each change is told. It owns the tables tenants, key_managers, policies, scopes,
-// apis, applications, key_mappings and subscriptions.
+// apis, applications, key_mappings and subscriptions; an issuer of our own that goes takes
+// its signing keys with it.
 //
 // # Invariants
 //
@@ -33,6 +34,7 @@ import (
 	"context"
 	"errors"
 	"log/slog"
+	"sync"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -99,16 +101,20 @@ type Change struct {
 	IfTimestamp int64
 	// KeepTokens: a change that ends what a consumer key may do does not revoke its
 	// tokens. It is about deleted applications, key mappings and subscriptions, and
-	// subscriptions that are no longer let through.
+	// subscriptions that are no longer let through. An application whose tokens are
+	// self-contained refuses it, since they know nothing of the change; those from when they
+	// were, if they no longer are, it keeps.
 	KeepTokens bool
 }
 
 // Config is for [New].
 type Config struct {
-	// Issuer is the iss of the super tenant's own key manager; that of another tenant is
-	// Issuer/t/<domain>. Empty: tenants get none, which is for tests.
+	// Issuer is the iss of the super tenant's own key manager, at most 255 bytes and without a
+	// slash at the end; that of another tenant is Issuer/t/<domain>. Empty: tenants get none,
+	// which is for tests.
 	Issuer string
-	// MaxTokenLifetime is the longest from iat to exp of tokens of our own issuers.
+	// MaxTokenLifetime is the longest from iat to exp of tokens of our own issuers, in whole
+	// seconds.
 	MaxTokenLifetime time.Duration
 }
 
@@ -119,6 +125,8 @@ type Store struct {
 	ledger  Ledger
 	clients Clients
 	log     *slog.Logger
+
+	warned sync.Map // domains of tenants that cannot have an issuer
 }
 
 // Ledger is where changes are told. [ledger.Ledger] is one.

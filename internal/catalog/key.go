@@ -42,7 +42,7 @@ func (s *Store) CreateKey(ctx context.Context, by Caller, k NewKey) (*catalog.Ke
 	var made *step
 	var cred authn.Credentials
 	_, err := s.ledger.Change(ctx, func(ctx context.Context, tx *ledger.Tx) error {
-		b = newBatch(by, tx)
+		b = s.newBatch(by, tx)
 		mapping := given
 		made = &step{op: Create, noun: catalog.NounKeyMapping, want: &mapping}
 		var err error
@@ -131,7 +131,7 @@ func (s *Store) RotateKey(ctx context.Context, by Caller, mapping string, ifTime
 	m := found.(*catalog.KeyMapping)
 	var cred authn.Credentials
 	_, err = s.ledger.Change(ctx, func(ctx context.Context, tx *ledger.Tx) error {
-		b, st := newBatch(by, tx), asked
+		b, st := s.newBatch(by, tx), asked
 		if err := b.lock(ctx, wanted{domains: []string{found.Base().Tenant.Domain}}); err != nil {
 			return err
 		}

@@ -210,14 +210,11 @@ FROM rescind.key_managers k WHERE k.id = ANY($1)`
 func (keyManagers) release(ctx context.Context, b *batch, run []*step) error {
 	for _, st := range run {
 		if st.cur.(*catalog.KeyManager).Resident {
-			return st.fail(&Conflict{Slug: "in-use", Detail: "it is an issuer of our own and cannot be deleted: disable it to have its tokens refused"})
+			return st.fail(&Conflict{Slug: "in-use", Detail: "it is an issuer of our own, which goes with its tenant only: disable it to have its tokens refused"})
 		}
 	}
 	return b.refuseUsed(ctx, keyManagersInUseSQL, run, "%s are of this key manager: delete them first")
 }
-
-// residentName is what WSO2 calls an issuer of one's own.
-const residentName = "Resident Key Manager"
 
 // inTheWaySQL finds what else has the place that an issuer wants.
 const inTheWaySQL = `
@@ -248,7 +245,7 @@ func (s *Store) EnsureKeyManager(ctx context.Context, k catalog.KeyManager) (*ca
 	keyManagers{}.complete(&k)
 	var done catalog.Entity
 	_, err := s.ledger.Change(ctx, func(ctx context.Context, tx *ledger.Tx) error {
-		b := newBatch(Caller{Actor: ledger.Actor{Name: "system"}}, tx)
+		b := s.newBatch(system, tx)
 		b.system = true
 		var err error
 		done, err = b.ensure(ctx, k)

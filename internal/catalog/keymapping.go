@@ -157,15 +157,28 @@ func (keyMappings) release(ctx context.Context, b *batch, run []*step) error {
 		return err
 	}
 	for _, st := range run {
-		if st.keepTokens {
-			continue
-		}
 		m := st.cur.(*catalog.KeyMapping)
 		for _, k := range keys[m.Application.ID] {
-			if k.consumer == (consumer{m.Iss, m.ConsumerKey}) {
-				b.revoke(k, m.Tenant, reasonOr(st, "consumer key deleted"))
+			if k.consumer != (consumer{m.Iss, m.ConsumerKey}) {
+				continue
+			}
+			if err := b.endTokens(st, k, m.Tenant, reasonOr(st, "consumer key deleted")); err != nil {
+				return err
 			}
 		}
+	}
+	return nil
+}
+
+// endTokens revokes the tokens of k, which st ends, unless st keeps them. Those that a gateway
+// judges by what they carry would go on for as long as they live, and st would have no effect.
+func (b *batch) endTokens(st *step, k key, tenant revocation.Tenant, reason string) error {
+	switch {
+	case !st.keepTokens:
+		b.revoke(k, tenant, reason)
+	case k.selfContained:
+		return st.fail(catalog.Invalid{{Pointer: "#/revoke_tokens", Detail: "must be true: the application's tokens are self-contained, " +
+			"and gateways let them through until they end or are revoked"}})
 	}
 	return nil
 }
@@ -183,14 +196,16 @@ type consumer struct{ iss, key string }
 // key is a consumer key that tokens are made for.
 type key struct {
 	consumer
-	keyType  string
-	lifetime int32 // of its tokens at the most, in seconds
+	keyType       string
+	lifetime      int32 // of its tokens at the most, in seconds
+	selfContained bool  // its application is
 }
 
 const keysOfSQL = `
-SELECT m.application_id, k.iss, m.consumer_key, m.key_type, k.max_token_lifetime
+SELECT m.application_id, k.iss, m.consumer_key, m.key_type, k.max_token_lifetime, a.self_contained
 FROM rescind.key_mappings m
 JOIN rescind.key_managers k ON k.id = m.key_manager_id
+JOIN rescind.applications a ON a.id = m.application_id
 WHERE m.application_id = ANY($1)
 ORDER BY m.id`
 
@@ -203,7 +218,7 @@ func (b *batch) keysOf(ctx context.Context, applications []int32) (map[int32][]k
 	keys := make(map[int32][]key)
 	var of int32
 	var k key
-	_, err = pgx.ForEachRow(rows, []any{&of, &k.iss, &k.key, &k.keyType, &k.lifetime}, func() error {
+	_, err = pgx.ForEachRow(rows, []any{&of, &k.iss, &k.key, &k.keyType, &k.lifetime, &k.selfContained}, func() error {
 		keys[of] = append(keys[of], k)
 		return nil
 	})

@@ -204,6 +204,12 @@ func TestFoldedLogIsState(t *testing.T) {
 			w := newWorld(t)
 			state := w.all()
 			h := &history{rand.New(rand.NewPCG(seed, 7)), w}
+			if err := w.Announce(t.Context()); err != nil {
+				t.Fatal(err)
+			}
+			if err := w.EnsureIssuers(t.Context()); err != nil {
+				t.Fatal(err)
+			}
 			w.apply(create(&catalog.Tenant{Meta: in("t0.example")}))
 			for _, tenant := range []string{"carbon.super", "t0.example"} {
 				w.apply(create(&catalog.Scope{Meta: in(tenant), Name: "s0"}),
@@ -238,6 +244,9 @@ func TestFoldedLogIsState(t *testing.T) {
 			}
 			if n := w.count(`SELECT count(*) FROM rescind.subscriptions s JOIN rescind.applications a ON a.id = s.application_id WHERE a.blocked <> s.application_blocked`); n != 0 {
 				t.Errorf("%d subscriptions differ from their application", n)
+			}
+			if n := w.count(`SELECT count(*) FROM rescind.tenants t WHERE NOT EXISTS (SELECT FROM rescind.key_managers k WHERE k.tenant_id = t.id AND k.resident)`); n != 0 {
+				t.Errorf("%d tenants have no issuer", n)
 			}
 		})
 	}
@@ -323,10 +332,10 @@ func (h *history) entity(n catalog.Noun) catalog.Entity {
 		return a
 	case catalog.NounApplication:
 		a := application(h.name("app", 20))
-		a.Meta, a.Policy, a.Attributes = m, policy, map[string]string{"a": h.name("v", 3)}
+		a.Meta, a.Policy, a.Attributes, a.SelfContained = m, policy, map[string]string{"a": h.name("v", 3)}, h.IntN(4) == 0
 		return a
 	case catalog.NounKeyMapping:
-		return &catalog.KeyMapping{Application: refTo(catalog.NounApplication), KeyManager: h.name("km", 3), ConsumerKey: h.name("k", 30), KeyType: h.one(catalog.Production, catalog.Sandbox)}
+		return &catalog.KeyMapping{Application: refTo(catalog.NounApplication), KeyManager: h.one("km0", "km1", "km2", "Resident Key Manager"), ConsumerKey: h.name("k", 30), KeyType: h.one(catalog.Production, catalog.Sandbox)}
 	}
 	return &catalog.Subscription{Application: refTo(catalog.NounApplication), API: refTo(catalog.NounAPI), Policy: policy,
 		State: h.one(catalog.Unblocked, catalog.Unblocked, catalog.Blocked, catalog.ProdOnlyBlocked)}

@@ -224,7 +224,7 @@ func (s *Store) Announce(ctx context.Context) error {
 	for _, n := range catalog.Nouns {
 		for told := announceChunk; told == announceChunk; {
 			_, err := s.ledger.Change(ctx, func(ctx context.Context, tx *ledger.Tx) (err error) {
-				told, err = newBatch(Caller{}, tx).announce(ctx, kindOf(n))
+				told, err = s.newBatch(Caller{}, tx).announce(ctx, kindOf(n))
 				return err
 			})
 			if err != nil {

@@ -193,7 +193,7 @@ func TestAnnounce(t *testing.T) {
 	}
 
 	// When there is nothing, the log is not asked; and a process of the version before may still make some.
-	away := store.New(store.Config{}, w.pool, refusing{}, w.clients, discard)
+	away := store.New(config, w.pool, refusing{}, w.clients, discard)
 	if err := away.Announce(t.Context()); err != nil {
 		t.Errorf("nothing to announce: %v", err)
 	}
@@ -292,6 +292,9 @@ func TestKeys(t *testing.T) {
 		t.Errorf("%+v, %v", mapped, err)
 	}
 	lone := made[*catalog.Application](w, create(with(application("lone"), func(a *catalog.Application) { a.Meta = in("a.example") })))
+	if _, err := w.pool.Exec(t.Context(), `DELETE FROM rescind.key_managers WHERE tenant_id = $1`, lone.Tenant.ID); err != nil {
+		t.Fatal(err)
+	}
 	if err := w.clients.PutAccount(t.Context(), authn.Account{Username: "person", Tenant: revocation.SuperTenant, Role: "admin"}, "pw"); err != nil {
 		t.Fatal(err)
 	}
@@ -501,7 +504,7 @@ func TestErrorsOfTheLog(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	app := made[*catalog.Application](w, create(application("app")))
-	away := store.New(store.Config{}, w.pool, refusing{}, w.clients, discard)
+	away := store.New(config, w.pool, refusing{}, w.clients, discard)
 	_, _, created := away.Apply(t.Context(), admin, []store.Change{create(application("x"))})
 	_, _, deleted := away.Apply(t.Context(), admin, []store.Change{remove(app)})
 	_, blocked := away.Block(t.Context(), admin, app.UUID, 0, true, false)

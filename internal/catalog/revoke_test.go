@@ -112,6 +112,93 @@ func TestRevocations(t *testing.T) {
 	}
 }
 
+// Tokens that carry what they are for know of no change: whatever ends them revokes them.
+func TestSelfContainedTokensEnd(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.apply(create(keyManager("km")), create(&catalog.Policy{Kind: catalog.PolicySubscription, Name: "Gold"}))
+	pizza := made[*catalog.API](w, create(api("pizza")))
+	apply := func(w *world, c store.Change, keep bool) error {
+		c.KeepTokens = keep
+		_, _, err := w.Apply(w.Context(), admin, []store.Change{c})
+		return err
+	}
+	set := func(w *world, e catalog.Entity, keep bool, change func(*catalog.Subscription)) error {
+		return apply(w, update(with(e.(*catalog.Subscription), change)), keep)
+	}
+	const both, production, none = "prod sand", "prod", ""
+	for _, tt := range []struct {
+		name string
+		do   func(w *world, app *catalog.Application, e []catalog.Entity, keep bool) error
+		ends string // the keys whose tokens cannot be kept
+	}{
+		{"block", func(w *world, app *catalog.Application, _ []catalog.Entity, keep bool) error {
+			_, err := w.Block(w.Context(), admin, app.UUID, 0, true, keep)
+			return err
+		}, both},
+		{"unblock", func(w *world, app *catalog.Application, _ []catalog.Entity, keep bool) error {
+			_, err := w.Block(w.Context(), admin, app.UUID, 0, false, keep)
+			return err
+		}, none},
+		{"delete the application", func(w *world, app *catalog.Application, _ []catalog.Entity, keep bool) error {
+			return apply(w, remove(app), keep)
+		}, both},
+		{"delete a key", func(w *world, _ *catalog.Application, e []catalog.Entity, keep bool) error {
+			return apply(w, remove(e[0]), keep)
+		}, production},
+		{"delete the subscription", func(w *world, _ *catalog.Application, e []catalog.Entity, keep bool) error {
+			return apply(w, remove(e[2]), keep)
+		}, both},
+		{"put it on hold", func(w *world, _ *catalog.Application, e []catalog.Entity, keep bool) error {
+			return set(w, e[2], keep, func(s *catalog.Subscription) { s.State = catalog.OnHold })
+		}, both},
+		{"block it for production", func(w *world, _ *catalog.Application, e []catalog.Entity, keep bool) error {
+			return set(w, e[2], keep, func(s *catalog.Subscription) { s.State = catalog.ProdOnlyBlocked })
+		}, production},
+		{"give it another tier", func(w *world, _ *catalog.Application, e []catalog.Entity, keep bool) error {
+			return set(w, e[2], keep, func(s *catalog.Subscription) { s.Policy = "Gold" })
+		}, none},
+		{"self-contained no longer", func(w *world, app *catalog.Application, _ []catalog.Entity, keep bool) error {
+			return apply(w, update(with(app, func(a *catalog.Application) { a.SelfContained = false })), keep)
+		}, none},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			w := *w
+			w.TB = t
+			suffix := " to " + tt.name
+			app := made[*catalog.Application](&w, create(with(application("app"+suffix), func(a *catalog.Application) { a.SelfContained = true })))
+			e := w.apply(create(mapping(app, "km", "prod"+suffix, catalog.Production)), create(mapping(app, "km", "sand"+suffix, catalog.Sandbox)),
+				create(subscription(app, pizza)))
+			if tt.ends != none {
+				state, head := w.all(), w.head()
+				if err := tt.do(&w, app, e, true); why(err) != "invalid #/revoke_tokens" {
+					t.Errorf("%v, want that the tokens cannot be kept", err)
+				}
+				if diff := cmp.Diff(state, w.all()); diff != "" || w.head() != head {
+					t.Errorf("something changed:\n%s", diff)
+				}
+			}
+			head := w.head()
+			if err := tt.do(&w, app, e, tt.ends == none); err != nil {
+				t.Fatal(err)
+			}
+			var ended []string
+			for _, s := range w.told(head) {
+				if s, ok := strings.CutPrefix(s, "revocation.client "); ok {
+					ended = append(ended, strings.TrimSuffix(s, suffix))
+				}
+			}
+			if got := strings.Join(ended, " "); got != tt.ends {
+				t.Errorf("revoked the tokens of %q, want %q", got, tt.ends)
+			}
+		})
+	}
+	lone := made[*catalog.Application](w, create(with(application("lone"), func(a *catalog.Application) { a.SelfContained = true })))
+	if _, err := w.Block(t.Context(), admin, lone.UUID, 0, true, true); err != nil {
+		t.Errorf("without a key there are no tokens to keep: %v", err)
+	}
+}
+
 // An application's state reaches subscriptions that are made or changed while it is blocked.
 func TestBlockedApplication(t *testing.T) {
 	t.Parallel()
@@ -262,6 +349,11 @@ func TestDeletionOfWhatIsBlocked(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	app := w.held(600)
+	contained := made[*catalog.Application](w, update(with(app, func(a *catalog.Application) { a.SelfContained = true })))
+	if _, _, err := w.Apply(t.Context(), admin, []store.Change{{Op: store.Delete, Entity: app, KeepTokens: true}}); why(err) != "invalid #/revoke_tokens" {
+		t.Errorf("%v, want that self-contained tokens cannot be kept", err)
+	}
+	w.apply(update(with(contained, func(a *catalog.Application) { a.SelfContained = false })))
 	if _, err := w.Block(t.Context(), admin, app.UUID, 0, true, true); err != nil {
 		t.Fatal(err)
 	}

@@ -14,7 +14,8 @@ func TestStatementsPrepare(t *testing.T) {
 		lockSQL, givenIDsLockSQL, announceLockSQL, tenantsInUseSQL, policiesInUseSQL, scopesInUseSQL, apisInUseSQL, keyManagersInUseSQL,
 		readPoliciesSQL + unlimitedSQL, existingPoliciesSQL, existingScopesSQL, applicationsSQL, referredAPIsSQL, keyManagersSQL, keysOfSQL,
 		readSubscriptionsSQL + subscriptionsOfSQL, readKeyMappingsSQL + keyMappingsOfSQL, readSubscriptionsSQL + blockedOtherwiseSQL, heldSQL,
-		inTheWaySQL, keyManagerOfSQL, oursAboveSQL, anyUnannouncedSQL(),
+		inTheWaySQL, keyManagerOfSQL, withoutIssuerSQL, takenIssuersSQL, deleteSigningKeysSQL,
+		readKeyManagersSQL + placesSQL, readKeyManagersSQL + residentsSQL, oursAboveSQL, anyUnannouncedSQL(),
 	}
 	full := Filter{Tenant: "t", Name: "n", Kind: "k", Application: "a", API: "i", ConsumerKey: "c"}
 	for _, n := range catalog.Nouns {

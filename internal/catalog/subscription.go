@@ -131,9 +131,6 @@ func (subscriptions) release(ctx context.Context, b *batch, run []*step) error {
 // application, which ends nothing by itself here: only State counts.
 func endSubscriptions(ctx context.Context, b *batch, run []*step, reason string) error {
 	ends := func(st *step, keyType string) bool {
-		if st.keepTokens {
-			return false
-		}
 		return st.op == Delete || lets(st.cur, keyType) && !lets(st.want, keyType)
 	}
 	var of []int32
@@ -152,8 +149,11 @@ func endSubscriptions(ctx context.Context, b *batch, run []*step, reason string)
 	for _, st := range run {
 		s := st.cur.(*catalog.Subscription)
 		for _, k := range keys[s.Application.ID] {
-			if ends(st, k.keyType) {
-				b.revoke(k, s.Tenant, reason)
+			if !ends(st, k.keyType) {
+				continue
+			}
+			if err := b.endTokens(st, k, s.Tenant, reason); err != nil {
+				return err
 			}
 		}
 	}
@@ -162,11 +162,5 @@ func endSubscriptions(ctx context.Context, b *batch, run []*step, reason string)
 
 // lets reports whether a subscription's own state lets requests with keys of a type through.
 func lets(e catalog.Entity, keyType string) bool {
-	switch e.(*catalog.Subscription).State {
-	case catalog.Blocked, catalog.OnHold, catalog.Rejected:
-		return false
-	case catalog.ProdOnlyBlocked:
-		return keyType == catalog.Sandbox
-	}
-	return true
+	return catalog.LetsThrough(e.(*catalog.Subscription).State, keyType)
 }

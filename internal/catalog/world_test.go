@@ -29,6 +29,8 @@ const (
 
 var discard = slog.New(slog.DiscardHandler)
 
+var config = store.Config{Issuer: ownIss, MaxTokenLifetime: time.Hour}
+
 // world is a catalog with a log and clients, as one process has them.
 type world struct {
 	testing.TB
@@ -67,7 +69,7 @@ func newWorldOn(t testing.TB, pool *pgxpool.Pool) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	return &world{TB: t, Store: store.New(store.Config{}, pool, l, clients, discard), pool: pool, ledger: l, clients: clients}
+	return &world{TB: t, Store: store.New(config, pool, l, clients, discard), pool: pool, ledger: l, clients: clients}
 }
 
 func create(e catalog.Entity) store.Change { return store.Change{Op: store.Create, Entity: e} }

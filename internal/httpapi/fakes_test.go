@@ -143,6 +143,12 @@ func newStand(t testing.TB, cfg Config, deps Deps) *stand {
 	if deps.Clients == nil {
 		deps.Clients = &fakeClients{}
 	}
+	if deps.Introspection == nil {
+		deps.Introspection = http.NotFoundHandler()
+	}
+	if deps.Tenant == nil {
+		deps.Tenant = func(_ context.Context, domain string) bool { return domain == "t1" }
+	}
 	h, err := New(cfg, deps)
 	if err != nil {
 		t.Fatal(err)

@@ -23,6 +23,7 @@
 package httpapi
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -90,6 +91,10 @@ type Deps struct {
 	Clients  Clients
 	Verifier Verifier
 	Ledger   Ledger
+	// Introspection is the endpoint of RFC 7662.
+	Introspection http.Handler
+	// Tenant reports whether there is a tenant of this domain.
+	Tenant func(ctx context.Context, domain string) bool
 	// Routes add the routes of other packages.
 	Routes []func(chi.Router)
 	// Remote is the address that a request comes from.
@@ -104,11 +109,16 @@ var formPaths = map[string]bool{
 }
 
 func (a *api) isForm(path string) bool {
-	return formPaths[strings.TrimPrefix(path, a.cfg.IssuerPath)]
+	path = strings.TrimPrefix(path, a.cfg.IssuerPath)
+	if below, ok := strings.CutPrefix(path, "/t/"); ok {
+		_, path, _ = strings.Cut(below, "/")
+		path = "/" + path
+	}
+	return formPaths[path]
 }
 
-// revokePaths are the endpoint of RFC 7009 and its alias.
-var revokePaths = []string{"/revoke", "/oauth2/revoke"}
+// tenantPath is before the endpoints of a tenant's issuer.
+const tenantPath = "/t/{tenant}"
 
 type api struct {
 	cfg     Config
@@ -136,18 +146,39 @@ func New(cfg Config, deps Deps) (http.Handler, error) {
 	a.router.Use(a.observe, a.admit, middleware.GetHead)
 	a.router.NotFound(a.notFound)
 	a.router.MethodNotAllowed(a.methodNotAllowed)
+	// Every method: these endpoints refuse in their own form.
 	revoke := newRevoker(cfg, deps)
-	paths := revokePaths
+	a.router.Handle("/revoke", revoke)
+	prefixes := []string{""}
 	if cfg.IssuerPath != "" {
-		paths = append(slices.Clone(paths), cfg.IssuerPath+"/oauth2/revoke")
+		prefixes = append(prefixes, cfg.IssuerPath)
 	}
-	for _, path := range paths {
-		a.router.Handle(path, revoke) // every method: the endpoint refuses in its own form
+	for _, prefix := range prefixes {
+		a.router.Handle(prefix+"/oauth2/revoke", revoke)
+		a.router.Handle(prefix+"/oauth2/introspect", deps.Introspection)
+		a.router.Handle(prefix+tenantPath+"/oauth2/revoke", ofTenant(deps.Tenant, revoke))
+		a.router.Handle(prefix+tenantPath+"/oauth2/introspect", ofTenant(deps.Tenant, deps.Introspection))
 	}
 	for _, add := range deps.Routes {
 		add(a.router)
 	}
 	return a.router, a.metrics.prepare(a.router, a.isForm)
+}
+
+var errNoTenant = &authn.OAuthError{
+	Status: http.StatusNotFound, Code: authn.InvalidRequest, Description: "There is no issuer at this address.",
+}
+
+// ofTenant serves what is below the issuer of a tenant, for tenants that there are.
+func ofTenant(exists func(ctx context.Context, domain string) bool, next http.Handler) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if !exists(r.Context(), chi.URLParam(r, "tenant")) {
+			w.Header().Set("Cache-Control", "no-store")
+			authn.WriteError(w, errNoTenant)
+			return
+		}
+		next.ServeHTTP(w, r)
+	})
 }
 
 // lasting are the paths below which requests may take long. What answers them bounds

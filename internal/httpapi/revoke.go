@@ -169,8 +169,9 @@ func (q *request) serveJWT(ctx context.Context, compact string) (string, error) 
 		target, signature = revocation.DigestTarget(t.Issuer, t.SigningInput), t.Signature
 	}
 	now := time.Now()
+	issuer, _ := q.verifier.Issuer(t.Issuer)
 	switch {
-	case !q.isAccessToken(t):
+	case !issuer.IsAccessToken(t):
 		return unsupported("Only access tokens can be revoked.")
 	case !t.HasExpiry:
 		return unsupported("A token that never expires cannot be revoked.")
@@ -227,23 +228,6 @@ func (q *request) serveUnverified(ctx context.Context, target revocation.Target,
 		return q.nothing(reasonExpired), nil
 	}
 	return q.record(ctx, ledger.Request{Target: target, Exp: exp, ClientID: q.client.ID, Action: action})
-}
-
-// isAccessToken reports whether t's kind is one that gateways accept. What is
-// marked as an access token may have any claims; else those that only ID tokens
-// have tell them apart.
-func (q *request) isAccessToken(t *token.Token) bool {
-	issuer, _ := q.verifier.Issuer(t.Issuer)
-	switch {
-	case t.Type == "at+jwt":
-		return true
-	case t.Type != "" && t.Type != "jwt" && !slices.ContainsFunc(issuer.AllowTypes, func(typ string) bool {
-		return strings.TrimPrefix(strings.ToLower(typ), "application/") == t.Type
-	}):
-		return false
-	}
-	// Not nonce: some issuers put it into access tokens too.
-	return !slices.ContainsFunc([]string{"at_hash", "c_hash", "s_hash"}, t.Has)
 }
 
 // owns reports whether a token of iss that was issued to consumerKey is the

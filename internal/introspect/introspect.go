@@ -1,15 +1,42 @@
 // Package introspect hides the introspection endpoint of RFC 7662: who may ask about which
 // token, and what of it they are told.
+//
+// # Invariants
+//
+// A token is active only if a gateway would accept it now, and if the caller has something to
+// do with it: a client with its own tokens and those of its application, a resource server
+// with those for its audiences that were issued in its tenant. Of all others nothing is told,
+// not even why: the answer is the same {"active":false}.
+//
+// An answer has every revocation that this process has answered for before it was asked.
+//
+// # Decisions
+//
+// What cannot be found out now, because an issuer's keys or the newest state cannot be had, is
+// 503 and not "inactive". That would be safe for the moment, but it is the word by which
+// callers throw a token away and send its user back to the start, for the length of a network
+// fault. Whoever asks can then still refuse the request at hand.
+//
+// A JWT under a known key costs the check of its signature, which is nearly all of the work,
+// whether it then turns out forged, expired, revoked or for others: the time that an answer
+// takes says no more than the answer.
 package introspect
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
 	"net/http"
 	"net/url"
+	"slices"
+	"strconv"
+	"strings"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 
+	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/replica"
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/api/token"
@@ -53,10 +80,295 @@ type Deps struct {
 }
 
 // Endpoint is the introspection endpoint.
-type Endpoint struct{}
+type Endpoint struct {
+	acceptance token.Acceptance
+	callers    Callers
+	verifier   Verifier
+	state      State
+	seen       func() revocation.Position
+	now        func() time.Time
+	results    *prometheus.CounterVec
+}
 
 // New returns the endpoint. Its error names what is missing or out of its range.
-func New(cfg Config, deps Deps) (*Endpoint, error) { panic("skeleton") }
+func New(cfg Config, deps Deps) (*Endpoint, error) {
+	if cfg.Leeway == 0 {
+		cfg.Leeway = 30 * time.Second
+	}
+	var errs []error
+	if cfg.Leeway > revocation.MaxLeeway {
+		errs = append(errs, fmt.Errorf("leeway of %s: must be at most %s", cfg.Leeway, revocation.MaxLeeway))
+	}
+	for _, d := range []struct {
+		name    string
+		missing bool
+	}{
+		{"Callers", deps.Callers == nil}, {"Verifier", deps.Verifier == nil}, {"State", deps.State == nil},
+		{"Seen", deps.Seen == nil}, {"Registerer", deps.Registerer == nil},
+	} {
+		if d.missing {
+			errs = append(errs, fmt.Errorf("%s is not given", d.name))
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, fmt.Errorf("configure introspection: %w", err)
+	}
+	return &Endpoint{
+		acceptance: token.Acceptance{Leeway: cfg.Leeway},
+		callers:    deps.Callers,
+		verifier:   deps.Verifier,
+		state:      deps.State,
+		seen:       deps.Seen,
+		now:        time.Now,
+		results:    newResults(deps.Registerer),
+	}, nil
+}
+
+// The results of a request.
+const (
+	resultActive      = "active"
+	resultInactive    = "inactive"
+	resultRefused     = "refused" // before the token was looked at
+	resultThrottled   = "throttled"
+	resultUnavailable = "unavailable"
+	resultFailed      = "failed"
+)
+
+func newResults(reg prometheus.Registerer) *prometheus.CounterVec {
+	results := prometheus.NewCounterVec(prometheus.CounterOpts{
+		Name: "rescind_introspections_total",
+		Help: "Introspection requests by what they were answered. An inactive token may be one that is not for the caller.",
+	}, []string{"result"})
+	for _, result := range []string{
+		resultActive, resultInactive, resultRefused, resultThrottled, resultUnavailable, resultFailed,
+	} {
+		results.WithLabelValues(result)
+	}
+	reg.MustRegister(results)
+	return results
+}
+
+func resultOf(t *token.Token, err error) string {
+	e, ok := errors.AsType[*authn.OAuthError](err)
+	switch {
+	case err == nil && t != nil:
+		return resultActive
+	case err == nil:
+		return resultInactive
+	case errors.Is(err, context.Canceled), errors.Is(err, context.DeadlineExceeded):
+		return resultUnavailable
+	case !ok:
+		return resultFailed
+	case e.Status == http.StatusServiceUnavailable:
+		return resultUnavailable
+	case e.Status == http.StatusTooManyRequests:
+		return resultThrottled
+	}
+	return resultRefused
+}
 
 // ServeHTTP answers a request of any method.
-func (e *Endpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) { panic("skeleton") }
+func (e *Endpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Cache-Control", "no-store")
+	t, err := e.introspect(w, r)
+	e.results.WithLabelValues(resultOf(t, err)).Inc()
+	if err != nil {
+		writeError(w, err)
+		return
+	}
+	body := encode(t)
+	w.Header().Set("Content-Type", "application/json")
+	w.Header().Set("Content-Length", strconv.Itoa(len(body)))
+	_, _ = w.Write(body) // a caller that is gone does not read it
+}
+
+// scope is what a Bearer token must have that stands for its client here.
+const scope = "introspect"
+
+// The codes of RFC 6750 section 3.1.
+const (
+	invalidToken      = "invalid_token"
+	insufficientScope = "insufficient_scope"
+)
+
+// challenges are those of RFC 6750 section 3, by code.
+var challenges = map[string]string{
+	invalidToken:      `Bearer realm="oauth2", error="invalid_token"`,
+	insufficientScope: `Bearer realm="oauth2", error="insufficient_scope", scope="` + scope + `"`,
+}
+
+var (
+	errPublic  = &authn.OAuthError{Status: http.StatusUnauthorized, Code: authn.InvalidClient, Description: "A public client cannot ask about tokens."}
+	errNoToken = &authn.OAuthError{Status: http.StatusBadRequest, Code: authn.InvalidRequest, Description: "The parameter token is missing."}
+	// One for all causes.
+	errBearer = &authn.OAuthError{Status: http.StatusUnauthorized, Code: invalidToken, Description: "The Bearer token is not accepted."}
+	errScope  = &authn.OAuthError{Status: http.StatusForbidden, Code: insufficientScope, Description: "The Bearer token lacks the scope introspect."}
+)
+
+// storageRetry is what callers are asked to wait when keys or the newest state cannot be had.
+const storageRetry = 5 * time.Second
+
+// introspect returns the token that r asks about if it is active, else nil.
+func (e *Endpoint) introspect(w http.ResponseWriter, r *http.Request) (*token.Token, error) {
+	ctx := r.Context()
+	// The hint says where to look first, and there is one place to look.
+	client, bearer, form, err := e.callers.FormOrBearer(w, r, "token", "token_type_hint")
+	if err != nil {
+		return nil, err
+	}
+	if bearer != "" {
+		if client, err = e.clientOf(ctx, bearer); err != nil {
+			return nil, err
+		}
+		if rec, ok := w.(authn.Recorder); ok {
+			rec.RecordClient(client.ID)
+		}
+	}
+	compact := form.Get("token")
+	switch {
+	case client.Public: // it has proved nothing
+		return nil, errPublic
+	case compact == "":
+		return nil, errNoToken
+	}
+	t, manager, err := e.living(ctx, compact)
+	if err != nil || t == nil || !e.concerns(client, t, manager) {
+		return nil, err
+	}
+	return t, nil
+}
+
+// clientOf returns the client that a Bearer token lets ask.
+func (e *Endpoint) clientOf(ctx context.Context, bearer string) (authn.Client, error) {
+	t, manager, err := e.living(ctx, bearer)
+	switch {
+	case err != nil:
+		return authn.Client{}, err
+	case t == nil || !manager.Resident || !slices.Contains(t.Audience, t.Issuer):
+		return authn.Client{}, errBearer
+	}
+	client, ok, err := e.callers.Client(ctx, t.ClientID)
+	switch {
+	case err != nil:
+		return authn.Client{}, err
+	case !ok || client.Issuer != t.Issuer || client.Public:
+		return authn.Client{}, errBearer
+	case !slices.Contains(strings.Split(t.Scope, " "), scope):
+		return authn.Client{}, errScope
+	}
+	return client, nil
+}
+
+// living returns the token that compact is and its issuer's key manager, if a gateway that it
+// is for would accept it now; else no token.
+func (e *Endpoint) living(ctx context.Context, compact string) (*token.Token, *catalog.KeyManager, error) {
+	// First, so that whatever the token is, it takes the same time.
+	if err := e.state.Reach(ctx, e.seen()); err != nil {
+		return nil, nil, authn.Unavailable(storageRetry, err)
+	}
+	t, err := e.verifier.Verify(ctx, compact)
+	switch {
+	case errors.Is(err, token.ErrInvalid):
+		return nil, nil, nil
+	case errors.Is(err, token.ErrKeysUnavailable):
+		return nil, nil, authn.Unavailable(storageRetry, err)
+	case err != nil:
+		return nil, nil, err
+	}
+	issuer, _ := e.verifier.Issuer(t.Issuer)
+	now := e.now()
+	if e.acceptance.Check(t, issuer, now) != nil {
+		return nil, nil, nil
+	}
+	state := e.state.Replica()
+	var manager *catalog.KeyManager
+	state.View(func(v *replica.View) { manager = v.KeyManager(t.Issuer) })
+	if manager == nil || !manager.Enabled {
+		return nil, nil, nil
+	}
+	if _, revoked := state.Check(replica.TokenOf(t, manager.Tenant.Domain), now.Unix()); revoked {
+		return nil, nil, nil
+	}
+	return t, manager, nil
+}
+
+// concerns reports whether a client is told about t, which is of manager.
+func (e *Endpoint) concerns(client authn.Client, t *token.Token, manager *catalog.KeyManager) bool {
+	switch {
+	case t.Issuer == client.Issuer && t.ClientID == client.ID:
+		return true
+	case manager.Tenant.ID != client.Tenant.ID: // nor is it of the same application
+		return false
+	case slices.ContainsFunc(t.Audience, func(aud string) bool { return slices.Contains(client.ResourceAudiences, aud) }):
+		return true
+	}
+	same := false
+	e.state.Replica().View(func(v *replica.View) {
+		same = slices.ContainsFunc(v.KeyMappingsOf(t.ClientID), func(m *catalog.KeyMapping) bool {
+			return m.Iss == t.Issuer && m.Application.ID == client.ApplicationID
+		})
+	})
+	return same
+}
+
+// answer has the members of an active token: nothing that is about a person but sub.
+type answer struct {
+	Active    bool   `json:"active"`
+	Issuer    string `json:"iss"`
+	Subject   string `json:"sub,omitempty"`
+	Audience  any    `json:"aud,omitempty"` // a string or an array of them, as in the token
+	ClientID  string `json:"client_id,omitempty"`
+	Scope     string `json:"scope,omitempty"`
+	Expiry    int64  `json:"exp"`
+	IssuedAt  int64  `json:"iat"`
+	NotBefore int64  `json:"nbf,omitempty"`
+	ID        string `json:"jti,omitempty"`
+	TokenType string `json:"token_type"`
+}
+
+var inactive = []byte(`{"active":false}`)
+
+// encode is the answer about an active token, or nil for any other.
+func encode(t *token.Token) []byte {
+	if t == nil {
+		return inactive
+	}
+	a := answer{
+		Active: true, Issuer: t.Issuer, Subject: t.Subject, ClientID: t.ClientID, Scope: t.Scope,
+		Expiry: t.Expiry, IssuedAt: t.IssuedAt, NotBefore: t.NotBefore, ID: t.ID, TokenType: "Bearer",
+	}
+	switch {
+	case t.AudienceList:
+		a.Audience = t.Audience
+	case len(t.Audience) > 0:
+		a.Audience = t.Audience[0]
+	}
+	b, err := json.Marshal(&a)
+	if err != nil {
+		panic(err) // there is nothing in it that JSON cannot say
+	}
+	return b
+}
+
+// writeError is [authn.WriteError] with the challenge of RFC 6750 where a Bearer token is the
+// matter.
+func writeError(w http.ResponseWriter, err error) {
+	if e, ok := errors.AsType[*authn.OAuthError](err); ok && challenges[e.Code] != "" {
+		if rec, ok := w.(authn.Recorder); ok {
+			rec.RecordError(err)
+		}
+		w = challenger{w, challenges[e.Code]}
+	}
+	authn.WriteError(w, err)
+}
+
+// challenger has the last word on how the caller is to authenticate.
+type challenger struct {
+	http.ResponseWriter
+	challenge string
+}
+
+func (c challenger) WriteHeader(status int) {
+	c.Header().Set("WWW-Authenticate", c.challenge)
+	c.ResponseWriter.WriteHeader(status)
+}

@@ -58,5 +58,8 @@ func (c *auditColumns) add(e AuditEntry) {
 }
 
 func (c *auditColumns) queue(b *pgx.Batch) {
+	if len(c.actions) == 0 {
+		return
+	}
 	b.Queue(auditSQL, c.tenants, c.actors, c.actions, c.entityIDs, c.iss, c.subjects, c.reasons, c.requestIDs, c.remotes)
 }

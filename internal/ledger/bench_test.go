@@ -46,6 +46,17 @@ func BenchmarkRevoke(b *testing.B) {
 	}
 }
 
+// BenchmarkRemember is what each issued token costs where tokens are remembered.
+func BenchmarkRemember(b *testing.B) {
+	for _, callers := range []int{1, 64} {
+		b.Run(fmt.Sprintf("callers=%d", callers), func(b *testing.B) {
+			l := open(b, pgtest.New(b), Config{})
+			run(b, l)
+			inParallel(b, callers, func() error { return l.Remember(b.Context(), issued("app-1", "app-1")) })
+		})
+	}
+}
+
 func inParallel(b *testing.B, callers int, f func() error) {
 	b.Helper()
 	var left atomic.Int64
@@ -64,5 +75,5 @@ func inParallel(b *testing.B, callers int, f func() error) {
 		})
 	}
 	wg.Wait()
-	b.ReportMetric(float64(b.N)/time.Since(start).Seconds(), "revocations/s")
+	b.ReportMetric(float64(b.N)/time.Since(start).Seconds(), "calls/s")
 }

@@ -31,9 +31,10 @@ type Tx struct {
 	// Now is the database's clock when the transaction began. It is read anew on each try.
 	Now time.Time
 
-	written  written
-	requests []Request
-	source   string
+	written   written
+	requests  []Request
+	unaudited bool // requests have no records in the audit
+	source    string
 }
 
 // Append adds e, of which the log sets Position, Previous, Source and Time, after
@@ -94,14 +95,11 @@ func (l *Ledger) change(ctx context.Context, f func(ctx context.Context, tx *Tx)
 			head, sent, err = l.finishChange(ctx, conn, tx)
 		}
 	}
-	_, warned := errors.AsType[warnedError](err)
-	if err == nil || warned {
-		l.tail.add(tx.written.events)
-		l.saw(head)
-		l.grown.send()
+	if _, warned := errors.AsType[warnedError](err); err == nil || warned {
+		l.committed(head, tx.written)
 	}
 	if err != nil {
-		gone := conn.Conn().IsClosed()
+		gone, doubt := conn.Conn().IsClosed(), sent && inDoubt(ctx, conn, err)
 		if !gone && conn.Conn().PgConn().TxStatus() != txIdle {
 			undo, cancel := context.WithTimeout(context.WithoutCancel(ctx), time.Second)
 			defer cancel()
@@ -111,7 +109,7 @@ func (l *Ledger) change(ctx context.Context, f func(ctx context.Context, tx *Tx)
 		case errors.Is(err, ErrRestored):
 			l.restored(err)
 			return head, fmt.Errorf("%w: %w", ErrUnavailable, err)
-		case warned, sent && gone, sent && ctx.Err() != nil:
+		case doubt:
 			return head, fmt.Errorf("%w: %w: %w", ErrUnavailable, ErrDoubt, err)
 		case gone || mayComeBack(err):
 			return head, fmt.Errorf("%w: %w", ErrUnavailable, err)
@@ -154,6 +152,9 @@ func (l *Ledger) finishChange(ctx context.Context, conn *pgxpool.Conn, tx *Tx) (
 		if err := l.write(&w, entries, rows); err != nil {
 			return head, false, err
 		}
+		if tx.unaudited {
+			w.audit = tx.written.audit
+		}
 		w.events = append(w.events, tx.written.events...)
 		w.log.join(&tx.written.log)
 		tx.written = w
@@ -168,9 +169,7 @@ func (l *Ledger) finishChange(ctx context.Context, conn *pgxpool.Conn, tx *Tx) (
 		return head, true, err
 	}
 	var b pgx.Batch
-	if len(tx.written.audit.actions) > 0 {
-		tx.written.audit.queue(&b)
-	}
+	tx.written.audit.queue(&b)
 	b.Queue(headSQL).QueryRow(func(row pgx.Row) error { return row.Scan(&head.Epoch, &head.Seq) })
 	return head, true, sendCommit(ctx, conn, &b)
 }

@@ -214,7 +214,7 @@ func TestChangesLeaveRoomForRevocations(t *testing.T) {
 func TestTurnstile(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		turns := newTurnstile(2)
+		turns := newTurnstile("changes", 2, maxChangesWaiting, changeWait)
 		for range 2 {
 			if err := turns.enter(t.Context()); err != nil {
 				t.Fatal(err)

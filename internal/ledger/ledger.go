@@ -1,6 +1,7 @@
 // Package ledger hides how a revocation becomes durable: batches, transactions,
-// how seqs are made, retention, and who may feed a sink. It owns the tables
-// revocations, log, log_head, tenant_heads, sink_cursors and audit.
+// how seqs are made, retention, who may feed a sink, and how the tokens that were
+// remembered are revoked one by one. It owns the tables revocations, log, log_head,
+// tenant_heads, sink_cursors, audit, issued_tokens, issued_since and endings.
 //
 // # Invariants
 //
@@ -25,6 +26,25 @@
 // A batch is safe to send twice, since a target that is stored already adds no
 // event. So a lost connection is retried once without asking whether the commit
 // went through.
+//
+// A token is remembered before its issuer looks at the state for the last time. Remembering
+// holds an advisory lock in share mode until its commit, and a transaction that revokes a
+// client, a subject or a tenant takes that lock alone, after its rows and before the head,
+// and holds it until its own commit. So each token is either remembered and committed
+// before, and then the ending that this transaction adds covers it by its number, or it is
+// committed after, and then its issuer sees the revocation. That nothing is remembered can
+// be known only under the lock, since a token may be on its way: such transactions always
+// take it, in the round trip that takes the head, and others send no statement for it.
+//
+// An ending goes by the order of remembering, as no iat is kept: of two tokens of one
+// second, one that was stamped ahead because of another revocation ends with it. A token
+// that outlives what the revocation says is the end of its last token is none of its own,
+// whatever its number.
+//
+// The tokens of an ending become revocations of kind token in chunks, each in a
+// transaction that also forgets them, so a crash repeats nothing and loses nothing. The
+// audit has one record when an ending is through: who ended the tokens, and why, is in the
+// record of the revocation, and a hundred thousand copies of it would hide the rest.
 package ledger
 
 import (
@@ -123,6 +143,7 @@ func Session(cfg *pgxpool.Config) {
 	p["statement_timeout"] = "0"   // contexts bound everything; this would end a commit's wait for its standby with success
 	p["lock_timeout"] = "5s"
 	p["idle_in_transaction_session_timeout"] = "15s"
+	p["jit"] = "off" // compiling takes up to a second, while the head may be locked, and saves a few milliseconds
 	keepAlive(cfg.ConnConfig)
 	onNotice := cfg.ConnConfig.OnNotice
 	cfg.ConnConfig.OnNotice = func(c *pgconn.PgConn, n *pgconn.Notice) {
@@ -164,8 +185,11 @@ type Ledger struct {
 	log      *slog.Logger
 	instance string // tells our own notifications from those of others
 	metrics  *metrics
-	queue    *queue
+	queue    *queue[*item]
+	issued   *queue[*issuedItem]
 	changes  *turnstile
+	bulks    *turnstile
+	ended    chan struct{} // has one when an ending may have been added
 	grown    broadcast
 	tail     tail
 
@@ -176,7 +200,7 @@ type Ledger struct {
 }
 
 // New returns a ledger on pool, which must log in as a member of rescind_service.
-// [Ledger.Run] must run for [Ledger.Revoke] to finish.
+// [Ledger.Run] must run for [Ledger.Revoke] and [Ledger.Remember] to finish.
 func New(cfg Config, pool *pgxpool.Pool, reg prometheus.Registerer, log *slog.Logger) (*Ledger, error) {
 	cfg, err := cfg.withDefaults()
 	if err != nil {
@@ -187,21 +211,27 @@ func New(cfg Config, pool *pgxpool.Pool, reg prometheus.Registerer, log *slog.Lo
 		pool:     pool,
 		log:      log.With("component", "ledger"),
 		instance: uuid.NewString(),
-		queue:    newQueue(cfg.QueueSize),
-		changes:  newTurnstile(max(1, int(pool.Config().MaxConns)/4)),
+		queue:    newQueue[*item](cfg.QueueSize),
+		issued:   newQueue[*issuedItem](cfg.QueueSize),
+		changes:  newTurnstile("changes", max(1, int(pool.Config().MaxConns)/4), maxChangesWaiting, changeWait),
+		bulks:    newTurnstile("bulk revocations", 1, maxBulksWaiting, bulkWait),
+		ended:    make(chan struct{}, 1),
 		fatal:    make(chan error, 1),
 	}
 	l.metrics = newMetrics(reg, l)
 	return l, nil
 }
 
-// Run commits what [Ledger.Revoke] is given until ctx ends, then commits what was
-// accepted, and returns nil. It returns [ErrRestored] when the log went back.
+// Run commits what [Ledger.Revoke] and [Ledger.Remember] are given until ctx ends, then
+// commits what was accepted, and returns nil. Beside it removes what is over, and revokes
+// remembered tokens one by one. It returns [ErrRestored] when the log went back.
 func (l *Ledger) Run(ctx context.Context) error {
 	g, gctx := errgroup.WithContext(ctx)
 	g.Go(func() error { return l.listen(gctx) })
 	g.Go(func() error { return l.trim(gctx) })
-	g.Go(func() error { l.commitLoop(gctx); return nil })
+	g.Go(func() error { l.queue.serve(gctx, l.cfg.MaxBatch, l.commitBatch); return nil })
+	g.Go(func() error { l.issued.serve(gctx, l.cfg.MaxBatch, l.rememberBatch); return nil })
+	g.Go(func() error { l.expand(gctx); return nil })
 	g.Go(func() error {
 		select {
 		case <-gctx.Done():

@@ -8,6 +8,7 @@ import (
 type metrics struct {
 	batch, commit            prometheus.Histogram
 	refused, failed, retried prometheus.Counter
+	expanded                 prometheus.Counter
 	trimmed                  *prometheus.CounterVec
 }
 
@@ -38,7 +39,7 @@ func newMetrics(reg prometheus.Registerer, l *Ledger) *metrics {
 		}),
 		refused: f.NewCounter(prometheus.CounterOpts{
 			Name: "rescind_ledger_refused_total",
-			Help: "Revocations refused because the queue was full or the service was stopping.",
+			Help: "Revocations refused because too many waited or the service was stopping.",
 		}),
 		failed: f.NewCounter(prometheus.CounterOpts{
 			Name: "rescind_ledger_failed_commits_total",
@@ -48,6 +49,10 @@ func newMetrics(reg prometheus.Registerer, l *Ledger) *metrics {
 			Name: "rescind_ledger_retried_commits_total",
 			Help: "Transactions tried again after a deadlock or a lost connection.",
 		}),
+		expanded: f.NewCounter(prometheus.CounterOpts{
+			Name: "rescind_ledger_expanded_total",
+			Help: "Remembered tokens revoked one by one after a revocation of more than one token.",
+		}),
 		trimmed: f.NewCounterVec(prometheus.CounterOpts{
 			Name: "rescind_ledger_trimmed_rows_total",
 			Help: "Rows removed because they are over.",
@@ -55,5 +60,6 @@ func newMetrics(reg prometheus.Registerer, l *Ledger) *metrics {
 	}
 	m.trimmed.WithLabelValues("log")
 	m.trimmed.WithLabelValues("revocations")
+	m.trimmed.WithLabelValues("issued_tokens")
 	return m
 }

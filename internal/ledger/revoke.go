@@ -53,7 +53,7 @@ type Actor struct {
 
 // Result says where a revocation stands in the log.
 type Result struct {
-	// ID is the revocation's, a UUID. Only [Ledger.RevokeAll] sets it where Added is false.
+	// ID is the revocation's, a UUID. Where Added is false only [Ledger.RevokeAll] sets it.
 	ID string
 	// Seq is a place in the log at which the revocation is there.
 	Seq revocation.Seq
@@ -92,20 +92,20 @@ type outcome struct {
 }
 
 // queue is bounded and hands out what has come since the last batch.
-type queue struct {
+type queue[T any] struct {
 	filled chan struct{}
 
 	mu     sync.Mutex
-	items  []*item
+	items  []T
 	size   int
 	closed bool
 }
 
-func newQueue(size int) *queue {
-	return &queue{filled: make(chan struct{}, 1), size: size}
+func newQueue[T any](size int) *queue[T] {
+	return &queue[T]{filled: make(chan struct{}, 1), size: size}
 }
 
-func (q *queue) add(it *item) error {
+func (q *queue[T]) add(it T) error {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	if q.closed {
@@ -121,7 +121,7 @@ func (q *queue) add(it *item) error {
 	return nil
 }
 
-func (q *queue) signal() {
+func (q *queue[T]) signal() {
 	select {
 	case q.filled <- struct{}{}:
 	default:
@@ -129,7 +129,7 @@ func (q *queue) signal() {
 }
 
 // take returns at most n items, none when there are none now.
-func (q *queue) take(n int) []*item {
+func (q *queue[T]) take(n int) []T {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	n = min(n, len(q.items))
@@ -143,39 +143,45 @@ func (q *queue) take(n int) []*item {
 	return batch
 }
 
-func (q *queue) len() int {
+func (q *queue[T]) len() int {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	return len(q.items)
 }
 
-func (q *queue) close() {
+func (q *queue[T]) close() {
 	q.mu.Lock()
 	defer q.mu.Unlock()
 	q.closed = true
 }
 
-func (l *Ledger) commitLoop(ctx context.Context) {
+// serve calls commit with batches of at most n until ctx ends, then closes the queue and
+// has it commit what is left.
+func (q *queue[T]) serve(ctx context.Context, n int, commit func(context.Context, []T)) {
 	for ctx.Err() == nil {
 		select {
-		case <-l.queue.filled:
-			l.commitBatch(ctx, l.queue.take(l.cfg.MaxBatch))
+		case <-q.filled:
+			if batch := q.take(n); len(batch) > 0 {
+				commit(ctx, batch)
+			}
 		case <-ctx.Done():
 		}
 	}
-	l.queue.close()
-	for batch := l.queue.take(l.cfg.MaxBatch); len(batch) > 0; batch = l.queue.take(l.cfg.MaxBatch) {
-		l.commitBatch(ctx, batch)
+	q.close()
+	for batch := q.take(n); len(batch) > 0; batch = q.take(n) {
+		commit(ctx, batch)
 	}
 }
 
-func (l *Ledger) commitBatch(ctx context.Context, batch []*item) {
-	if len(batch) == 0 {
-		return
-	}
-	// A commit outlives shutdown: cancelling it would leave its callers unsure.
-	ctx, cancel := context.WithTimeoutCause(context.WithoutCancel(ctx), l.cfg.CommitTimeout,
+// outlive bounds a commit. It outlives shutdown: cancelling it would leave its callers
+// unsure.
+func (l *Ledger) outlive(ctx context.Context) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(context.WithoutCancel(ctx), l.cfg.CommitTimeout,
 		fmt.Errorf("no commit within %s", l.cfg.CommitTimeout))
+}
+
+func (l *Ledger) commitBatch(ctx context.Context, batch []*item) {
+	ctx, cancel := l.outlive(ctx)
 	defer cancel()
 	requests := make([]Request, len(batch))
 	for i, it := range batch {
@@ -233,40 +239,70 @@ func isItemFault(err error) bool {
 func (l *Ledger) commit(ctx context.Context, requests []Request) ([]Result, error) {
 	entries, of := merge(requests)
 	start := time.Now()
-	var head revocation.Position
-	var err error
-	for attempt := 0; ; attempt++ {
-		for i := range entries {
-			entries[i].seq, entries[i].added = 0, false
-		}
-		var events []revocation.Event
-		head, events, err = l.transact(ctx, entries)
-		if _, warned := errors.AsType[warnedError](err); err == nil || warned {
-			l.tail.add(events)
-			l.saw(head)
-			l.grown.send()
-		}
-		if err == nil || ctx.Err() != nil || !mayRetry(err, attempt) {
-			break
-		}
-		l.metrics.retried.Inc()
-		if !pause(ctx, time.Duration(attempt)*(5+rand.N[time.Duration](15))*time.Millisecond) {
-			break
-		}
-	}
+	results, _, err := l.store(ctx, entries, of, false)
 	if err != nil {
-		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, ErrRestored) {
-			err = fmt.Errorf("%w (%w)", cause, err)
-		}
 		return nil, err
 	}
 	l.metrics.batch.Observe(float64(len(requests)))
 	l.metrics.commit.Observe(time.Since(start).Seconds())
-	results := make([]Result, len(requests))
-	for i, e := range of {
-		results[i] = Result{Seq: cmp.Or(entries[e].seq, head.Seq), Added: entries[e].added}
-	}
 	return results, nil
+}
+
+// store is [Ledger.transact], which it tries again where that can help. doubt says that
+// it may be committed although it failed. Results are those of the requests whose entries
+// of tells.
+func (l *Ledger) store(ctx context.Context, entries []entry, of []int, identify bool) (results []Result, doubt bool, err error) {
+	var done transacted
+	err = l.retry(ctx, func() error {
+		done, err = l.transact(ctx, entries, identify)
+		doubt = doubt || done.doubt
+		if _, warned := errors.AsType[warnedError](err); err == nil || warned {
+			l.committed(done.head, done.written)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, doubt, err
+	}
+	results = make([]Result, len(of))
+	for i, e := range of {
+		results[i] = Result{ID: entries[e].id, Seq: cmp.Or(entries[e].seq, done.head.Seq), Added: entries[e].added}
+	}
+	return results, false, nil
+}
+
+// committed tells all who wait that w is in the log, which ends at head.
+func (l *Ledger) committed(head revocation.Position, w written) {
+	l.tail.add(w.events)
+	l.saw(head)
+	l.grown.send()
+	if len(w.endings.kinds) > 0 {
+		select {
+		case l.ended <- struct{}{}:
+		default:
+		}
+	}
+}
+
+// retry calls f, a transaction that may be sent twice, until it succeeds or trying again
+// cannot help.
+func (l *Ledger) retry(ctx context.Context, f func() error) error {
+	for attempt := 0; ; attempt++ {
+		err := f()
+		if err == nil {
+			return nil
+		}
+		if ctx.Err() == nil && mayRetry(err, attempt) {
+			l.metrics.retried.Inc()
+			if pause(ctx, time.Duration(attempt)*(5+rand.N[time.Duration](15))*time.Millisecond) {
+				continue
+			}
+		}
+		if cause := context.Cause(ctx); cause != nil && !errors.Is(err, ErrRestored) {
+			err = fmt.Errorf("%w (%w)", cause, err)
+		}
+		return err
+	}
 }
 
 // mayRetry allows a few tries after a serialization failure or deadlock, and one
@@ -304,6 +340,7 @@ func pause(ctx context.Context, d time.Duration) bool {
 type entry struct {
 	Request
 	now   bool // tokens up to the database's clock are dead, and those up to NotAfter
+	id    string
 	seq   revocation.Seq
 	added bool
 }
@@ -369,11 +406,12 @@ const raiseSQL = `UPDATE rescind.log_head SET seq = seq + $1 RETURNING epoch::te
 // appendSQL runs under the head's lock, in a statement of its own so that it sees
 // what the last holder of the lock wrote. Its parts see the tenants' heads as
 // they were before it. A head that was, in epoch $8, below $9 yields a NULL seq,
-// which the table refuses: the log went back.
+// which the table refuses: the log went back. Without LIMIT a server that has no statistics
+// of log_head yet takes it for a thousand rows.
 const appendSQL = `
 WITH head AS (
     SELECT CASE WHEN epoch <> $8::uuid OR seq - cardinality($1::integer[]) >= $9 THEN seq - cardinality($1::integer[]) END AS base
-    FROM rescind.log_head
+    FROM rescind.log_head LIMIT 1
 ), e AS (
     SELECT head.base + n AS seq, n, tenant_id, tenant, entity_id, type, subject, traceparent, data
     FROM head, unnest($1::integer[], $2::text[], $3::uuid[], $4::text[], $5::text[], $6::text[], $7::text[])
@@ -391,46 +429,96 @@ RETURNING seq, previous, at`
 
 const notifySQL = `SELECT pg_notify('rescind_log', $1)`
 
+// transacted is what became of a transaction.
+type transacted struct {
+	head    revocation.Position
+	written written
+	doubt   bool // it failed and may be committed, or a standby may lack it
+}
+
 // transact writes entries in one transaction of two round trips, so that the head
-// stays locked for no longer than the server needs. It sets seq and added of
-// entries and returns the head and the new events, which are committed too when the
+// stays locked for no longer than the server needs. It sets id, seq and added of
+// entries that it stored, and with identify the id of the others too, for one round trip
+// more. It returns the head and the new events, which are committed too when the
 // error is a [warnedError].
-func (l *Ledger) transact(ctx context.Context, entries []entry) (head revocation.Position, events []revocation.Event, err error) {
+func (l *Ledger) transact(ctx context.Context, entries []entry, identify bool) (done transacted, err error) {
+	for i := range entries {
+		entries[i].id, entries[i].seq, entries[i].added = "", 0, false
+	}
 	conn, err := l.pool.Acquire(ctx)
 	if err != nil {
-		return head, nil, err
+		return done, err
 	}
 	defer conn.Release() // ends the connection if the transaction is still open
 	var b pgx.Batch
 	b.Queue("BEGIN")
 	stored, err := l.upsert(ctx, conn, &b, entries)
 	if err != nil {
-		return head, nil, err
+		return done, err
+	}
+	if identify && len(stored) < len(entries) {
+		if err := identifyCovered(ctx, conn, entries); err != nil {
+			return done, err
+		}
+	}
+	if err := l.write(&done.written, entries, stored); err != nil {
+		return done, err
 	}
 	if len(stored) == 0 {
 		var b pgx.Batch
-		b.Queue(headSQL).QueryRow(func(row pgx.Row) error { return row.Scan(&head.Epoch, &head.Seq) })
-		return head, nil, sendCommit(ctx, conn, &b)
+		b.Queue(headSQL).QueryRow(func(row pgx.Row) error { return row.Scan(&done.head.Epoch, &done.head.Seq) })
+		err = sendCommit(ctx, conn, &b)
+	} else {
+		done.head, err = l.finish(ctx, conn, &done.written)
 	}
-	var w written
-	if err := l.write(&w, entries, stored); err != nil {
-		return head, nil, err
+	if err != nil {
+		done.doubt = inDoubt(ctx, conn, err)
+		return done, err
 	}
-	if head, err = l.finish(ctx, conn, &w); err != nil {
-		return head, w.events, err
-	}
-	base := head.Seq - revocation.Seq(len(stored))
+	base := done.head.Seq - revocation.Seq(len(stored))
 	for i, s := range stored {
-		entries[s.entry].seq, entries[s.entry].added = base+revocation.Seq(i)+1, true
+		e := &entries[s.entry]
+		e.id, e.seq, e.added = s.ID, base+revocation.Seq(i)+1, true
 	}
-	return head, w.events, nil
+	return done, nil
 }
 
-// written is what a transaction adds to the log and to the audit.
+// inDoubt reports whether a transaction whose commit was sent on conn, and failed with
+// err, may be committed all the same, or a fail-over may still undo it.
+func inDoubt(ctx context.Context, conn *pgxpool.Conn, err error) bool {
+	_, warned := errors.AsType[warnedError](err)
+	return warned || conn.Conn().IsClosed() || ctx.Err() != nil
+}
+
+// coveredSQL runs in the transaction that tried to store the entries, and so has locked the
+// rows that were there.
+const coveredSQL = `
+SELECT k.n, r.id::text
+FROM unnest($1::text[], $2::text[], $3::text[], $4::boolean[]) WITH ORDINALITY AS k (iss, ident, kind, digest, n)
+JOIN rescind.revocations r ON r.iss = k.iss COLLATE "C" AND r.ident = k.ident COLLATE "C" AND r.kind = k.kind COLLATE "C" AND r.digest = k.digest`
+
+// identifyCovered sets the ids of entries, all of which have a row.
+func identifyCovered(ctx context.Context, conn *pgxpool.Conn, entries []entry) error {
+	targets := make([]revocation.Target, len(entries))
+	for i, e := range entries {
+		targets[i] = e.Target
+	}
+	rows, err := conn.Query(ctx, coveredSQL, targetColumns(targets)...)
+	if err != nil {
+		return err
+	}
+	var n int
+	var id string
+	_, err = pgx.ForEachRow(rows, []any{&n, &id}, func() error { entries[n-1].id = id; return nil })
+	return err
+}
+
+// written is what a transaction adds to the log, to the audit and to the endings.
 type written struct {
-	events []revocation.Event
-	log    eventColumns
-	audit  auditColumns
+	events  []revocation.Event
+	log     eventColumns
+	audit   auditColumns
+	endings endingColumns
 }
 
 func (w *written) add(e revocation.Event, entityID string) {
@@ -438,7 +526,7 @@ func (w *written) add(e revocation.Event, entityID string) {
 	w.log.add(e, entityID)
 }
 
-// write adds the events and audit entries of the rows that were stored for entries.
+// write adds the events, audit entries and endings of the rows that were stored for entries.
 func (l *Ledger) write(w *written, entries []entry, rows []stored) error {
 	for _, s := range rows {
 		e := &entries[s.entry]
@@ -448,6 +536,9 @@ func (l *Ledger) write(w *written, entries []entry, rows []stored) error {
 		}
 		event.Source, event.Traceparent = l.cfg.Source, e.Traceparent
 		w.add(event, s.ID)
+		if e.Target.Kind.HasTime() {
+			w.endings.add(e.Request)
+		}
 		w.audit.add(AuditEntry{
 			Tenant: e.Tenant, Action: e.Action, EntityID: s.ID, Iss: e.Target.Iss, Subject: e.Target.ID, Reason: e.Reason, Actor: e.Actor,
 		})
@@ -463,6 +554,7 @@ func (l *Ledger) finish(ctx context.Context, conn *pgxpool.Conn, w *written) (he
 	seen := l.lastSeen()
 	seenEpoch := cmp.Or(seen.Epoch, noEpoch)
 	w.audit.queue(&b)
+	w.endings.queue(&b)
 	b.Queue(notifySQL, l.instance)
 	b.Queue(raiseSQL, int64(n)).QueryRow(func(row pgx.Row) error { return row.Scan(&head.Epoch, &head.Seq) })
 	w.log.queue(&b, seenEpoch, seen.Seq).Query(func(rows pgx.Rows) error {
@@ -507,7 +599,7 @@ func (e warnedError) Error() string {
 }
 
 // noEpoch is the epoch of no log.
-const noEpoch revocation.Epoch = "00000000-0000-0000-0000-000000000000"
+const noEpoch revocation.Epoch = zeroUUID
 
 // stored is a row that an entry changed.
 type stored struct {

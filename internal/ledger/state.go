@@ -33,18 +33,26 @@ JOIN rescind.tenants t ON t.id = r.tenant_id
 WHERE ` + liveSQL
 )
 
+// zeroUUID is below all others.
+const zeroUUID = "00000000-0000-0000-0000-000000000000"
+
 func scanStored(row pgx.CollectableRow) (directory.Stored, error) {
 	var s directory.Stored
-	err := row.Scan(&s.ID, &s.Tenant.ID, &s.Tenant.Domain, &s.Target.Kind, &s.Target.Iss, &s.Target.ID, &s.Target.Digest,
-		&s.Exp, &s.NotAfter, &s.ClientID, &s.Signature, &s.Reason, &s.At)
+	err := row.Scan(storedFields(&s)...)
 	return s, err
+}
+
+// storedFields are where storedColumns go.
+func storedFields(s *directory.Stored) []any {
+	return []any{&s.ID, &s.Tenant.ID, &s.Tenant.Domain, &s.Target.Kind, &s.Target.Iss, &s.Target.ID, &s.Target.Digest,
+		&s.Exp, &s.NotAfter, &s.ClientID, &s.Signature, &s.Reason, &s.At}
 }
 
 // Page returns up to limit revocations that are live, or were until lately, by ascending id, from the first after
 // the id after; "" begins.
 func (l *Ledger) Page(ctx context.Context, after string, limit int) ([]directory.Stored, error) {
 	if after == "" {
-		after = "00000000-0000-0000-0000-000000000000"
+		after = zeroUUID
 	}
 	rows, err := l.pool.Query(ctx, pageSQL, after, limit)
 	if err != nil {
@@ -59,20 +67,25 @@ func (l *Ledger) Page(ctx context.Context, after string, limit int) ([]directory
 
 // Lookup returns those of targets whose revocations are live, or were until lately, in any order.
 func (l *Ledger) Lookup(ctx context.Context, targets []revocation.Target) ([]directory.Stored, error) {
+	rows, err := l.pool.Query(ctx, lookupSQL, targetColumns(targets)...)
+	if err != nil {
+		return nil, fmt.Errorf("look up %d targets: %w", len(targets), err)
+	}
+	found, err := pgx.CollectRows(rows, scanStored)
+	if err != nil {
+		return nil, fmt.Errorf("look up %d targets: %w", len(targets), err)
+	}
+	return found, nil
+}
+
+// targetColumns are the iss, ident, kind and digest of targets, each an array.
+func targetColumns(targets []revocation.Target) []any {
 	n := len(targets)
 	iss, idents, kinds, digests := make([]string, n), make([]string, n), make([]string, n), make([]bool, n)
 	for i, t := range targets {
 		iss[i], idents[i], kinds[i], digests[i] = t.Iss, t.ID, string(t.Kind), t.Digest
 	}
-	rows, err := l.pool.Query(ctx, lookupSQL, iss, idents, kinds, digests)
-	if err != nil {
-		return nil, fmt.Errorf("look up %d targets: %w", n, err)
-	}
-	found, err := pgx.CollectRows(rows, scanStored)
-	if err != nil {
-		return nil, fmt.Errorf("look up %d targets: %w", n, err)
-	}
-	return found, nil
+	return []any{iss, idents, kinds, digests}
 }
 
 // Known returns the live revocation of target, if there is one.

@@ -8,19 +8,27 @@ import (
 )
 
 // maxChangesWaiting is how many changes may wait for their turn, and changeWait for how
-// long: more than that and their callers should come back later.
+// long: more than that and their callers should come back later. A bulk takes much longer
+// than a change.
 const (
 	maxChangesWaiting = 64
 	changeWait        = 2 * time.Second
+	maxBulksWaiting   = 4
+	bulkWait          = 10 * time.Second
 )
 
 // turnstile lets a few in at a time, and a few wait for a while.
 type turnstile struct {
-	inside  chan struct{} // has one for each who is in
-	waiting atomic.Int32
+	what     string        // for errors: who passes
+	inside   chan struct{} // has one for each who is in
+	most     int32         // that may wait
+	patience time.Duration
+	waiting  atomic.Int32
 }
 
-func newTurnstile(n int) *turnstile { return &turnstile{inside: make(chan struct{}, n)} }
+func newTurnstile(what string, n int, most int32, patience time.Duration) *turnstile {
+	return &turnstile{what: what, inside: make(chan struct{}, n), most: most, patience: patience}
+}
 
 // enter returns nil once the caller is in, and must leave again.
 func (t *turnstile) enter(ctx context.Context) error {
@@ -30,16 +38,16 @@ func (t *turnstile) enter(ctx context.Context) error {
 	default:
 	}
 	defer t.waiting.Add(-1)
-	if t.waiting.Add(1) > maxChangesWaiting {
-		return fmt.Errorf("%w: %d changes wait for their turn", ErrBusy, maxChangesWaiting)
+	if t.waiting.Add(1) > t.most {
+		return fmt.Errorf("%w: %d %s wait for their turn", ErrBusy, t.most, t.what)
 	}
-	timeout := time.NewTimer(changeWait)
+	timeout := time.NewTimer(t.patience)
 	defer timeout.Stop()
 	select {
 	case t.inside <- struct{}{}:
 		return nil
 	case <-timeout.C:
-		return fmt.Errorf("%w: the change had no turn within %s", ErrBusy, changeWait)
+		return fmt.Errorf("%w: other %s left no turn within %s", ErrBusy, t.what, t.patience)
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}

@@ -97,7 +97,7 @@ func TestWarnedCommitIsNoSuccess(t *testing.T) {
 	if err != nil || results[0] != (Result{Seq: 2}) || len(l.tail.after(0, 10)) != 2 {
 		t.Errorf("commit: %+v, %v, and %d events are known; want success at 2 by the second try", results, err, len(l.tail.after(0, 10)))
 	}
-	if _, _, err := l.transact(t.Context(), []entry{{Request: request("c")}}); !errors.As(err, new(warnedError)) {
+	if _, err := l.transact(t.Context(), []entry{{Request: request("c")}}, false); !errors.As(err, new(warnedError)) {
 		t.Errorf("transact: %v, want the server's warning", err)
 	}
 

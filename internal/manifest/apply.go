@@ -180,23 +180,33 @@ func refused(s *Step, err error) error {
 
 // find learns the identity of what came with its tenant.
 func (r *run) find(ctx context.Context, s *Step) error {
-	p := s.entity.(*catalog.Policy)
-	there, err := r.store.List(ctx, r.by, catalog.NounPolicy, store.Filter{Tenant: s.Tenant, Name: p.Name, Kind: p.Kind}, 0, 1)
+	f := store.Filter{Tenant: s.Tenant}
+	switch e := s.entity.(type) {
+	case *catalog.Policy:
+		f.Name, f.Kind = e.Name, e.Kind
+	case *catalog.KeyManager:
+		f.Name = e.Name
+	}
+	there, err := r.store.List(ctx, r.by, s.Noun, f, 0, 1)
 	if err != nil {
 		return err
 	}
 	if len(there) == 0 {
 		return &StepError{s, store.ErrNotFound}
 	}
-	p.Meta = *there[0].Base()
-	s.version = p.Timestamp
+	if made, ok := there[0].(*catalog.KeyManager); ok {
+		f := keyManagerOf(s.entity.(*catalog.KeyManager)) // the rest of it only the service knew
+		s.entity = f.ofResident(made)
+	}
+	*s.entity.Base() = *there[0].Base()
+	s.version = there[0].Base().Timestamp
 	return nil
 }
 
 func (r *run) makeKey(ctx context.Context, s *Step) error {
 	mapping := s.entity.(*catalog.KeyMapping)
 	client := *s.client
-	if client.Secret == "" && client.AuthMethod != methodNone {
+	if client.Secret == "" && hasSecret(client.AuthMethod) {
 		client.Secret = rand.Text() + rand.Text() // 260 bits
 		err := r.cfg.Keep(Secret{
 			Tenant: s.Tenant, Owner: s.application.Owner, Application: s.application.Name,

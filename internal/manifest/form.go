@@ -1,6 +1,7 @@
 package manifest
 
 import (
+	"encoding/json"
 	"fmt"
 	"strings"
 
@@ -125,6 +126,7 @@ func (f *keyManagerForm) entity() *catalog.KeyManager {
 		Name: f.Name, DisplayName: f.DisplayName, Description: f.Description, Type: f.Type, Enabled: f.Enabled, Iss: f.Iss,
 		MaxTokenLifetime: f.MaxTokenLifetime, JWKSURI: f.JWKSURI, Algorithms: f.Algorithms, AllowTyp: f.AllowTyp,
 		ConsumerKeyClaim: f.ConsumerKeyClaim, ScopesClaim: f.ScopesClaim, TokenType: f.TokenType, Properties: f.Properties,
+		Resident: f.Resident,
 	}
 	for _, m := range f.ClaimMappings {
 		k.ClaimMappings = append(k.ClaimMappings, catalog.ClaimMapping(m))
@@ -140,7 +142,7 @@ func (f *keyManagerForm) check() error {
 	if f.Name == "" {
 		found = append(found, catalog.FieldError{Pointer: "#/name", Detail: "must not be empty"})
 	}
-	if own := f.ofResident(&catalog.KeyManager{Name: f.Name, Type: "default", TokenType: "DIRECT"}); !same(own, f.entity()) {
+	if own := f.ofResident(&catalog.KeyManager{Name: f.Name, Type: "default", Resident: true, TokenType: "DIRECT"}); !same(own, f.entity()) {
 		found = append(found, catalog.FieldError{
 			Pointer: "#/resident", Detail: "is true: of a key manager of our own only enabled, display_name, description and properties can be said",
 		})
@@ -156,7 +158,7 @@ func (f *keyManagerForm) ofResident(k *catalog.KeyManager) *catalog.KeyManager {
 }
 
 func keyManagerOf(k *catalog.KeyManager) keyManagerForm {
-	if k.Resident { // each database has one of its own
+	if k.Resident { // each tenant has one of its own, in every database
 		return keyManagerForm{
 			Name: k.Name, Resident: true, DisplayName: k.DisplayName, Description: k.Description, Enabled: k.Enabled, Properties: k.Properties,
 		}
@@ -257,8 +259,11 @@ func policyOf(p *catalog.Policy) policyForm {
 	return f
 }
 
-// unlimited is the policy that every tenant has of every kind, from the start.
-const unlimited = "Unlimited"
+// What every tenant has from the start: a policy of every kind, and a key manager of our own.
+const (
+	unlimited = "Unlimited"
+	resident  = "Resident Key Manager"
+)
 
 type scopeForm struct {
 	Name        string `yaml:"name"`
@@ -338,13 +343,14 @@ func apiOf(a *catalog.API) apiForm {
 }
 
 type applicationForm struct {
-	Name       string `yaml:"name"`
-	Owner      string `yaml:"owner"`
-	identity   `yaml:",inline"`
-	Policy     string            `yaml:"policy,omitempty"`
-	TokenType  string            `yaml:"token_type,omitempty"`
-	Groups     []string          `yaml:"groups,omitempty"`
-	Attributes map[string]string `yaml:"attributes,omitempty"`
+	Name          string `yaml:"name"`
+	Owner         string `yaml:"owner"`
+	identity      `yaml:",inline"`
+	Policy        string            `yaml:"policy,omitempty"`
+	TokenType     string            `yaml:"token_type,omitempty"`
+	Groups        []string          `yaml:"groups,omitempty"`
+	Attributes    map[string]string `yaml:"attributes,omitempty"`
+	SelfContained bool              `yaml:"self_contained,omitempty"`
 	// Blocked is nil where it stays as it is.
 	Blocked       *bool                  `yaml:"blocked,omitempty"`
 	Keys          list[keyForm]          `yaml:"keys,omitempty"`
@@ -356,6 +362,7 @@ func (f *applicationForm) setDefaults() { f.Policy, f.TokenType = unlimited, "JW
 func (f *applicationForm) entity() *catalog.Application {
 	return &catalog.Application{
 		Name: f.Name, Owner: f.Owner, Policy: f.Policy, TokenType: f.TokenType, Groups: f.Groups, Attributes: f.Attributes,
+		SelfContained: f.SelfContained,
 	}
 }
 
@@ -364,7 +371,7 @@ func (f *applicationForm) check() error { return f.with(f.entity().Validate()) }
 func applicationOf(a *catalog.Application) applicationForm {
 	return applicationForm{
 		Name: a.Name, Owner: a.Owner, identity: identityOf(a), Policy: a.Policy, TokenType: a.TokenType, Groups: a.Groups,
-		Attributes: a.Attributes, Blocked: &a.Blocked, Keys: list[keyForm]{}, Subscriptions: list[subscriptionForm]{},
+		Attributes: a.Attributes, SelfContained: a.SelfContained, Blocked: &a.Blocked, Keys: list[keyForm]{}, Subscriptions: list[subscriptionForm]{},
 	}
 }
 
@@ -394,14 +401,19 @@ func (f *keyForm) check() error {
 
 // clientForm is what a consumer key is registered with.
 type clientForm struct {
-	AuthMethod    string   `yaml:"auth_method,omitempty"`
-	Scopes        []string `yaml:"scopes,omitempty"`
-	DefaultScopes []string `yaml:"default_scopes,omitempty"`
-	Audience      []string `yaml:"audience,omitempty"`
-	TokenLifetime int      `yaml:"token_lifetime,omitempty"`
-	RevokeByJTI   bool     `yaml:"revoke_by_jti,omitempty"`
-	RevokeOpaque  bool     `yaml:"revoke_opaque,omitempty"`
-	RevokeQuota   int      `yaml:"revoke_quota,omitempty"`
+	AuthMethod string `yaml:"auth_method,omitempty"`
+	// JWKS is what its JSON would be.
+	JWKS              map[string]any `yaml:"jwks,omitempty"`
+	Scopes            []string       `yaml:"scopes,omitempty"`
+	DefaultScopes     []string       `yaml:"default_scopes,omitempty"`
+	Audience          []string       `yaml:"audience,omitempty"`
+	TokenLifetime     int            `yaml:"token_lifetime,omitempty"`
+	GrantTypes        list[string]   `yaml:"grant_types,omitempty"`
+	TokenTyp          string         `yaml:"token_typ,omitempty"`
+	ResourceAudiences []string       `yaml:"resource_audiences,omitempty"`
+	RevokeByJTI       bool           `yaml:"revoke_by_jti,omitempty"`
+	RevokeOpaque      bool           `yaml:"revoke_opaque,omitempty"`
+	RevokeQuota       int            `yaml:"revoke_quota,omitempty"`
 	// SecretEnv and SecretFile say where the secret of a client that is made is: a
 	// variable of the environment, or a file, relative to the one that says so.
 	SecretEnv  string `yaml:"secret_env,omitempty"`
@@ -410,16 +422,33 @@ type clientForm struct {
 
 const (
 	methodBasic = "client_secret_basic"
+	methodKey   = "private_key_jwt"
 	methodNone  = "none"
+
+	accessTokenTyp = "at+jwt"
 )
 
-func (f *clientForm) setDefaults() { f.AuthMethod = methodBasic }
+// hasSecret reports whether clients of a method have a secret.
+func hasSecret(method string) bool { return method != methodKey && method != methodNone }
+
+func (f *clientForm) setDefaults() {
+	f.AuthMethod, f.GrantTypes, f.TokenTyp = methodBasic, list[string]{"client_credentials"}, accessTokenTyp
+}
 
 func (f *clientForm) registration() authn.Registration {
-	return authn.Registration{
+	r := authn.Registration{
 		AuthMethod: f.AuthMethod, Scopes: f.Scopes, DefaultScopes: f.DefaultScopes, Audience: f.Audience,
-		TokenLifetime: f.TokenLifetime, RevokeByJTI: f.RevokeByJTI, RevokeOpaque: f.RevokeOpaque, RevokeQuota: f.RevokeQuota,
+		TokenLifetime: f.TokenLifetime, GrantTypes: f.GrantTypes, TokenTyp: f.TokenTyp, ResourceAudiences: f.ResourceAudiences,
+		RevokeByJTI: f.RevokeByJTI, RevokeOpaque: f.RevokeOpaque, RevokeQuota: f.RevokeQuota,
 	}
+	if f.JWKS != nil {
+		b, err := json.Marshal(f.JWKS) // in the form in which clients are registered with it
+		if err != nil {
+			panic(err) // what was decoded can be encoded
+		}
+		r.JWKS = string(b)
+	}
+	return r
 }
 
 func (f *clientForm) check() error {
@@ -427,8 +456,8 @@ func (f *clientForm) check() error {
 	if f.SecretEnv != "" && f.SecretFile != "" {
 		found = append(found, catalog.FieldError{Pointer: "#/secret_file", Detail: "and secret_env are both given: one is enough"})
 	}
-	if f.AuthMethod == methodNone && (f.SecretEnv != "" || f.SecretFile != "") {
-		found = append(found, catalog.FieldError{Pointer: "#/auth_method", Detail: "is none: such a client has no secret"})
+	if !hasSecret(f.AuthMethod) && (f.SecretEnv != "" || f.SecretFile != "") {
+		found = append(found, catalog.FieldError{Pointer: "#/auth_method", Detail: "is " + f.AuthMethod + ": such a client has no secret"})
 	}
 	if len(found) == 0 {
 		return nil
@@ -437,10 +466,17 @@ func (f *clientForm) check() error {
 }
 
 func clientOf(r authn.Registration) *clientForm {
-	return &clientForm{
+	f := &clientForm{
 		AuthMethod: r.AuthMethod, Scopes: r.Scopes, DefaultScopes: r.DefaultScopes, Audience: r.Audience,
-		TokenLifetime: r.TokenLifetime, RevokeByJTI: r.RevokeByJTI, RevokeOpaque: r.RevokeOpaque, RevokeQuota: r.RevokeQuota,
+		TokenLifetime: r.TokenLifetime, GrantTypes: r.GrantTypes, TokenTyp: r.TokenTyp, ResourceAudiences: r.ResourceAudiences,
+		RevokeByJTI: r.RevokeByJTI, RevokeOpaque: r.RevokeOpaque, RevokeQuota: r.RevokeQuota,
 	}
+	if r.JWKS != "" {
+		if err := json.Unmarshal([]byte(r.JWKS), &f.JWKS); err != nil {
+			panic(err) // it was valid when the client was made
+		}
+	}
+	return f
 }
 
 type subscriptionForm struct {

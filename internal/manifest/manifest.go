@@ -38,7 +38,11 @@
 //
 // A file never has a secret. A key with a client member gets a client where the key is
 // made: its secret is in the environment or a file that the member names, or it is made
-// and written to a file of its own. An existing client keeps what it is registered with.
+// and written to a file of its own. One that proves itself with a private key has none: the
+// member jwks has its public ones. An existing client keeps what it is registered with.
+//
+// A tenant that is made gets its resident key manager from the service, so a plan counts on
+// it before it is there, and never knows its issuer.
 //
 // A run is planned as a whole, then made in transactions of at most 500 events. What the
 // plan saw of an entity is what its change is for: a change by somebody else in between

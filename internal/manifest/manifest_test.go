@@ -3,6 +3,7 @@ package manifest
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -27,8 +28,8 @@ import (
 )
 
 const (
-	super    = "carbon.super"
-	resident = "Resident Key Manager"
+	super = "carbon.super"
+	iss   = "https://km.example.com"
 )
 
 // world is a database with what changes its catalog.
@@ -39,11 +40,33 @@ type world struct {
 	store  *store.Store
 }
 
+// newWorld is one whose tenants, but for carbon.super, have no key manager of their own.
 func newWorld(t testing.TB) *world {
+	t.Helper()
+	w := newWorldOf(t, store.Config{})
+	if _, err := w.store.EnsureKeyManager(t.Context(), catalog.KeyManager{
+		Resident: true, Iss: iss, MaxTokenLifetime: 3600, Enabled: true,
+	}); err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+// newService is one with a key manager for each tenant.
+func newService(t testing.TB) *world {
+	t.Helper()
+	w := newWorldOf(t, store.Config{Issuer: iss, MaxTokenLifetime: time.Hour})
+	if err := w.store.EnsureIssuers(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	return w
+}
+
+func newWorldOf(t testing.TB, cfg store.Config) *world {
 	t.Helper()
 	pool := pgtest.New(t)
 	log := slog.New(slog.DiscardHandler)
-	l, err := ledger.New(ledger.Config{Source: "https://km.example.com"}, pool, prometheus.NewRegistry(), log)
+	l, err := ledger.New(ledger.Config{Source: iss}, pool, prometheus.NewRegistry(), log)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -58,13 +81,7 @@ func newWorld(t testing.TB) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{t, pool, l, store.New(store.Config{}, pool, l, clients, log)}
-	if _, err := w.store.EnsureKeyManager(t.Context(), catalog.KeyManager{
-		Resident: true, Iss: "https://km.example.com", MaxTokenLifetime: 3600, Enabled: true,
-	}); err != nil {
-		t.Fatal(err)
-	}
-	return w
+	return &world{t, pool, l, store.New(cfg, pool, l, clients, log)}
 }
 
 // file writes text, with lines from a Go literal's indentation, to a file of its own.
@@ -174,17 +191,28 @@ func one[E catalog.Entity](w *world, f store.Filter) E {
 
 func TestExamples(t *testing.T) {
 	t.Parallel()
-	for _, path := range []string{"pizzashack.yaml", "tenants", ""} {
+	for path, secrets := range map[string]int{"pizzashack.yaml": 0, "gateway.yaml": 1, "tenants": 0, "": 1} {
 		t.Run("examples/"+path, func(t *testing.T) {
 			t.Parallel()
-			w := newWorld(t)
-			if steps := w.applied(filepath.Join("../../api/examples", path), true); len(steps) < 5 {
-				t.Errorf("only %v", steps)
+			w := newService(t)
+			path := filepath.Join("../../api/examples", path)
+			if plan := w.mustPlan(path, true); plan.Secrets != secrets {
+				t.Errorf("%d secrets are made, want %d", plan.Secrets, secrets)
 			}
-			if path == "tenants" {
+			w.applied(path, true)
+			switch filepath.Base(path) {
+			case "gateway.yaml":
+				if key := one[*catalog.KeyMapping](w, store.Filter{ConsumerKey: "pizzashack-gateway"}); !key.Generated {
+					t.Errorf("%+v", key)
+				}
+				return
+			case "tenants":
 				closed := one[*catalog.Application](w, store.Filter{Name: "Closed"})
 				if !closed.Blocked || closed.Tenant.Domain != "bakery.example" {
 					t.Errorf("%+v", closed)
+				}
+				if key := one[*catalog.KeyMapping](w, store.Filter{ConsumerKey: "night-shift-timer"}); key.Iss != iss+"/t/bakery.example" {
+					t.Errorf("%+v", key)
 				}
 				return
 			}
@@ -319,6 +347,8 @@ func TestRefusals(t *testing.T) {
 	w := newWorld(t)
 	const uuidA = "0b0e9c52-4d0b-4a3e-9d52-0d6c0f2a7a11"
 	w.applied(file(t, `
+tenants: [{domain: a}]
+---
 key_managers: [{name: idp, iss: https://idp, max_token_lifetime: 60}]
 policies: {application: [{name: Gold}], subscription: [{name: Silver}], api: [{name: Bronze}]}
 scopes: [{name: s}]
@@ -343,7 +373,9 @@ applications:
 		{"another issuer", "key_managers: [{name: idp, iss: https://other, max_token_lifetime: 60}]\n", `1:16: the key manager idp has the iss "https://idp", which never changes`},
 		{"a lower lifetime", "key_managers: [{name: idp, iss: https://idp, max_token_lifetime: 59}]\n", "1:16: the key manager idp has max_token_lifetime 60, which may only rise"},
 		{"the resident key manager as another's", "key_managers: [{name: Resident Key Manager, iss: https://x, max_token_lifetime: 60}]\n", "is the resident one: give it resident: true"},
-		{"another's as the resident", "key_managers: [{name: idp, resident: true}]\n", "1:16: there is no resident key manager idp: the service makes it when it first starts"},
+		{"another's as the resident", "key_managers: [{name: idp, resident: true}]\n", "1:16: the resident key manager of tenant carbon.super is Resident Key Manager, not idp"},
+		{"a resident one that is not there", "tenant: a\nkey_managers: [{name: Resident Key Manager, resident: true}]\n", "2:16: there is no resident key manager Resident Key Manager: the service makes it when it first starts"},
+		{"another name of a resident one that will be", "tenants: [{domain: b}]\n---\ntenant: b\nkey_managers: [{name: own, resident: true}]\n", "4:16: the resident key manager of tenant b is Resident Key Manager, not own"},
 		{"no such API policy", "apis: [{name: C, version: v1, context: /c, provider: p, policy: Tin}]\n", "1:8: API C:v1 needs the policy api/Tin, which tenant carbon.super does not have"},
 		{"no such policy of an operation", "apis: [{name: C, version: v1, context: /c, provider: p, operations: [{target: /, verb: GET, policy: Tin}]}]\n", "needs the policy api/Tin"},
 		{"no such scope", "apis: [{name: C, version: v1, context: /c, provider: p, operations: [{target: /, verb: GET, scopes: [t]}]}]\n", "API C:v1 needs the scope t"},
@@ -358,12 +390,21 @@ applications:
 			`key "e" of idp is listed twice, first at`},
 		{"another type of key", "applications: [{name: X, owner: o, keys: [{consumer_key: c, key_type: SANDBOX, key_manager: idp}]}]\n", `1:43: key "c" is of type PRODUCTION, which never changes`},
 		{"a mapped key with a client", "applications: [{name: X, owner: o, keys: [{consumer_key: c, key_manager: idp, client: {}}]}]\n", `1:43: key "c" is mapped, it gets no client any more`},
+		{"a client of another resource server", "applications: [{name: X, owner: o, keys: [{consumer_key: g, client: {scopes: [read], resource_audiences: [a]}}]}]\n", `1:43: key "g" is registered with other settings, which never change`},
+		{"a client of other tokens", "applications: [{name: X, owner: o, keys: [{consumer_key: g, client: {scopes: [read], token_typ: JWT}}]}]\n", `1:43: key "g" is registered with other settings`},
+		{"a client without grants", "applications: [{name: X, owner: o, keys: [{consumer_key: g, client: {scopes: [read], grant_types: []}}]}]\n", `1:43: key "g" is registered with other settings`},
+		{"a client with a key", "applications: [{name: X, owner: o, keys: [{consumer_key: g, client: {scopes: [read], auth_method: private_key_jwt, jwks: " + keys + "}}]}]\n",
+			`1:43: key "g" is registered with other settings`},
 		{"a client with other settings", "applications: [{name: X, owner: o, keys: [{consumer_key: g, client: {scopes: [write]}}]}]\n", `1:43: key "g" is registered with other settings, which never change`},
 		{"a key of our own that is not there", "applications: [{name: X, owner: o, keys: [{consumer_key: h}]}]\n", `1:43: key "h" of Resident Key Manager is not there: a key of our own is made with a client member`},
 		{"no such secret", "applications: [{name: X, owner: o, keys: [{consumer_key: h, client: {secret_env: RESCIND_TEST_NONE}}]}]\n", `1:43: key "h" has its secret in the variable "RESCIND_TEST_NONE", which is not set`},
 		{"no such file", "applications: [{name: X, owner: o, keys: [{consumer_key: h, client: {secret_file: none}}]}]\n", `1:43: the secret of key "h": open `},
-		{"a tenant without its own key manager", "tenants: [{domain: b}]\n---\ntenant: b\napplications: [{name: X, owner: o, keys: [{consumer_key: h, client: {}}]}]\n",
-			`4:43: key "h" names no key manager, and tenant b has none of its own`},
+		{"a tenant without its own key manager", "tenant: a\napplications: [{name: X, owner: o, keys: [{consumer_key: h, client: {}}]}]\n",
+			`2:43: key "h" names no key manager, and tenant a has none of its own`},
+		{"a client of another tenant", "tenants: [{domain: b}]\n---\ntenant: b\napplications: [{name: X, owner: o, keys: [{consumer_key: g, client: {}}]}]\n",
+			`4:43: key "g" has the name of another key manager's client`},
+		{"a client of two tenants", "tenants: [{domain: b}]\n---\ntenant: b\napplications: [{name: X, owner: o, keys: [{consumer_key: h, client: {}}]}]\n---\n" +
+			"applications: [{name: X, owner: o, policy: Gold, keys: [{consumer_key: h, client: {}}]}]\n", `6:57: key "h" has the name of the client at `},
 		{"a policy that is still needed", "policies: {application: [], subscription: [], api: []}\n", "pruning would delete the policy api/Bronze, which API B:v1 needs"},
 		{"a key manager that is still needed", "key_managers: []\n", "pruning would delete the key manager idp, which key mapping c needs"},
 		{"an API that is still needed", "apis: []\n", "pruning would delete the API A:v1, which subscription o/X to A:v1 needs"},
@@ -476,12 +517,133 @@ func TestPause(t *testing.T) {
 		}
 		last = time.Now()
 	}
+	plan := w.mustPlan(file(t, manyScopes(2*maxWeight)), false)
 	began := time.Now()
-	if _, err := Apply(t.Context(), w.store, w.mustPlan(file(t, manyScopes(2*maxWeight)), false), cfg); err != nil {
+	if _, err := Apply(t.Context(), w.store, plan, cfg); err != nil {
 		t.Fatal(err)
 	}
 	if first := time.Since(began) - gaps[0]; gaps[0] < 2*first && first > 2*quick {
 		t.Errorf("the second transaction ended %s after the first, which took %s", gaps[0], first)
+	}
+}
+
+// keys are the public ones of a client, in YAML, and as JSON in one form only.
+const (
+	keys     = `{keys: [{kty: EC, crv: P-256, x: f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU, y: x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0, kid: k1}]}`
+	keysJSON = `{"keys":[{"crv":"P-256","kid":"k1","kty":"EC","x":"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU","y":"x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"}]}`
+)
+
+// What a client is registered with beside its secret.
+func TestClients(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	path := file(t, `
+applications:
+- name: X
+	owner: o
+	self_contained: true
+	keys:
+	- {consumer_key: least, client: {}}
+	- {consumer_key: gw-1, client: {grant_types: [], resource_audiences: ["https://api.example.com"]}}
+	- {consumer_key: jwt, client: {auth_method: private_key_jwt, token_typ: JWT, jwks: `+keys+`}}
+`)
+	if p := w.mustPlan(path, true); p.Secrets != 2 {
+		t.Errorf("%d secrets are made, want one for each but the client with a key", p.Secrets)
+	}
+	w.applied(path, true)
+	state, err := ReadState(t.Context(), w.pool, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	type registration struct {
+		method, jwks, typ string
+		grants, audiences []string
+	}
+	got := make(map[string]registration)
+	for id, r := range state.clients {
+		got[id] = registration{r.AuthMethod, r.JWKS, r.TokenTyp, r.GrantTypes, r.ResourceAudiences}
+	}
+	want := map[string]registration{
+		"least": {methodBasic, "", "at+jwt", []string{"client_credentials"}, []string{}},
+		"gw-1":  {methodBasic, "", "at+jwt", []string{}, []string{"https://api.example.com"}},
+		"jwt":   {methodKey, keysJSON, "JWT", []string{"client_credentials"}, []string{}},
+	}
+	if diff := cmp.Diff(want, got, cmp.AllowUnexported(registration{})); diff != "" {
+		t.Error(diff)
+	}
+	if app := one[*catalog.Application](w, store.Filter{Name: "X"}); !app.SelfContained {
+		t.Errorf("%+v", app)
+	}
+	steps := w.applied(file(t, "applications: [{name: X, owner: o}]\n"), false)
+	if diff := cmp.Diff([]string{"update application o/X self_contained:true->"}, steps); diff != "" {
+		t.Error(diff)
+	}
+}
+
+// A tenant, its applications and the keys of its own key manager are made in one go, and
+// from there exported to an empty database.
+func TestNewTenant(t *testing.T) {
+	t.Parallel()
+	w := newService(t)
+	path := file(t, `
+tenants: [{domain: a.example}, {domain: b.example}]
+---
+tenant: a.example
+key_managers: [{name: Resident Key Manager, resident: true, description: Ours}, {name: idp, iss: https://idp, max_token_lifetime: 60}]
+applications:
+- name: X
+	owner: o
+	keys:
+	- {consumer_key: a1, client: {auth_method: none}}
+	- {consumer_key: a2, key_type: SANDBOX, key_manager: Resident Key Manager, client: {}}
+	- {consumer_key: a3, key_manager: idp}
+---
+tenant: b.example
+applications:
+- {name: X, owner: o, keys: [{consumer_key: b1, client: {}}]}
+`)
+	want := []string{
+		"create tenant a.example @a.example", "create tenant b.example @b.example",
+		`update key manager Resident Key Manager description:->"Ours" @a.example`, "create key manager idp @a.example",
+		"create application o/X @a.example", "create application o/X @b.example",
+		"create key mapping a1 @a.example", "create key mapping a2 @a.example", "create key mapping a3 @a.example", "create key mapping b1 @b.example",
+	}
+	if diff := cmp.Diff(want, w.applied(path, true)); diff != "" {
+		t.Error(diff)
+	}
+	state, err := ReadState(t.Context(), w.pool, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	issuers := make(map[string]string)
+	for _, tenant := range state.tenants {
+		for _, k := range tenant.keys {
+			issuers[k.ConsumerKey] = k.Iss
+		}
+	}
+	if diff := cmp.Diff(map[string]string{"a1": iss + "/t/a.example", "a2": iss + "/t/a.example", "a3": "https://idp", "b1": iss + "/t/b.example"}, issuers); diff != "" {
+		t.Error(diff)
+	}
+	own := state.tenants["a.example"].resident
+	if own.Description != "Ours" || !own.Enabled || own.MaxTokenLifetime != 3600 || state.tenants["b.example"].resident == nil {
+		t.Errorf("%+v", own)
+	}
+	// Pruning leaves it.
+	w.applied(file(t, nothing(w)), true)
+	if own := one[*catalog.KeyManager](w, store.Filter{Tenant: "a.example"}); !own.Resident {
+		t.Errorf("%+v is left", own)
+	}
+	w.applied(path, true)
+
+	export := w.export()
+	path = file(t, "")
+	if err := os.WriteFile(path, []byte(export), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	second := newService(t)
+	second.applied(path, true)
+	if diff := cmp.Diff(export, second.export()); diff != "" {
+		t.Error(diff)
 	}
 }
 
@@ -654,17 +816,26 @@ func randomCatalog(r *rand.Rand) string {
 		}
 		doc.Applications = list[applicationForm]{}
 		for range r.IntN(6) {
-			blocked := r.IntN(2) == 0
+			blocked, tokenType := r.IntN(2) == 0, pick([]string{"JWT", "OAUTH"})
 			a := applicationForm{
-				Name: name(), Owner: name(), identity: id(), Policy: pick(policies[catalog.PolicyApplication]), TokenType: "OAUTH",
-				Groups: [][]string{nil, {name()}}[r.IntN(2)], Attributes: []map[string]string{nil, {name(): name(), "empty": ""}}[r.IntN(2)], Blocked: &blocked,
+				Name: name(), Owner: name(), identity: id(), Policy: pick(policies[catalog.PolicyApplication]), TokenType: tokenType,
+				SelfContained: tokenType == "JWT", Groups: [][]string{nil, {name()}}[r.IntN(2)], Attributes: []map[string]string{nil, {name(): name(), "empty": ""}}[r.IntN(2)], Blocked: &blocked,
 				Keys: list[keyForm]{}, Subscriptions: list[subscriptionForm]{},
 			}
 			for range r.IntN(3) {
 				k := keyForm{ConsumerKey: name(), identity: id(), KeyType: []string{"PRODUCTION", "SANDBOX"}[r.IntN(2)], KeyManager: pick(managers)}
 				if domain == super && r.IntN(2) == 0 {
 					k.KeyManager = []string{"", resident}[r.IntN(2)]
-					k.Client = &clientForm{AuthMethod: []string{"none", "client_secret_post"}[r.IntN(2)], Audience: []string{name()}, RevokeQuota: r.IntN(2) * 5}
+					k.Client = &clientForm{
+						AuthMethod: []string{"none", "client_secret_post"}[r.IntN(2)], Audience: []string{name()}, RevokeQuota: r.IntN(2) * 5,
+						GrantTypes: []list[string]{nil, {}}[r.IntN(2)], TokenTyp: pick([]string{"at+jwt", "JWT"}), ResourceAudiences: [][]string{nil, {name()}}[r.IntN(2)],
+					}
+					if r.IntN(3) == 0 {
+						k.Client.AuthMethod = methodKey
+						if err := json.Unmarshal([]byte(keysJSON), &k.Client.JWKS); err != nil {
+							panic(err)
+						}
+					}
 				}
 				a.Keys = append(a.Keys, k)
 			}

@@ -115,6 +115,21 @@ func TestMistakes(t *testing.T) {
 		{"two secrets", app + "    keys: [{consumer_key: c, client: {secret_env: A, secret_file: b}}]\n", "f.yaml:4:67: secret_file and secret_env are both given: one is enough"},
 		{"a secret for a public client", app + "    keys: [{consumer_key: c, client: {auth_method: none, secret_env: A}}]\n", "f.yaml:4:52: auth_method is none: such a client has no secret"},
 
+		{"a secret for a client with a key", app + "    keys: [{consumer_key: c, client: {auth_method: private_key_jwt, jwks: " + keys + ", secret_file: a}}]\n",
+			"f.yaml:4:52: auth_method is private_key_jwt: such a client has no secret"},
+		{"a client with a key", app + "    keys: [{consumer_key: c, client: {auth_method: private_key_jwt, jwks: " + keys + "}}]\n", ""},
+		{"a client without its key", app + "    keys: [{consumer_key: c, client: {auth_method: private_key_jwt}}]\n", "f.yaml:4:38: jwks must …"},
+		{"a client with a key for nothing", app + "    keys: [{consumer_key: c, client: {jwks: " + keys + "}}]\n", "f.yaml:4:45: jwks must …"},
+		{"keys as text", app + "    keys: [{consumer_key: c, client: {jwks: '{}'}}]\n", "f.yaml:4:45: jwks is a single value, must be a mapping of members"},
+		{"a client with a private key", app + "    keys: [{consumer_key: c, client: {auth_method: private_key_jwt, jwks: {keys: [{kty: EC, crv: P-256, x: a, y: b, d: c}]}}}]\n",
+			"f.yaml:4:…"},
+		{"grants without value", app + "    keys: [{consumer_key: c, client: {grant_types: }}]\n",
+			"f.yaml:4:52: grant_types has no value: give one, or leave it out, or write [] for an empty list"},
+		{"a grant that is none", app + "    keys: [{consumer_key: c, client: {grant_types: [password]}}]\n", "f.yaml:4:53: grant_types.0 must …"},
+		{"a typ that is none", app + "    keys: [{consumer_key: c, client: {token_typ: jwt}}]\n", "f.yaml:4:50: token_typ must …"},
+		{"an empty audience", app + "    keys: [{consumer_key: c, client: {resource_audiences: [\"\"]}}]\n", "f.yaml:4:60: resource_audiences.0 must …"},
+		{"self-contained but opaque", app + "    token_type: OAUTH\n    self_contained: true\n", "f.yaml:5:21: self_contained must …"},
+
 		{"a tenant twice", "tenants:\n- domain: a\n- domain: a\n", `f.yaml:3:3: tenant "a" is listed twice, first at f.yaml:2:3: leave one`},
 		{"an application twice", app + "---\n" + app, "f.yaml:6:5: application o/A is listed twice in tenant carbon.super, first at f.yaml:2:5: leave one"},
 		{"an application of two owners", app + "  - {name: A, owner: p}\n", ""},
@@ -211,11 +226,20 @@ func FuzzParse(f *testing.F) {
 	f.Add("applications:\n  - name: \"1.0\"\n    owner: |\n      text\n    blocked: true\n    attributes: {yes: \"no\", \"null\": ~}\n")
 	f.Add("key_managers: [{name: K, iss: i, max_token_lifetime: 1, properties: {a: [1e3, {b: \"\\u2028\"}]}}]")
 	f.Add("policies: {api: [{name: \"- x: #\"}]}\n...\n# end")
-	example, err := os.ReadFile("../../api/examples/pizzashack.yaml")
+	f.Add("applications:\n  - {name: A, owner: o, self_contained: true, keys: [{consumer_key: c, client: {auth_method: private_key_jwt, jwks: " + keys + "}}]}\n")
+	f.Add("applications: [{name: A, owner: o, keys: [{consumer_key: c, client: {grant_types: [], token_typ: JWT, resource_audiences: [a, \"\\u2028\"]}}]}]")
+	f.Add("applications: [{name: A, owner: o, keys: [{consumer_key: c, client: {jwks: {keys: [~, {kty: 1e3, n: [null, {}]}]}}}]}]")
+	examples, err := files("../../api/examples")
 	if err != nil {
 		f.Fatal(err)
 	}
-	f.Add(string(example))
+	for _, name := range append(examples, "../../cmd/rescind-dev/demo.yaml") {
+		text, err := os.ReadFile(name)
+		if err != nil {
+			f.Fatal(err)
+		}
+		f.Add(string(text))
+	}
 	f.Fuzz(func(t *testing.T, text string) {
 		docs, found := parse("f.yaml", []byte(text))
 		for _, m := range found {

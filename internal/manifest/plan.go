@@ -112,12 +112,17 @@ type planner struct {
 	puts, deletes map[catalog.Noun][]Step
 	blocks        []Step
 	secrets       int
+	// clients are where the files list keys that get one, of all tenants.
+	clients map[string]Place
 }
 
 // NewPlan compares what files say with the state of their tenants. With prune it
 // deletes what their lists do not have. Its error is [Mistakes].
 func NewPlan(want *Desired, have *State, prune bool) (*Plan, error) {
-	p := planner{prune: prune, state: have, puts: make(map[catalog.Noun][]Step), deletes: make(map[catalog.Noun][]Step)}
+	p := planner{
+		prune: prune, state: have,
+		puts: make(map[catalog.Noun][]Step), deletes: make(map[catalog.Noun][]Step), clients: make(map[string]Place),
+	}
 	for _, domain := range want.Tenants() {
 		if t := p.tenant(want.tenants[domain]); t != nil {
 			t.plan()
@@ -174,6 +179,10 @@ func (p *planner) tenant(want *desiredTenant) *tenantPlanner {
 		e := want.made.entity()
 		t.isNew, t.have = true, newTenantState(e)
 		t.ref.ID = want.made.ID
+		own := keyManagerForm{Name: resident, Resident: true}
+		own.setDefaults()
+		t.have.resident = own.entity()
+		t.have.keyManagers[resident] = t.have.resident
 		for _, kind := range policyKinds {
 			f := policyForm{Name: unlimited}
 			f.setDefaults()
@@ -217,7 +226,7 @@ func (t *tenantPlanner) put(n catalog.Noun, key string, given *identity, want, c
 	}
 	switch n {
 	case catalog.NounTenant:
-		step.weight = 1 + len(policyKinds)
+		step.weight = 2 + len(policyKinds) // with its key manager
 	case catalog.NounAPI:
 		step.weight = 3 // with deployed and undeployed
 	}
@@ -277,6 +286,9 @@ func (t *tenantPlanner) planKeyManagers() {
 		f, current := t.want.keyManagers[name], t.have.keyManagers[name]
 		want := f.entity()
 		switch {
+		case f.Resident && t.have.resident != nil && current != t.have.resident:
+			t.found.add(f.at, "the resident key manager of tenant %s is %s, not %s: correct the name", t.want.domain, t.have.resident.Name, name)
+			continue
 		case f.Resident && (current == nil || !current.Resident):
 			t.found.add(f.at, "there is no resident key manager %s: the service makes it when it first starts; start it, or take this away", name)
 			continue
@@ -558,6 +570,7 @@ func (t *tenantPlanner) newKey(f *keyForm, manager *catalog.KeyManager, applicat
 	if f.Client == nil {
 		return
 	}
+	t.checkClient(f)
 	step := &t.puts[catalog.NounKeyMapping][len(t.puts[catalog.NounKeyMapping])-1]
 	r := f.Client.registration()
 	step.client, step.application = &r, application
@@ -571,12 +584,25 @@ func (t *tenantPlanner) newKey(f *keyForm, manager *catalog.KeyManager, applicat
 		if r.Secret, err = readSecret(f.at, f.Client.SecretFile); err != nil {
 			t.found.add(f.at, "the secret of key %s: %v", quote(f.ConsumerKey), err)
 		}
-	case r.AuthMethod != methodNone:
+	case hasSecret(r.AuthMethod):
 		t.secrets++
 	}
 	if err := r.Validate(); r.Secret != "" && err != nil {
 		t.found.add(f.at, "the secret of key %s: %v", quote(f.ConsumerKey), err)
 	}
+}
+
+// checkClient finds the client of another key manager, perhaps of another tenant, with the id
+// that f's is to get: a client says nothing else of who it is.
+func (t *tenantPlanner) checkClient(f *keyForm) {
+	if _, taken := t.state.clients[f.ConsumerKey]; taken {
+		t.found.add(f.at, "key %s has the name of another key manager's client: give it another", quote(f.ConsumerKey))
+	}
+	if first, taken := t.clients[f.ConsumerKey]; taken {
+		t.found.add(f.at, "key %s has the name of the client at %s: give it another", quote(f.ConsumerKey), first)
+		return
+	}
+	t.clients[f.ConsumerKey] = f.at
 }
 
 // readSecret reads a secret from a file, which at says relative to its own.
@@ -599,8 +625,9 @@ func readSecret(at Place, name string) (string, error) {
 func sameClient(a, b authn.Registration) bool {
 	form := func(r authn.Registration) authn.Registration {
 		r.ID, r.Secret = "", ""
-		r.AuthMethod = or(r.AuthMethod, methodBasic)
+		r.AuthMethod, r.TokenTyp = or(r.AuthMethod, methodBasic), or(r.TokenTyp, accessTokenTyp)
 		r.Scopes, r.DefaultScopes, r.Audience = orNil(r.Scopes), orNil(r.DefaultScopes), orNil(r.Audience)
+		r.GrantTypes, r.ResourceAudiences = orNil(r.GrantTypes), orNil(r.ResourceAudiences)
 		return r
 	}
 	return reflect.DeepEqual(form(a), form(b))

@@ -19,6 +19,7 @@ import (
 // State is the catalog of some tenants at one moment.
 type State struct {
 	tenants map[string]*tenantState // by domain
+	// clients are those of all tenants, by id.
 	clients map[string]authn.Registration
 }
 

@@ -2,6 +2,7 @@ package rest
 
 import (
 	"bytes"
+	"context"
 	"encoding"
 	"encoding/json"
 	"errors"
@@ -20,8 +21,17 @@ import (
 	"github.com/rescindhq/rescind/api/catalog"
 )
 
-// MaxBody bounds request bodies, in bytes.
+// MaxBody bounds request bodies, in bytes, where [LimitBody] does not.
 const MaxBody = 1 << 20
+
+type bodyLimitKey struct{}
+
+// LimitBody returns r with a bound of its own, in bytes, for what [Idempotent] and [Decode]
+// read of its body. A body takes several times its size in memory: who allows more than
+// [MaxBody] sees to it that few such requests are read at a time.
+func LimitBody(r *http.Request, limit int64) *http.Request {
+	return r.WithContext(context.WithValue(r.Context(), bodyLimitKey{}, limit))
+}
 
 const jsonType = "application/json"
 
@@ -44,8 +54,9 @@ func JSON(w http.ResponseWriter, status int, v any) error {
 }
 
 // Decode reads a JSON body into v, which points to a struct: one object,
-// application/json, no content coding (415), at most [MaxBody] (413), no unknown or
-// repeated members, no other types, at most 32 deep. A null is the absence of an object,
+// application/json, no content coding (415), at most [MaxBody] or what [LimitBody] set (413),
+// no unknown or repeated members, no other types, at most 32 deep, at most 10,000 objects in an
+// array: an empty one takes two bytes, and a hundred times that in memory. A null is the absence of an object,
 // an array or of what v has a pointer for, and not of text and numbers. Its error is a
 // [Problem] that points at what is wrong, at up to 10 places.
 func Decode(w http.ResponseWriter, r *http.Request, v any) error {
@@ -80,14 +91,18 @@ func isJSON(s string) bool {
 }
 
 func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
+	limit := int64(MaxBody)
+	if own, ok := r.Context().Value(bodyLimitKey{}).(int64); ok {
+		limit = own
+	}
 	tooLarge := func() error {
 		w.Header().Set("Connection", "close") // the rest of the body is not read
-		return Status(http.StatusRequestEntityTooLarge, fmt.Sprintf("The body is larger than %d bytes.", MaxBody))
+		return Status(http.StatusRequestEntityTooLarge, fmt.Sprintf("The body is larger than %d bytes.", limit))
 	}
-	if r.ContentLength > MaxBody {
+	if r.ContentLength > limit {
 		return nil, tooLarge()
 	}
-	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, MaxBody))
+	body, err := io.ReadAll(http.MaxBytesReader(w, r.Body, limit))
 	if _, ok := errors.AsType[*http.MaxBytesError](err); ok {
 		return nil, tooLarge()
 	}
@@ -102,6 +117,7 @@ func readBody(w http.ResponseWriter, r *http.Request) ([]byte, error) {
 // The bounds of what is reported, and of what is read.
 const (
 	maxDepth        = 32
+	maxObjects      = 10000 // in an array
 	maxFound        = 10
 	maxPointerBytes = 512
 	maxNameBytes    = 255
@@ -306,6 +322,11 @@ func (i *inspector) array(t reflect.Type) {
 		i.add("must be %s", nameOf(t))
 	}
 	for n := 0; !i.over && i.dec.More(); n++ {
+		if n == maxObjects && of != nil && of.Kind() == reflect.Struct {
+			i.add("must have at most %d items", maxObjects)
+			i.over = true
+			break
+		}
 		i.below(strconv.Itoa(n), of, "")
 	}
 	if !i.over {

@@ -17,6 +17,8 @@ import (
 
 	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/internal/authn"
+	"github.com/rescindhq/rescind/internal/pgtest"
 )
 
 type inner struct {
@@ -115,6 +117,8 @@ func TestDecode(t *testing.T) {
 		{"not UTF-8", "{\"name\":\"\xff\"}", "#: must be UTF-8"},
 		{"half a pair", `{"name":"\ud83d"}`, "#: must have no half of a surrogate pair"},
 		{"the other half", `{"name":"\\\udE00"}`, "#: must have no half of a surrogate pair"},
+		{"as many objects as may be", `{"list":[` + strings.Repeat(`{},`, 9999) + `{}]}`, ""},
+		{"too many objects", `{"list":[` + strings.Repeat(`{},`, 10000) + `{"n":"x"}]}`, "#/list: must have at most 10000 items"},
 		{"two first halves", `{"name":"\ud83d\ud83d"}`, "#: must have no half of a surrogate pair"},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
@@ -204,6 +208,27 @@ func TestDecodeMedia(t *testing.T) {
 				t.Errorf("body %s", x.Body)
 			}
 		})
+	}
+}
+
+// A request may have a bound of its own, which counts for what is read before Decode too.
+func TestLimitBody(t *testing.T) {
+	t.Parallel()
+	repeats := NewIdempotencyStore(pgtest.New(t), []authn.MasterKey{masterKey(t, "a")})
+	decode := Idempotent(repeats)(Handler(func(w http.ResponseWriter, r *http.Request) error { return Decode(w, r, new(sample)) }))
+	handler := Require(testAccounts, nil, Admin)(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		decode.ServeHTTP(w, LimitBody(r, 2*MaxBody))
+	}))
+	for _, key := range []string{"", "k"} {
+		for size, want := range map[int]int{2 * MaxBody: 200, 2*MaxBody + 1: 413} {
+			r := sent{key: key, body: "{}" + strings.Repeat(" ", size-2)}.request(t)
+			r.Header.Set("Content-Type", "application/json")
+			x := newExchange()
+			handler.ServeHTTP(wrapped(x), r)
+			if x.Code != want || want == 413 && !strings.Contains(x.Body.String(), "2097152 bytes") {
+				t.Errorf("key %q, %d bytes: status %d, want %d: %s", key, size, x.Code, want, x.Body)
+			}
+		}
 	}
 }
 

@@ -1,9 +1,22 @@
 // Package revoke hides how an admin's wish to end tokens becomes revocations: which issuer,
 // which tenant, how long an entry must last, and what it would hit.
+//
+// # Decisions
+//
+// What another tenant has does not exist for a caller that is bound to one: an issuer that it
+// does not see is refused in the words for one that is not there, and a token of such an issuer
+// is not even verified, because the time that takes, or keys that cannot be had, would tell.
+//
+// An end that nothing tells is guessed long: an entry that is kept for a minute too many does
+// no harm, one that is dropped a second too early lets a dead token through.
+//
+// A guess never moves an end that is stored: the token of a jti that was revoked before was
+// issued before. So a repeat adds no event.
 package revoke
 
 import (
 	"context"
+	"fmt"
 	"time"
 
 	"github.com/rescindhq/rescind/api/catalog"
@@ -16,6 +29,7 @@ import (
 
 // Order is what is to be ended. Of the identifiers exactly one is there, that of Kind.
 type Order struct {
+	// Kind may be empty: the identifier tells it.
 	Kind revocation.Kind
 	// Iss is the issuer; empty is our own of the caller's tenant. A JWT names its own, and
 	// a tenant has none.
@@ -28,7 +42,7 @@ type Order struct {
 	SID        string // KindSession
 	Tenant     string // KindTenant, a domain
 	KID        string // KindKey
-	// Reason is for people, up to 255 bytes. It is published.
+	// Reason is for people, up to [MaxReason] bytes. It is published.
 	Reason string
 }
 
@@ -48,6 +62,9 @@ type Outcome struct {
 	Tenant revocation.Tenant
 	// Exp is when the last token that the order is about has ended by itself, Unix seconds.
 	Exp int64
+	// NotAfter is the latest iat of tokens that are dead, Unix seconds; 0 for kinds without a
+	// time, and where it could not be read after the commit.
+	NotAfter int64
 	// Expired: the token has ended already, nothing was stored, and Result is zero.
 	Expired bool
 }
@@ -63,19 +80,26 @@ type Effect struct {
 	// for kinds without a time.
 	NotAfter int64
 	// Applications and Clients are those that would be hit, as far as they are known, up to
-	// [MaxEffects] of each; the numbers count all.
+	// [MaxEffects] of each, and [MaxNamed] in all effects of a preview; the numbers count all.
+	// A client that is not known may have tokens all the same: it may have been deleted, or
+	// have no mapping here. Whose tokens a subject or a session has is not known.
 	Applications                  []*catalog.Application
 	Clients                       []string
 	ApplicationCount, ClientCount int
-	// Living is about remembered tokens, for kinds that have a time. For others it is zero.
+	// Living is about remembered tokens, for kinds that have a time. For others, and for
+	// external issuers, it is zero.
 	Living ledger.Living
 	// Revoked: the target is revoked already, and the order would change nothing but for a
 	// later time or end.
 	Revoked bool
 }
 
-// MaxEffects is how many applications and clients an [Effect] names.
-const MaxEffects = 100
+const (
+	// MaxEffects is how many applications and clients an [Effect] names.
+	MaxEffects = 100
+	// MaxNamed is how many applications, and how many clients, all effects of a preview name.
+	MaxNamed = 10 * MaxEffects
+)
 
 // MaxReason is the longest reason, in bytes.
 const MaxReason = 255
@@ -103,26 +127,69 @@ type Verifier interface {
 }
 
 // Revoker carries out orders. Its methods may be called from any goroutine.
-type Revoker struct{}
+type Revoker struct {
+	skew     int64 // seconds
+	ledger   Ledger
+	state    State
+	verifier Verifier
+}
 
 // Config is for [New].
 type Config struct {
-	// ClockSkew is that of the ledger: what is added to a revocation's time.
+	// ClockSkew is that of the ledger: what is added to a revocation's time. 0 or less is none.
 	ClockSkew time.Duration
 }
 
 // New returns a Revoker.
-func New(cfg Config, l Ledger, state State, v Verifier) *Revoker { panic("skeleton") }
+func New(cfg Config, l Ledger, state State, v Verifier) *Revoker {
+	return &Revoker{skew: max(0, int64(cfg.ClockSkew/time.Second)), ledger: l, state: state, verifier: v}
+}
 
 // Revoke carries out all of orders, 1 to [ledger.MaxBulk], in one transaction, or none. Its
 // error is a [catalog.Invalid] whose pointers are "#/<n>/<member>", with the JSON names of the
-// members (kind, iss, jti, token, client_id, sub, sid, tenant, kid, reason), or one of
+// members (kind, iss, jti, token, client_id, sub, sid, tenant, kid, reason), or "#/<n>" for an
+// order as a whole, of the first ten orders that are wrong, or one of
 // [ledger.Ledger.RevokeAll], or [token.ErrKeysUnavailable].
 func (r *Revoker) Revoke(ctx context.Context, by Caller, orders []Order) ([]Outcome, error) {
-	panic("skeleton")
+	p, plans, err := r.plan(ctx, by, orders)
+	if err != nil {
+		return nil, err
+	}
+	outcomes := make([]Outcome, len(plans))
+	requests := make([]ledger.Request, 0, len(plans))
+	of := make([]int, 0, len(plans))
+	for i, plan := range plans {
+		outcomes[i] = Outcome{Target: plan.target, Tenant: plan.tenant, Exp: plan.exp, Expired: plan.expired}
+		if plan.expired {
+			continue
+		}
+		of = append(of, i)
+		requests = append(requests, ledger.Request{
+			Target: plan.target, Tenant: plan.tenant, Exp: plan.exp, ClientID: plan.clientID, Signature: plan.signature,
+			Reason: orders[i].Reason, Action: "revoke_" + string(plan.target.Kind), Actor: by.Actor, Traceparent: by.Traceparent,
+		})
+	}
+	if len(requests) == 0 {
+		return outcomes, nil
+	}
+	results, err := r.ledger.RevokeAll(ctx, requests)
+	if err != nil {
+		return nil, err
+	}
+	for i, n := range of {
+		outcomes[n].Result = results[i]
+	}
+	// Only the database's clock knows the time. It was committed, so that it cannot be read
+	// is no failure any more.
+	if stored, err := p.stored(ctx, plans, func(plan plan) bool { return plan.target.Kind.HasTime() }); err == nil {
+		for i := range outcomes {
+			outcomes[i].NotAfter = stored[outcomes[i].Target].NotAfter
+		}
+	}
+	return outcomes, nil
 }
 
-// Preview says what Revoke would do, and changes nothing. Errors are those of Revoke.
-func (r *Revoker) Preview(ctx context.Context, by Caller, orders []Order) ([]Effect, error) {
-	panic("skeleton")
+// unavailable is err as the ledger's callers know it: nothing was stored.
+func unavailable(doing string, err error) error {
+	return fmt.Errorf("%w: %s: %w", ledger.ErrUnavailable, doing, err)
 }

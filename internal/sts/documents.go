@@ -6,19 +6,26 @@ import (
 	"encoding/base64"
 	"encoding/json"
 	"fmt"
-	"io"
 	"mime"
 	"net/http"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/rescindhq/rescind/api/catalog"
+	"github.com/rescindhq/rescind/api/replica"
+	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/api/token"
 )
 
 const (
-	tokenPath    = "/oauth2/token"
-	revokePath   = "/oauth2/revoke"
-	jwksPath     = "/oauth2/jwks"
-	metadataPath = "/.well-known/oauth-authorization-server"
+	tokenPath      = "/oauth2/token"
+	revokePath     = "/oauth2/revoke"
+	introspectPath = "/oauth2/introspect"
+	jwksPath       = "/oauth2/jwks"
+	metadataPath   = "/.well-known/oauth-authorization-server"
+	openIDPath     = "/.well-known/openid-configuration"
 
 	jsonType   = "application/json"
 	jwkSetType = "application/jwk-set+json"
@@ -49,59 +56,132 @@ func (d document) serve(w http.ResponseWriter, r *http.Request) {
 // metadata has the members of RFC 8414 section 2. There is no authorization
 // endpoint, so there are no response types: an array must not be empty.
 type metadata struct {
-	Issuer                string   `json:"issuer"`
-	TokenEndpoint         string   `json:"token_endpoint"`
-	JWKSURI               string   `json:"jwks_uri"`
-	RevocationEndpoint    string   `json:"revocation_endpoint"`
-	GrantTypes            []string `json:"grant_types_supported"`
-	TokenAuthMethods      []string `json:"token_endpoint_auth_methods_supported"`
-	RevocationAuthMethods []string `json:"revocation_endpoint_auth_methods_supported"`
+	Issuer                  string   `json:"issuer"`
+	TokenEndpoint           string   `json:"token_endpoint"`
+	JWKSURI                 string   `json:"jwks_uri"`
+	RevocationEndpoint      string   `json:"revocation_endpoint"`
+	IntrospectionEndpoint   string   `json:"introspection_endpoint"`
+	GrantTypes              []string `json:"grant_types_supported"`
+	Scopes                  []string `json:"scopes_supported"`
+	TokenMethods            []string `json:"token_endpoint_auth_methods_supported"`
+	TokenAlgorithms         []string `json:"token_endpoint_auth_signing_alg_values_supported"`
+	RevocationMethods       []string `json:"revocation_endpoint_auth_methods_supported"`
+	RevocationAlgorithms    []string `json:"revocation_endpoint_auth_signing_alg_values_supported"`
+	IntrospectionMethods    []string `json:"introspection_endpoint_auth_methods_supported"`
+	IntrospectionAlgorithms []string `json:"introspection_endpoint_auth_signing_alg_values_supported"`
+	ServiceDocumentation    string   `json:"service_documentation"`
 }
 
-func newMetadata(issuer string) (document, error) {
-	withSecret := []string{"client_secret_basic", "client_secret_post"}
-	body, err := json.Marshal(metadata{
-		Issuer:                issuer,
-		TokenEndpoint:         issuer + tokenPath,
-		JWKSURI:               issuer + jwksPath,
-		RevocationEndpoint:    issuer + revokePath,
-		GrantTypes:            []string{clientCredentials},
-		TokenAuthMethods:      withSecret,
-		RevocationAuthMethods: append(withSecret, "none"),
-	})
-	if err != nil {
-		return document{}, fmt.Errorf("encode metadata: %w", err)
+// openIDMetadata adds members of OpenID Connect Discovery 1.0 section 3. We issue no id tokens;
+// but libraries that know only this document take the first for the algorithms of the key set,
+// and some refuse a document without the second.
+type openIDMetadata struct {
+	metadata
+	IDTokenAlgorithms []string `json:"id_token_signing_alg_values_supported"`
+	SubjectTypes      []string `json:"subject_types_supported"`
+}
+
+// maxScopes is how many scopes the metadata names. It need not name all: RFC 8414 section 2.
+const maxScopes = 200
+
+// introspectScope is what a bearer token needs at the introspection endpoint.
+const introspectScope = "introspect"
+
+// describe makes the metadata of an issuer whose tenant has these scopes, and the document of
+// OpenID Connect Discovery.
+func describe(iss string, scopes []string) (oauth, openID document, err error) {
+	slices.Sort(scopes)
+	scopes = append(scopes[:min(len(scopes), maxScopes-1)], introspectScope)
+	slices.Sort(scopes)
+	methods := []string{"client_secret_basic", "client_secret_post", "private_key_jwt"}
+	m := metadata{
+		Issuer:                  iss,
+		TokenEndpoint:           iss + tokenPath,
+		JWKSURI:                 iss + jwksPath,
+		RevocationEndpoint:      iss + revokePath,
+		IntrospectionEndpoint:   iss + introspectPath,
+		GrantTypes:              []string{clientCredentials},
+		Scopes:                  slices.Compact(scopes),
+		TokenMethods:            methods,
+		TokenAlgorithms:         token.DefaultAlgorithms,
+		RevocationMethods:       append(methods, "none"), // public clients may revoke
+		RevocationAlgorithms:    token.DefaultAlgorithms,
+		IntrospectionMethods:    methods,
+		IntrospectionAlgorithms: token.DefaultAlgorithms,
+		ServiceDocumentation:    "https://github.com/rescindhq/rescind",
 	}
-	return newDocument(jsonType, body), nil
+	oauthBody, err := json.Marshal(m)
+	if err != nil {
+		return oauth, openID, fmt.Errorf("encode metadata: %w", err)
+	}
+	openIDBody, err := json.Marshal(openIDMetadata{m, algorithms, []string{"public"}})
+	if err != nil {
+		return oauth, openID, fmt.Errorf("encode metadata: %w", err)
+	}
+	return newDocument(jsonType, oauthBody), newDocument(jsonType, openIDBody), nil
 }
 
-func (s *Server) serveMetadata(w http.ResponseWriter, r *http.Request) { s.metadata.serve(w, r) }
+// describedAt is an issuer's metadata at a position of the log. It is not changed after it was made.
+type describedAt struct {
+	at            revocation.Position
+	tenant        int32
+	oauth, openID document
+}
 
-func (s *Server) serveKeys(w http.ResponseWriter, r *http.Request) {
-	keys, err := s.currentKeys(r.Context())
+// described is the metadata of is as the catalog is now.
+func (s *Server) described(is *issuer, km *catalog.KeyManager) (*describedAt, error) {
+	state := s.cfg.State.Replica()
+	if d := is.metadata.Load(); d != nil && d.at == state.At() && d.tenant == km.Tenant.ID {
+		return d, nil
+	}
+	d := &describedAt{tenant: km.Tenant.ID}
+	var scopes []string
+	state.View(func(v *replica.View) {
+		d.at = v.At()
+		for _, scope := range v.Scopes() {
+			if scope.Tenant.ID == km.Tenant.ID {
+				scopes = append(scopes, scope.Name)
+			}
+		}
+	})
+	var err error
+	if d.oauth, d.openID, err = describe(is.iss, scopes); err != nil {
+		return nil, err
+	}
+	is.metadata.Store(d)
+	return d, nil
+}
+
+func (s *Server) serveMetadata(w http.ResponseWriter, r *http.Request, is *issuer, km *catalog.KeyManager) error {
+	d, err := s.described(is, km)
+	if err == nil {
+		d.oauth.serve(w, r)
+	}
+	return err
+}
+
+func (s *Server) serveOpenID(w http.ResponseWriter, r *http.Request, is *issuer, km *catalog.KeyManager) error {
+	d, err := s.described(is, km)
+	if err == nil {
+		d.openID.serve(w, r)
+	}
+	return err
+}
+
+func (s *Server) serveKeys(w http.ResponseWriter, r *http.Request, is *issuer, _ *catalog.KeyManager) error {
+	keys, err := is.current(r.Context())
 	if err != nil {
-		s.log.Warn("the key set cannot be served", "error", err)
-		writeUnavailable(w)
-		return
+		return err
 	}
 	w.Header().Add("Vary", "Accept")
 	for _, d := range keys.documents[1:] {
 		if accepts(r.Header["Accept"], d.mediaType) {
 			d.serve(w, r)
-			return
+			return nil
 		}
 	}
 	keys.documents[0].serve(w, r)
-}
-
-// writeUnavailable answers in the form of RFC 9457: a key set is no OAuth endpoint.
-func writeUnavailable(w http.ResponseWriter) {
-	h := w.Header()
-	h.Set("Content-Type", "application/problem+json")
-	h.Set("Cache-Control", "no-store")
-	h.Set("Retry-After", strconv.Itoa(int(storageRetry/time.Second)))
-	w.WriteHeader(http.StatusServiceUnavailable)
-	_, _ = io.WriteString(w, `{"type":"about:blank","title":"Service Unavailable","status":503}`) // a caller that is gone does not read it
+	return nil
 }
 
 // accepts reports whether the caller names the media type itself; a wildcard is

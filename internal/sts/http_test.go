@@ -4,11 +4,14 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -73,14 +76,14 @@ func conformance(t *testing.T) *Server {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := start(t, pool, Config{State: stateOf(t, iss, "app one", "app-2", "spa-1", "blocked")}, key)
+	s := start(t, pool, Config{State: stateOf(t, iss, "app one", "app-2", "spa-1", "blocked"), Algorithm: "RS256"}, key)
 	s.forms = clients
 	const (
 		far        = "https://far.example"
 		newMapping = `
 WITH app AS (INSERT INTO rescind.applications (tenant_id, owner, name) VALUES (-1234, 'admin', $2) RETURNING id)
 INSERT INTO rescind.key_mappings (application_id, key_manager_id, consumer_key, key_type)
-SELECT app.id, $1, $2, 'PRODUCTION' FROM app
+SELECT app.id, k.id, $2, 'PRODUCTION' FROM app, rescind.key_managers k WHERE k.iss = $1
 RETURNING id`
 	)
 	for _, c := range []struct {
@@ -94,10 +97,10 @@ RETURNING id`
 		{iss, authn.Registration{ID: "blocked", Secret: "Secret-blocked"}},
 		{far, authn.Registration{ID: "far", Secret: "Secret-far"}},
 	} {
-		manager := keyManager(t, pool, c.iss, c.iss)
+		exec(t, pool, newManagerSQL, -1234, c.iss, false) // ours is there
 		err := pgx.BeginFunc(t.Context(), pool, func(tx pgx.Tx) error {
 			var mapping int32
-			if err := tx.QueryRow(t.Context(), newMapping, manager, c.ID).Scan(&mapping); err != nil {
+			if err := tx.QueryRow(t.Context(), newMapping, c.iss, c.ID).Scan(&mapping); err != nil {
 				return err
 			}
 			_, err := clients.StoreClient(t.Context(), tx, mapping, c.Registration)
@@ -218,7 +221,7 @@ func checkClaims(t *testing.T, s *Server, access string, before int64, scope str
 	}
 	sub, _ := claims["sub"].(string)
 	want := map[string]any{
-		"iss": iss, "sub": sub, "client_id": sub, "azp": sub, "entity_id": sub, "iat": iat, "exp": iat + float64(lifetime), "jti": claims["jti"],
+		"iss": iss, "sub": sub, "client_id": sub, "azp": sub, "entity_id": sub, "aut": "APPLICATION", "iat": iat, "exp": iat + float64(lifetime), "jti": claims["jti"],
 		"aud": any(wantAudience[0]),
 	}
 	if len(wantAudience) > 1 {
@@ -252,7 +255,6 @@ func TestTokensOfRevokedClients(t *testing.T) {
 	now := time.Now().Truncate(time.Second)
 	s := start(t, pgtest.New(t), Config{})
 	s.now = func() time.Time { return now.Add(300 * time.Millisecond) }
-	s.forms = fakeForms{authn.Client{ID: "c", Issuer: iss}, url.Values{"grant_type": {clientCredentials}}}
 	const own = revocation.KindClient
 	rev := func(kind revocation.Kind, id string, ahead int64) replica.Record {
 		r := replica.Record{
@@ -279,17 +281,8 @@ func TestTokensOfRevokedClients(t *testing.T) {
 		"further than it goes on": {[]replica.Record{rev(own, "c", maxAhead)}, -1},
 	} {
 		state := stateOf(t, iss, "c")
-		err := state.replica.Load(revocation.Position{Epoch: "e", Seq: 2}, func(l *replica.Loader) error {
-			l.Entity(&catalog.Application{Meta: meta(0, "application"), Name: "c"})
-			l.Entity(&catalog.KeyMapping{Meta: meta(0, "mapping"), Iss: iss, ConsumerKey: "c", Application: catalog.Ref{UUID: meta(0, "application").UUID}})
-			for _, r := range tt.revoked {
-				l.Revocation(r)
-			}
-			return nil
-		})
-		if err != nil {
-			t.Fatal(err)
-		}
+		state.revoked = tt.revoked
+		state.load(t)
 		s.cfg.State = state
 		got := do(s, httptest.NewRequestWithContext(t.Context(), http.MethodPost, tokenPath, nil))
 		if tt.want < 0 {
@@ -318,12 +311,15 @@ func TestTokensNeedTheState(t *testing.T) {
 	t.Parallel()
 	s := start(t, pgtest.New(t), Config{})
 	ask := func(id string, state *fakeState) answer {
-		s.forms = fakeForms{authn.Client{ID: id, Issuer: iss}, url.Values{"grant_type": {clientCredentials}}}
+		s.forms = asking(iss, id)
 		s.cfg.State = state
 		return do(s, httptest.NewRequestWithContext(t.Context(), http.MethodPost, tokenPath, nil))
 	}
 	stale := stateOf(t, iss, "c")
 	stale.err = errors.New("the database is away")
+	elsewhere := stateOf(t, iss)
+	elsewhere.content = append(elsewhere.content, registered(1, "https://far.example", "c")...)
+	elsewhere.load(t)
 	for name, tt := range map[string]struct {
 		answer
 		status int
@@ -331,7 +327,7 @@ func TestTokensNeedTheState(t *testing.T) {
 	}{
 		"stale":                    {ask("c", stale), 503, "temporarily_unavailable"},
 		"removed":                  {ask("c", stateOf(t, iss)), 401, "invalid_client"},
-		"mapped at another issuer": {ask("c", stateOf(t, "https://far.example", "c")), 401, "invalid_client"},
+		"mapped at another issuer": {ask("c", elsewhere), 401, "invalid_client"},
 		"blocked":                  {ask("blocked", stateOf(t, iss, "c", "blocked")), 400, "unauthorized_client"},
 		"beside a blocked one":     {ask("c", stateOf(t, iss, "c", "blocked")), 200, ""},
 	} {
@@ -344,7 +340,6 @@ func TestTokensNeedTheState(t *testing.T) {
 func TestTooManySignatures(t *testing.T) {
 	t.Parallel()
 	s := start(t, pgtest.New(t), Config{MaxQueue: 2})
-	s.forms = fakeForms{authn.Client{ID: "c", Issuer: iss}, url.Values{"grant_type": {clientCredentials}}}
 	request := func(ctx context.Context) answer {
 		return do(s, httptest.NewRequestWithContext(ctx, http.MethodPost, tokenPath, nil))
 	}
@@ -375,20 +370,25 @@ func TestTooManySignatures(t *testing.T) {
 
 func TestNoKeyToSignWith(t *testing.T) {
 	t.Parallel()
-	s := start(t, pgtest.New(t), Config{})
-	s.forms = fakeForms{authn.Client{ID: "c", Issuer: iss}, url.Values{"grant_type": {clientCredentials}}}
-	r := *s.ring.Load()
-	r.signers, r.sealed = nil, []error{errors.New("sealed under another master key")}
-	s.ring.Store(&r)
+	pool := pgtest.New(t)
+	s := start(t, pool, Config{})
+	exec(t, pool, `UPDATE rescind.signing_keys SET master_key_id = 'another'`)
+	s.own().ring.Store(&ring{}) // nothing is open
+	if err := s.own().reload(t.Context()); err != nil {
+		t.Fatal(err)
+	}
 	got := do(s, httptest.NewRequestWithContext(t.Context(), http.MethodPost, tokenPath, nil))
 	if got.status != 503 || got.header.Get("Retry-After") != "5" || strings.Contains(got.body, "sealed") {
 		t.Errorf("answer is %+v, want a 503 that does not say why", got)
+	}
+	if keys := get(t, s, jwksPath, nil); keys.status != 200 {
+		t.Errorf("the key set is answered %d, want 200", keys.status)
 	}
 }
 
 func TestKeySet(t *testing.T) {
 	t.Parallel()
-	s := start(t, pgtest.New(t), Config{})
+	s := start(t, pgtest.New(t), Config{Algorithm: "RS256"})
 	got := get(t, s, jwksPath, nil)
 	etag := got.header.Get("ETag")
 	for name, want := range map[string]string{
@@ -408,7 +408,7 @@ func TestKeySet(t *testing.T) {
 	}
 	key := set.Keys[0]
 	if diff := cmp.Diff(map[string]any{
-		"kty": "RSA", "use": "sig", "alg": "RS256", "e": "AQAB", "kid": s.ring.Load().signers[0].kid, "n": key["n"],
+		"kty": "RSA", "use": "sig", "alg": "RS256", "e": "AQAB", "kid": signing(t, s), "n": key["n"],
 	}, key); diff != "" {
 		t.Errorf("C072: key (-want +got):\n%s", diff)
 	}
@@ -440,46 +440,111 @@ func TestKeySet(t *testing.T) {
 	}
 }
 
+// wantMetadata is that of an issuer whose tenant has these scopes.
+func wantMetadata(iss string, scopes ...any) map[string]any {
+	methods := []any{"client_secret_basic", "client_secret_post", "private_key_jwt"}
+	algs := []any{"RS256", "PS256", "ES256", "Ed25519", "EdDSA"}
+	return map[string]any{
+		"issuer":                                iss,
+		"token_endpoint":                        iss + "/oauth2/token",
+		"jwks_uri":                              iss + "/oauth2/jwks",
+		"revocation_endpoint":                   iss + "/oauth2/revoke",
+		"introspection_endpoint":                iss + "/oauth2/introspect",
+		"grant_types_supported":                 []any{"client_credentials"},
+		"scopes_supported":                      scopes,
+		"token_endpoint_auth_methods_supported": methods,
+		"token_endpoint_auth_signing_alg_values_supported":         algs,
+		"revocation_endpoint_auth_methods_supported":               append(slices.Clone(methods), "none"),
+		"revocation_endpoint_auth_signing_alg_values_supported":    algs,
+		"introspection_endpoint_auth_methods_supported":            methods,
+		"introspection_endpoint_auth_signing_alg_values_supported": algs,
+		"service_documentation":                                    "https://github.com/rescindhq/rescind",
+	}
+}
+
 func TestMetadata(t *testing.T) {
 	t.Parallel()
-	for _, tt := range []struct{ issuer, path, token string }{
-		{iss, metadataPath, tokenPath},
-		{iss + "/t/t1", metadataPath + "/t/t1", "/t/t1" + tokenPath},
-	} {
-		t.Run(tt.path, func(t *testing.T) {
+	bakery := revocation.Tenant{ID: 1, Domain: "t1.example"}
+	for _, path := range []string{"", "/km/a.b"} {
+		t.Run(path, func(t *testing.T) {
 			t.Parallel()
-			s := start(t, pgtest.New(t), Config{Issuer: tt.issuer})
-			got := get(t, s, tt.path, nil)
-			if got.status != 200 || got.header.Get("Content-Type") != "application/json" || got.header.Get("ETag") == "" ||
-				got.header.Get("Cache-Control") != "public, max-age=300" || got.header.Get("Access-Control-Allow-Origin") != "*" {
-				t.Errorf("answer is %d %v", got.status, got.header)
+			super := iss + path
+			pool := pgtest.New(t)
+			newIssuer(t, pool, bakery, super+"/t/t1.example")
+			state := stateOf(t, super)
+			state.content = append(state.content, resident(2, bakery, super+"/t/t1.example"))
+			scope := func(i int, tenant revocation.Tenant, name string) {
+				state.content = append(state.content, &catalog.Scope{Meta: catalog.Meta{ID: int32(i), UUID: fmt.Sprint("scope-", i), Tenant: tenant}, Name: name})
 			}
-			var members map[string]any
-			got.decode(t, &members)
-			want := map[string]any{
-				"issuer":                                tt.issuer,
-				"token_endpoint":                        tt.issuer + "/oauth2/token",
-				"jwks_uri":                              tt.issuer + "/oauth2/jwks",
-				"revocation_endpoint":                   tt.issuer + "/oauth2/revoke",
-				"grant_types_supported":                 []any{"client_credentials"},
-				"token_endpoint_auth_methods_supported": []any{"client_secret_basic", "client_secret_post"},
-				"revocation_endpoint_auth_methods_supported": []any{"client_secret_basic", "client_secret_post", "none"},
-			}
-			if diff := cmp.Diff(want, members); diff != "" {
-				t.Errorf("metadata (-want +got):\n%s", diff)
-			}
-			if again := get(t, s, tt.path, map[string]string{"If-None-Match": got.header.Get("ETag")}); again.status != 304 {
-				t.Errorf("a conditional GET is answered %d, want 304", again.status)
-			}
-			for _, prefix := range []string{"", strings.TrimPrefix(tt.issuer, iss)} {
-				if keys := get(t, s, prefix+jwksPath, nil); keys.status != 200 {
-					t.Errorf("%s is answered %d", prefix+jwksPath, keys.status)
+			scope(1, revocation.SuperTenant, "write")
+			scope(2, revocation.SuperTenant, "a:read")
+			scope(3, bakery, "introspect")
+			state.load(t)
+			s := start(t, pool, Config{Issuer: super, State: state})
+			for _, tt := range []struct {
+				iss, inserted, appended string
+				scopes                  []any
+			}{
+				{super, "/.well-known/oauth-authorization-server" + path, path + "/.well-known/openid-configuration", []any{"a:read", "introspect", "write"}},
+				{super, "/.well-known/oauth-authorization-server", "/.well-known/openid-configuration", []any{"a:read", "introspect", "write"}},
+				{super + "/t/t1.example", "/.well-known/oauth-authorization-server" + path + "/t/t1.example",
+					path + "/t/t1.example/.well-known/openid-configuration", []any{"introspect"}},
+				{super + "/t/t1.example", "/.well-known/oauth-authorization-server/t/t1.example",
+					"/t/t1.example/.well-known/openid-configuration", []any{"introspect"}},
+			} {
+				oauth := wantMetadata(tt.iss, tt.scopes...)
+				openID := maps.Clone(oauth)
+				openID["id_token_signing_alg_values_supported"] = []any{"RS256", "ES256"}
+				openID["subject_types_supported"] = []any{"public"}
+				for at, want := range map[string]map[string]any{tt.inserted: oauth, tt.appended: openID} {
+					got := get(t, s, at, nil)
+					if got.status != 200 || got.header.Get("Content-Type") != "application/json" || !strings.HasPrefix(got.header.Get("ETag"), `"`) ||
+						got.header.Get("Cache-Control") != "public, max-age=300" || got.header.Get("Access-Control-Allow-Origin") != "*" {
+						t.Fatalf("C070, C071: %s is answered %d %v", at, got.status, got.header)
+					}
+					var members map[string]any
+					got.decode(t, &members)
+					if diff := cmp.Diff(want, members); diff != "" {
+						t.Errorf("C070, C071: %s (-want +got):\n%s", at, diff)
+					}
+					if again := get(t, s, at, map[string]string{"If-None-Match": got.header.Get("ETag")}); again.status != 304 {
+						t.Errorf("%s: a conditional GET is answered %d, want 304", at, again.status)
+					}
+				}
+				for _, cut := range []string{iss, super} {
+					if at := strings.TrimPrefix(tt.iss, cut) + jwksPath; get(t, s, at, nil).status != 200 {
+						t.Errorf("%s is not there", at)
+					}
 				}
 			}
-			if other := get(t, s, metadataPath+"/t/t9", nil); other.status != 404 {
-				t.Errorf("C071: the metadata of nobody is answered %d, want 404", other.status)
+
+			before := get(t, s, metadataPath, nil)
+			scope(4, revocation.SuperTenant, "later")
+			state.load(t)
+			after := get(t, s, metadataPath, nil)
+			if !strings.Contains(after.body, `["a:read","introspect","later","write"]`) || after.header.Get("ETag") == before.header.Get("ETag") {
+				t.Errorf("after a scope was added: ETag %s, %s", after.header.Get("ETag"), after.body)
 			}
 		})
+	}
+}
+
+func TestMetadataOfManyScopes(t *testing.T) {
+	t.Parallel()
+	for _, n := range []int{0, 199, 200, 1000} {
+		var scopes []string
+		for i := range n {
+			scopes = append(scopes, fmt.Sprintf("scope-%04d", n-i))
+		}
+		oauth, _, err := describe(iss, scopes)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var got metadata
+		answer{body: string(oauth.body)}.decode(t, &got)
+		if len(got.Scopes) != min(n+1, 200) || !slices.IsSorted(got.Scopes) || !slices.Contains(got.Scopes, "introspect") {
+			t.Errorf("of %d scopes %d are named: %q", n, len(got.Scopes), got.Scopes)
+		}
 	}
 }
 
@@ -487,11 +552,11 @@ func BenchmarkToken(b *testing.B) {
 	for _, alg := range algorithms {
 		b.Run(alg, func(b *testing.B) {
 			s := start(b, pgtest.New(b), Config{Algorithm: alg})
-			s.forms = fakeForms{authn.Client{ID: "c", Issuer: iss}, url.Values{"grant_type": {clientCredentials}}}
+			handler := s.serveToken(func(*http.Request) string { return revocation.SuperTenant.Domain })
 			r := httptest.NewRequestWithContext(b.Context(), http.MethodPost, tokenPath, nil)
 			for b.Loop() {
 				w := httptest.NewRecorder()
-				s.serveToken(w, r)
+				handler(w, r)
 				if w.Code != 200 {
 					b.Fatal(w.Body)
 				}

@@ -37,59 +37,96 @@ const (
 	sealPurpose = "rescind signing keys"
 )
 
-// keyStore keeps the signing keys of one issuer in the database, private keys
+// keyStore keeps the signing keys of all our issuers in the database, private keys
 // sealed with AES-256-GCM under a key derived from the master key.
 type keyStore struct {
-	pool         *pgxpool.Pool
-	iss          string
-	keyManagerID int32
-	masterKeys   []authn.MasterKey // the first seals, all open
+	pool       *pgxpool.Pool
+	masterKeys []authn.MasterKey // the first seals, all open
 }
 
-// ring is what the database had at one time. It is not changed after it was made.
+// ring is what the database had of an issuer at one time. It is not changed after it was made.
 type ring struct {
-	keys      *token.StaticKeySet
-	documents []document // the JWK set, for each media type
-	signers   []signer   // in use now, the newest first
-	sealed    []error    // keys in use now that no master key opens, and what to do
+	at        time.Time           // when it was read, by this process's clock
+	keys      *token.StaticKeySet // nil if there are none
+	documents []document          // the JWK set, for each media type
+	signers   []signer            // in use now, the newest first
+	sealed    []error             // keys in use now that no master key opens, and what to do
 }
 
+// signer signs with one key.
 type signer struct {
 	kid, alg string
-	jose.Signer
+	byTyp    map[string]jose.Signer
 }
 
 // signer is the newest one of the algorithm, or else of another: a new algorithm
-// is not used before others know its key.
-func (r *ring) signer(alg string) (signer, error) {
+// is not used before others know its key. Those of revoked keys are passed over.
+func (r *ring) signer(alg string, revoked func(kid string) bool) (signer, error) {
+	var other signer
+	errs := []error{errors.New("no signing key can be used now")}
 	for _, s := range r.signers {
-		if s.alg == alg {
+		switch {
+		case revoked(s.kid):
+			errs = append(errs, fmt.Errorf("signing key %s is revoked: run rescind keys rotate --compromised %s", s.kid, s.kid))
+		case s.alg == alg:
 			return s, nil
+		case other.kid == "":
+			other = s
 		}
 	}
-	if len(r.signers) == 0 {
-		return signer{}, errors.Join(append([]error{errors.New("no signing key can be used now")}, r.sealed...)...)
+	if other.kid == "" {
+		return signer{}, errors.Join(append(errs, r.sealed...)...)
 	}
-	return r.signers[0], nil
+	return other, nil
 }
 
-const signingKeysSQL = `
-SELECT kid, alg, public_jwk::text, private_sealed, master_key_id, retired_at IS NULL AND use_from <= now()
-FROM rescind.signing_keys
-WHERE key_manager_id = $1 AND (retired_at IS NULL OR retired_at > now() - make_interval(secs => $2))
-ORDER BY use_from DESC, kid`
-
+// keyRow is a row of signing_keys.
 type keyRow struct {
-	KID, Alg, Public string
-	Sealed           []byte
-	MasterKeyID      string
-	InUse            bool
+	KID, Alg, Public     string
+	Sealed               []byte
+	MasterKeyID          string
+	CreatedAt, UseFrom   time.Time
+	RetiredAt, RevokedAt *time.Time
+	Iss                  string
+	TenantID             int32
+	Domain               string
+	Now                  time.Time // the database's clock when it was read
 }
 
-// load reads the issuer's keys. Opening one costs milliseconds, so those that
-// are open in last stay so.
-func (s *keyStore) load(ctx context.Context, last *ring) (*ring, error) {
-	rows, err := s.pool.Query(ctx, signingKeysSQL, s.keyManagerID, publishedAfter.Seconds())
+// state is what the key is for now.
+func (row keyRow) state() KeyState {
+	switch {
+	case row.RevokedAt != nil:
+		return KeyRevoked
+	case row.RetiredAt != nil && !row.RetiredAt.After(row.Now):
+		if row.RetiredAt.Add(publishedAfter).After(row.Now) {
+			return KeyRetired
+		}
+		return KeyEnded
+	case row.UseFrom.After(row.Now):
+		return KeyNext
+	}
+	return KeyActive
+}
+
+const keysSQL = `
+SELECT s.kid, s.alg, s.public_jwk::text, s.private_sealed, s.master_key_id, s.created_at, s.use_from, s.retired_at, s.revoked_at,
+       k.iss, t.id, t.domain, clock_timestamp()
+FROM rescind.signing_keys s
+JOIN rescind.key_managers k ON k.id = s.key_manager_id AND k.resident
+JOIN rescind.tenants t ON t.id = k.tenant_id`
+
+// publishedSQL are an issuer's keys that others see, the newest first.
+const publishedSQL = keysSQL + `
+WHERE k.iss = $1 AND s.revoked_at IS NULL AND (s.retired_at IS NULL OR s.retired_at > now() - make_interval(secs => $2))
+ORDER BY s.use_from DESC, s.kid`
+
+type querier interface {
+	Query(ctx context.Context, sql string, args ...any) (pgx.Rows, error)
+}
+
+func readKeys(ctx context.Context, db querier, sql string, args ...any) ([]keyRow, error) {
+	rows, err := db.Query(ctx, sql, args...)
 	if err != nil {
 		return nil, fmt.Errorf("read signing keys: %w", err)
 	}
@@ -97,7 +134,17 @@ func (s *keyStore) load(ctx context.Context, last *ring) (*ring, error) {
 	if err != nil {
 		return nil, fmt.Errorf("read signing keys: %w", err)
 	}
-	r := &ring{}
+	return keys, nil
+}
+
+// load reads the keys of iss. Opening one costs milliseconds, so those that
+// are open in last stay so.
+func (s *keyStore) load(ctx context.Context, iss string, last *ring) (*ring, error) {
+	r := &ring{at: time.Now()}
+	keys, err := readKeys(ctx, s.pool, publishedSQL, iss, publishedAfter.Seconds())
+	if err != nil || len(keys) == 0 {
+		return r, err
+	}
 	var set jose.JSONWebKeySet
 	for _, row := range keys {
 		public, err := row.public()
@@ -105,7 +152,7 @@ func (s *keyStore) load(ctx context.Context, last *ring) (*ring, error) {
 			return nil, fmt.Errorf("read signing key %s: %w", row.KID, err)
 		}
 		set.Keys = append(set.Keys, public)
-		if !row.InUse {
+		if row.state() != KeyActive {
 			continue
 		}
 		signer, err := s.signerOf(row, public, last)
@@ -165,48 +212,47 @@ func (s *keyStore) signerOf(row keyRow, public jose.JSONWebKey, last *ring) (sig
 		return signer{}, err
 	}
 	if same, ok := private.Public().(interface{ Equal(crypto.PublicKey) bool }); !ok || !same.Equal(public.Key) {
-		return signer{}, fmt.Errorf("signing key %s of %s: its private key is another's: restore the table from a backup", row.KID, s.iss)
+		return signer{}, fmt.Errorf("signing key %s of %s: its private key is another's: restore the table from a backup", row.KID, row.Iss)
 	}
-	opts := (&jose.SignerOptions{}).WithType("at+jwt")
-	sign, err := jose.NewSigner(jose.SigningKey{
-		Algorithm: jose.SignatureAlgorithm(row.Alg),
-		Key:       jose.JSONWebKey{Key: private, KeyID: row.KID},
-	}, opts)
-	if err != nil {
-		return signer{}, fmt.Errorf("signing key %s of %s: %w", row.KID, s.iss, err)
+	made := signer{row.KID, row.Alg, make(map[string]jose.Signer)}
+	key := jose.SigningKey{Algorithm: jose.SignatureAlgorithm(row.Alg), Key: jose.JSONWebKey{Key: private, KeyID: row.KID}}
+	for _, typ := range []string{typAccessToken, typJWT} {
+		made.byTyp[typ], err = jose.NewSigner(key, (&jose.SignerOptions{}).WithType(jose.ContentType(typ)))
+		if err != nil {
+			return signer{}, fmt.Errorf("signing key %s of %s: %w", row.KID, row.Iss, err)
+		}
 	}
-	return signer{row.KID, row.Alg, sign}, nil
+	return made, nil
 }
 
 // open unseals a private key. Its error says what to do.
 func (s *keyStore) open(row keyRow) (crypto.Signer, error) {
-	const retire = "if it is lost, retire the key with UPDATE rescind.signing_keys SET retired_at = now() WHERE kid = '%s': " +
-		"its tokens stay valid until they end, and the next start makes a new key"
+	const rotate = "if it is lost, run rescind keys rotate --iss %s: a new key signs at once, and the tokens of this one stay valid until they end"
 	for _, master := range s.masterKeys {
 		if master.ID() != row.MasterKeyID {
 			continue
 		}
-		der, err := sealer(master).Open(nil, nil, row.Sealed, s.bound(row.KID))
+		der, err := sealer(master).Open(nil, nil, row.Sealed, bound(row.Iss, row.KID))
 		if err != nil {
 			return nil, fmt.Errorf("signing key %s of %s: what the database has of it is damaged: restore it from a backup; "+
-				retire, row.KID, s.iss, row.KID)
+				rotate, row.KID, row.Iss, row.Iss)
 		}
 		key, err := x509.ParsePKCS8PrivateKey(der)
 		if err != nil {
-			return nil, fmt.Errorf("signing key %s of %s: %w", row.KID, s.iss, err)
+			return nil, fmt.Errorf("signing key %s of %s: %w", row.KID, row.Iss, err)
 		}
 		private, ok := key.(crypto.Signer)
 		if !ok {
-			return nil, fmt.Errorf("signing key %s of %s: a %T cannot sign", row.KID, s.iss, key)
+			return nil, fmt.Errorf("signing key %s of %s: a %T cannot sign", row.KID, row.Iss, key)
 		}
 		return private, nil
 	}
 	return nil, fmt.Errorf("signing key %s of %s: it is sealed under master key %s, and the one given is %s: "+
-		"start with that master key (RESCIND_MASTER_KEY); "+retire, row.KID, s.iss, row.MasterKeyID, s.masterKeys[0].ID(), row.KID)
+		"start with that master key (RESCIND_MASTER_KEY); "+rotate, row.KID, row.Iss, row.MasterKeyID, s.masterKeys[0].ID(), row.Iss)
 }
 
 // bound is what a sealed key belongs to: moved to another row, it does not open.
-func (s *keyStore) bound(kid string) []byte { return []byte(s.iss + "\x00" + kid) }
+func bound(iss, kid string) []byte { return []byte(iss + "\x00" + kid) }
 
 func sealer(master authn.MasterKey) cipher.AEAD {
 	block, err := aes.NewCipher(master.Derive(sealPurpose, 32))
@@ -220,48 +266,104 @@ func sealer(master authn.MasterKey) cipher.AEAD {
 	return aead
 }
 
+// A key that is to be retired has its successor.
 const hasKeySQL = `
-SELECT EXISTS (SELECT FROM rescind.signing_keys WHERE key_manager_id = $1 AND alg = $2 AND retired_at IS NULL)`
+SELECT EXISTS (
+    SELECT FROM rescind.signing_keys s JOIN rescind.key_managers k ON k.id = s.key_manager_id
+    WHERE k.iss = $1 AND s.alg = $2 AND s.retired_at IS NULL AND s.revoked_at IS NULL)`
 
-// lockIssuerSQL lets one process at a time decide whether a key is missing.
-const lockIssuerSQL = `SELECT FROM rescind.key_managers WHERE id = $1 FOR UPDATE`
+func (s *keyStore) hasKey(ctx context.Context, iss, alg string) (has bool, err error) {
+	if err := s.pool.QueryRow(ctx, hasKeySQL, iss, alg).Scan(&has); err != nil {
+		return false, fmt.Errorf("look for a signing key of %s: %w", iss, err)
+	}
+	return has, nil
+}
+
+// owner is the issuer that keys belong to.
+type owner struct {
+	keyManagerID int32
+	tenant       revocation.Tenant
+	// now is the database's clock once the issuer was locked: no change of its keys is later.
+	now time.Time
+}
+
+// lockIssuerSQL lets one process at a time decide about an issuer's keys.
+const lockIssuerSQL = `
+SELECT k.id, t.id, t.domain
+FROM rescind.key_managers k JOIN rescind.tenants t ON t.id = k.tenant_id
+WHERE k.iss = $1 AND k.resident FOR UPDATE OF k`
+
+func lockIssuer(ctx context.Context, tx pgx.Tx, iss string) (o owner, err error) {
+	err = tx.QueryRow(ctx, lockIssuerSQL, iss).Scan(&o.keyManagerID, &o.tenant.ID, &o.tenant.Domain)
+	if errors.Is(err, pgx.ErrNoRows) {
+		return o, ErrNoIssuer
+	}
+	if err == nil {
+		err = tx.QueryRow(ctx, `SELECT clock_timestamp()`).Scan(&o.now)
+	}
+	if err != nil {
+		return o, fmt.Errorf("lock issuer: %w", err)
+	}
+	return o, nil
+}
 
 const insertKeySQL = `
-INSERT INTO rescind.signing_keys (kid, key_manager_id, alg, public_jwk, private_sealed, master_key_id, use_from)
-SELECT $2::text, $1::integer, $3::text, $4::text::jsonb, $5::bytea, $6::text, CASE
-    WHEN EXISTS (SELECT FROM rescind.signing_keys WHERE key_manager_id = $1 AND retired_at IS NULL)
-    THEN now() + make_interval(secs => $7::double precision)
-    ELSE now() END
-WHERE NOT EXISTS (SELECT FROM rescind.signing_keys WHERE key_manager_id = $1 AND alg = $3 AND retired_at IS NULL)`
+INSERT INTO rescind.signing_keys (kid, key_manager_id, alg, public_jwk, private_sealed, master_key_id, created_at, use_from)
+VALUES ($1, $2, $3, $4::text::jsonb, $5, $6, $7, $8)`
 
-// ensureKey makes a key for alg unless the issuer has one, and returns its kid if
-// it did. The first key of an issuer is used at once, a further one when others
-// have had the time to learn of it.
-func (s *keyStore) ensureKey(ctx context.Context, alg string) (made string, err error) {
-	var has bool
-	if err := s.pool.QueryRow(ctx, hasKeySQL, s.keyManagerID, alg).Scan(&has); err != nil || has {
-		return "", err
-	}
-	private, err := generate(alg) // takes long: not while others wait for the lock
+func insertKey(ctx context.Context, tx pgx.Tx, o owner, row keyRow, useFrom time.Time) error {
+	_, err := tx.Exec(ctx, insertKeySQL, row.KID, o.keyManagerID, row.Alg, row.Public, row.Sealed, row.MasterKeyID, o.now, useFrom)
 	if err != nil {
+		return fmt.Errorf("store signing key: %w", err)
+	}
+	return nil
+}
+
+// ensureKey makes a key of iss for alg unless it has one, and returns its kid if it did. The
+// first key of an issuer is used at once, a further one when others have had the time to learn
+// of it.
+func (s *keyStore) ensureKey(ctx context.Context, iss, alg string) (made string, err error) {
+	if has, err := s.hasKey(ctx, iss, alg); err != nil || has {
 		return "", err
 	}
-	row, err := s.seal(private, alg)
+	row, err := s.newKey(iss, alg) // takes long: not while others wait for the lock
 	if err != nil {
 		return "", err
 	}
 	err = pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
-		if _, err := tx.Exec(ctx, lockIssuerSQL, s.keyManagerID); err != nil {
+		o, err := lockIssuer(ctx, tx, iss)
+		if err != nil {
 			return err
 		}
-		tag, err := tx.Exec(ctx, insertKeySQL, s.keyManagerID, row.KID, row.Alg, row.Public, row.Sealed, row.MasterKeyID,
-			publishedBefore.Seconds())
-		if tag.RowsAffected() > 0 {
-			made = row.KID
+		keys, err := readKeys(ctx, tx, publishedSQL, iss, publishedAfter.Seconds())
+		if err != nil {
+			return err
 		}
-		return err
+		useFrom := o.now
+		for _, k := range keys {
+			if k.Alg == alg && k.RetiredAt == nil {
+				return nil
+			}
+			if k.state() == KeyActive {
+				useFrom = o.now.Add(publishedBefore)
+			}
+		}
+		made = row.KID
+		return insertKey(ctx, tx, o, row, useFrom)
 	})
-	return made, err
+	if err != nil {
+		return "", err
+	}
+	return made, nil
+}
+
+// newKey makes a key of iss that is not in the database yet.
+func (s *keyStore) newKey(iss, alg string) (keyRow, error) {
+	private, err := generate(alg)
+	if err != nil {
+		return keyRow{}, err
+	}
+	return s.seal(private, iss, alg)
 }
 
 func generate(alg string) (crypto.Signer, error) {
@@ -271,7 +373,7 @@ func generate(alg string) (crypto.Signer, error) {
 	return rsa.GenerateKey(rand.Reader, 2048)
 }
 
-func (s *keyStore) seal(private crypto.Signer, alg string) (keyRow, error) {
+func (s *keyStore) seal(private crypto.Signer, iss, alg string) (keyRow, error) {
 	kid, err := thumbprint(jose.JSONWebKey{Key: private.Public()})
 	if err != nil {
 		return keyRow{}, err
@@ -286,7 +388,7 @@ func (s *keyStore) seal(private crypto.Signer, alg string) (keyRow, error) {
 	}
 	master := s.masterKeys[0]
 	return keyRow{
-		KID: kid, Alg: alg, Public: string(public), MasterKeyID: master.ID(),
-		Sealed: sealer(master).Seal(nil, nil, der, s.bound(kid)),
+		KID: kid, Alg: alg, Public: string(public), MasterKeyID: master.ID(), Iss: iss,
+		Sealed: sealer(master).Seal(nil, nil, der, bound(iss, kid)),
 	}, nil
 }

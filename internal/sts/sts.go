@@ -1,5 +1,6 @@
-// Package sts is our own token issuer. It hides how tokens are minted, where the
-// signing keys are kept and how they are sealed. It owns the table signing_keys.
+// Package sts is our own token issuers: one for each tenant, whose endpoints are below its
+// iss. It hides how tokens are minted, where the signing keys are kept and how they are
+// sealed. It owns the table signing_keys.
 //
 // # Tokens and revocations
 //
@@ -19,6 +20,17 @@
 // another revocation of the client so short before that the token is stamped past both.
 // The events of the block or the deletion still stop such a token at the gateways.
 //
+// Gateways that know no revocations of more than one token are told of each token by its
+// jti: those that were remembered when the revocation was committed, see [Memory]. So a
+// token is remembered first, and then the state is looked at once more. A revocation that
+// was committed before the token was remembered, and so will not name it, is in that state:
+// if it ends the token, another is begun, with another jti and a later time. One that is
+// committed afterwards finds the token among those that it names.
+//
+// A token is handed out only if the replica has no revocation of its key. Whoever withdraws
+// a key revokes it in the same transaction, so a process that has the one has the other, and
+// reads its keys anew.
+//
 // # Decisions
 //
 // A client without an audience gets tokens for the issuer itself: aud is
@@ -31,6 +43,9 @@
 // ended, and a second key is published before it is used, for as long as others
 // may cache the key set. Signing keys are read again every few seconds, so
 // processes agree on them without talking to each other.
+//
+// The first key of a tenant's issuer is made when somebody first asks for its tokens or
+// its key set: most tenants never do. As anybody may ask, one key is made at a time.
 package sts
 
 import (
@@ -43,39 +58,40 @@ import (
 	"regexp"
 	"runtime"
 	"slices"
-	"sync/atomic"
+	"sync"
 	"time"
 
 	"github.com/go-chi/chi/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 
+	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/replica"
 	"github.com/rescindhq/rescind/api/revocation"
-	"github.com/rescindhq/rescind/api/token"
 	"github.com/rescindhq/rescind/internal/authn"
+	"github.com/rescindhq/rescind/internal/ledger"
 )
 
 // MaxTokenLifetime is the longest that a token of ours lives.
 const MaxTokenLifetime = time.Hour
 
-// Config tunes the issuer. All but Issuer, KeyManagerID and State may stay zero.
+// Config tunes the issuers. All but Issuer and State may stay zero.
 type Config struct {
 	// Issuer is the iss of the super tenant's tokens, and the URL below which
-	// clients reach us, with no slash at its end. A database belongs to the one
-	// that it was first used with.
+	// clients reach us, with no slash at its end. That of another tenant is
+	// Issuer/t/<domain>. A database belongs to the one that it was first used with.
 	Issuer string
-	// KeyManagerID is the row of rescind.key_managers that is Issuer's. Its longest
-	// token lifetime is [MaxTokenLifetime].
-	KeyManagerID int32
-	// State says who may have tokens and which are revoked.
+	// State says which issuers there are, who may have tokens and which are revoked.
 	State State
+	// Memory remembers tokens before they are issued. Nil: they are not.
+	Memory Memory
 	// TokenLifetime is how long tokens of clients live that have no lifetime of
 	// their own. Shorter limits what a lost gateway accepts; longer means fewer
 	// requests for tokens. Default 15 min, 1 s to 1 h.
 	TokenLifetime time.Duration
 	// Algorithm of new tokens is RS256, the default, which every gateway knows, or
 	// ES256, which is cheaper to sign. A new choice takes effect ten minutes after
-	// the first start with it, when all have the new key.
+	// the first start with it, or the first use of a tenant's issuer after that: when all
+	// have the new key.
 	Algorithm string
 	// MaxQueue is how many tokens may be waiting for their signature; past that
 	// callers are told to come back. As many as there are CPUs are signed at a time,
@@ -106,9 +122,6 @@ func (c Config) complete() (Config, error) {
 		errs = append(errs, fmt.Errorf("issuer %q: must be a URL such as https://km.example.com, at most 255 bytes, "+
 			"without user, query, fragment and slash at its end", c.Issuer))
 	}
-	if c.KeyManagerID <= 0 {
-		errs = append(errs, fmt.Errorf("key manager %d: must be the id of a key manager", c.KeyManagerID))
-	}
 	if c.TokenLifetime < time.Second || c.TokenLifetime > MaxTokenLifetime || c.TokenLifetime%time.Second != 0 {
 		errs = append(errs, fmt.Errorf("token lifetime %s: must be whole seconds, 1s to %s", c.TokenLifetime, MaxTokenLifetime))
 	}
@@ -129,30 +142,41 @@ type State interface {
 	Replica() *replica.Replica
 }
 
+// Memory remembers the tokens that are issued. [ledger.Ledger] does.
+type Memory interface {
+	// Remember returns nil once t is remembered durably. Who revokes more than one token
+	// names those that were remembered before.
+	Remember(ctx context.Context, t ledger.Issued) error
+}
+
 // Forms reads a form and authenticates the client that sent it.
 // [authn.Authenticator] does.
 type Forms interface {
 	Form(w http.ResponseWriter, r *http.Request, known ...string) (authn.Client, url.Values, error)
 }
 
-// Server is the issuer of the super tenant. Its methods may be called from any
-// goroutine.
+// Server is the issuers of all tenants. Its methods may be called from any goroutine.
 type Server struct {
-	cfg      Config
-	forms    Forms
-	log      *slog.Logger
-	now      func() time.Time
-	store    *keyStore
-	keys     *token.CachedKeySet
-	ring     atomic.Pointer[ring] // what keys last loaded
-	metadata document
+	cfg   Config
+	forms Forms
+	log   *slog.Logger
+	now   func() time.Time
+	store *keyStore
 
 	queue   chan struct{} // a place for each token that waits or is being signed
 	signing chan struct{} // a place for each that is being signed
+	making  chan struct{} // the one place for a key that is being made
+
+	mu      sync.Mutex
+	issuers map[string]*issuer // by iss, those that were asked for
+	sweepAt int                // how many there may be before those of tenants that are gone are dropped
+	next    *look              // that has not begun; nil if nobody waits for one
+	lastAt  time.Time          // when the last look began
 }
 
-// New makes the issuer's first signing key unless there is one, and loads its keys. The
-// first of masterKeys seals new signing keys; the others open old ones too.
+// New makes the first signing key of the super tenant's issuer unless there is one, and loads
+// its keys. Its key manager must be in the database; cfg.State need not have it yet. The first
+// of masterKeys seals new signing keys; the others open old ones too.
 func New(ctx context.Context, cfg Config, pool *pgxpool.Pool, masterKeys []authn.MasterKey, forms Forms, log *slog.Logger) (*Server, error) {
 	cfg, err := cfg.complete()
 	if len(masterKeys) == 0 {
@@ -169,28 +193,16 @@ func New(ctx context.Context, cfg Config, pool *pgxpool.Pool, masterKeys []authn
 		forms:   forms,
 		log:     log.With("component", "sts"),
 		now:     time.Now,
-		store:   &keyStore{pool: pool, iss: cfg.Issuer, keyManagerID: cfg.KeyManagerID, masterKeys: masterKeys},
+		store:   &keyStore{pool: pool, masterKeys: masterKeys},
 		queue:   make(chan struct{}, cfg.MaxQueue),
 		signing: make(chan struct{}, runtime.GOMAXPROCS(0)),
+		making:  make(chan struct{}, 1),
+		issuers: make(map[string]*issuer),
 	}
-	if s.metadata, err = newMetadata(cfg.Issuer); err != nil {
+	if err := s.ensureKey(ctx, cfg.Issuer); err != nil {
 		return nil, err
 	}
-	made, err := s.store.ensureKey(ctx, cfg.Algorithm)
-	if err != nil {
-		return nil, fmt.Errorf("make signing key of %s: %w", cfg.Issuer, err)
-	}
-	if made != "" {
-		s.log.Info("signing key made", "kid", made, "alg", cfg.Algorithm)
-	}
-	s.keys = token.NewCachedKeySet(token.CacheConfig{
-		Refresh: 10 * time.Second,
-		// Whether a kid is unknown is always answered from the database, and a flood
-		// of invented ones costs it twenty short queries a second.
-		Refetch: 50 * time.Millisecond, Patience: time.Second,
-		Logger: s.log,
-	}, s.loadKeys)
-	keys, err := s.currentKeys(ctx)
+	keys, err := s.issuer(cfg.Issuer).current(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("load signing keys of %s: %w", cfg.Issuer, err)
 	}
@@ -200,56 +212,44 @@ func New(ctx context.Context, cfg Config, pool *pgxpool.Pool, masterKeys []authn
 	return s, nil
 }
 
-func (s *Server) loadKeys(ctx context.Context) (*token.StaticKeySet, error) {
-	last := s.ring.Load()
-	r, err := s.store.load(ctx, last)
-	if err != nil {
-		return nil, err
-	}
-	if last != nil && len(r.sealed) > len(last.sealed) {
-		s.log.Warn("cannot sign with all of the issuer's keys", "error", errors.Join(r.sealed...))
-	}
-	s.ring.Store(r)
-	return r.keys, nil
-}
-
-// currentKeys are the issuer's keys, not older than some seconds while the
-// database can be read.
-func (s *Server) currentKeys(ctx context.Context) (*ring, error) {
-	if _, err := s.keys.Current(ctx); err != nil {
-		return nil, err
-	}
-	return s.ring.Load(), nil
-}
-
-// Issuer is what verifiers of our tokens need. Its keys are read from the
-// database when one is asked for that was not there before.
-func (s *Server) Issuer() token.Issuer {
-	return token.Issuer{
-		Iss: s.cfg.Issuer, Tenant: revocation.SuperTenant, Keys: s.keys,
-		Algorithms: algorithms, MaxLifetime: MaxTokenLifetime,
-	}
-}
-
-// Routes adds the token endpoint, the key set (RFC 7517) and the metadata (RFC
-// 8414) to r, which stands at the root of the host. The endpoints of an issuer
-// with a path are there with it and without it, so that it does not matter
-// whether a proxy cuts it off.
+// Routes adds the token endpoint, the key set (RFC 7517) and the metadata (RFC 8414, and OpenID
+// Connect Discovery for those who read only that) of every issuer to r, which stands at the root
+// of the host. What is below an issuer with a path is there with that path and without it, so
+// that it does not matter whether a proxy cuts it off.
 func (s *Server) Routes(r chi.Router) {
 	u, err := url.Parse(s.cfg.Issuer)
 	if err != nil {
 		panic(err) // complete has parsed it
 	}
-	prefixes := []string{""}
+	paths := []string{""}
 	if u.Path != "" {
-		prefixes = append(prefixes, u.Path)
+		paths = append(paths, u.Path)
 	}
-	for _, prefix := range prefixes {
-		r.HandleFunc(prefix+tokenPath, s.serveToken) // of any method: Form answers them all
-		r.Get(prefix+jwksPath, s.serveKeys)
-		r.Head(prefix+jwksPath, s.serveKeys)
+	get := func(path string, handler http.HandlerFunc) {
+		r.Get(path, handler)
+		r.Head(path, handler)
 	}
-	metadata := metadataPath + u.Path // RFC 8414 section 3.1: before the issuer's path
-	r.Get(metadata, s.serveMetadata)
-	r.Head(metadata, s.serveMetadata)
+	for _, path := range paths {
+		for _, at := range []struct {
+			path   string
+			domain func(*http.Request) string
+		}{
+			{path, func(*http.Request) string { return revocation.SuperTenant.Domain }},
+			{path + tenantPath + "{tenant}", tenantOf},
+		} {
+			r.HandleFunc(at.path+tokenPath, s.serveToken(at.domain)) // of any method: Form answers them all
+			get(at.path+jwksPath, s.serveIssuer(at.domain, s.serveKeys))
+			get(at.path+openIDPath, s.serveIssuer(at.domain, s.serveOpenID))
+			get(metadataPath+at.path, s.serveIssuer(at.domain, s.serveMetadata)) // RFC 8414 section 3.1: before the issuer's path
+		}
+	}
+}
+
+// tenantOf is the domain in the path of r, empty for that of the super tenant: its issuer is not there.
+func tenantOf(r *http.Request) string {
+	domain := chi.URLParam(r, "tenant")
+	if domain == revocation.SuperTenant.Domain || !catalog.ValidDomain(domain) {
+		return ""
+	}
+	return domain
 }
