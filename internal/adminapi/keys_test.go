@@ -125,7 +125,7 @@ func TestGeneratedKeys(t *testing.T) {
 	if w.proves(doomed.ConsumerKey, doomed.ConsumerSecret) || w.proves("mine", "from before") {
 		t.Error("a deleted key proves something")
 	}
-	wantEvents := []string{"revocation.client " + doomed.ConsumerKey, "key_mapping.deleted " + doomed.ConsumerKey, "key_mapping.deleted mine"}
+	wantEvents := []string{"key_mapping.deleted " + doomed.ConsumerKey, "revocation.client " + doomed.ConsumerKey, "key_mapping.deleted mine"}
 	if got := w.events(begin); !slices.Equal(got, wantEvents) {
 		t.Errorf("events %q, want %q", got, wantEvents)
 	}

@@ -83,7 +83,7 @@ func (a *Authenticator) verifyAssertion(row *clientRow, cred credentials) (*once
 	ctx := context.Background() // the keys are in memory
 	err := errors.New("the client is not registered with keys")
 	var t *token.Token
-	if row.keys != nil && row.method == methodKey {
+	if row.keys != nil { // only with private_key_jwt
 		t, err = row.keys.Verify(ctx, cred.secret)
 	}
 	if err != nil {

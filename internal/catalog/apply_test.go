@@ -114,7 +114,7 @@ func TestLife(t *testing.T) {
 			given:    &catalog.KeyMapping{Application: catalog.Ref{ID: app.ID}, ConsumerKey: "ck", KeyType: catalog.Sandbox, KeyManager: "IdP", Generated: true},
 			complete: &catalog.KeyMapping{Application: ref(app), ConsumerKey: "ck", KeyType: catalog.Sandbox, KeyManager: "IdP", Iss: externalIss},
 			subject:  "ck",
-			events:   []string{"key_mapping.created", "revocation.client", "key_mapping.deleted"},
+			events:   []string{"key_mapping.created", "key_mapping.deleted", "revocation.client"},
 		},
 		{
 			given:    &catalog.Subscription{Application: catalog.Ref{UUID: app.UUID}, API: catalog.Ref{ID: pizza.ID}},

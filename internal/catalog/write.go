@@ -144,6 +144,31 @@ FROM (SELECT nextval('%[1]s')::integer AS id FROM generate_series(1, $1)) AS n
 WHERE NOT EXISTS (SELECT FROM %[2]s e WHERE e.id = n.id)`
 )
 
+// moveSequence has it make ids above highest only.
+func moveSequence(ctx context.Context, tx pgx.Tx, sequence string, highest int32) error {
+	// Two who move it at once could move it back.
+	if _, err := tx.Exec(ctx, givenIDsLockSQL, sequence); err != nil {
+		return err
+	}
+	_, err := tx.Exec(ctx, fmt.Sprintf(moveSequenceSQL, sequence), int64(highest))
+	return err
+}
+
+// Reserve keeps ids up to highest from being made for entities of a noun, for a caller who
+// will give them: what comes with a tenant could else take them. Errors are those of the ledger.
+func (s *Store) Reserve(ctx context.Context, n catalog.Noun, highest int32) error {
+	if highest <= 0 || highest >= highIDs {
+		return nil
+	}
+	_, err := s.ledger.Change(ctx, func(ctx context.Context, tx *ledger.Tx) error {
+		return moveSequence(ctx, tx, kindOf(n).sql().sequence, highest)
+	})
+	if err != nil {
+		return fmt.Errorf("reserve ids up to %d: %w", highest, err)
+	}
+	return nil
+}
+
 // identify gives the entities of run that lack them an ID, a UUID and their Timestamp.
 func (b *batch) identify(ctx context.Context, k kind, run []*step) error {
 	var highest int32
@@ -163,11 +188,7 @@ func (b *batch) identify(ctx context.Context, k kind, run []*step) error {
 	}
 	sequence, table := k.sql().sequence, k.sql().table
 	if highest > 0 {
-		// Two who move it at once could move it back.
-		if _, err := b.tx.Exec(ctx, givenIDsLockSQL, sequence); err != nil {
-			return err
-		}
-		if _, err := b.tx.Exec(ctx, fmt.Sprintf(moveSequenceSQL, sequence), int64(highest)); err != nil {
+		if err := moveSequence(ctx, b.tx, sequence, highest); err != nil {
 			return err
 		}
 	}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"slices"
 	"time"
 
 	"github.com/jackc/pgx/v5"
@@ -44,7 +43,9 @@ func (tx *Tx) Append(e revocation.Event, entityID string) {
 	tx.written.add(e, entityID)
 }
 
-// Revoke adds revocations, which come before the events of [Tx.Append] in the log.
+// Revoke adds revocations, which come after the events of [Tx.Append] in the log: whoever
+// knows that a client's tokens are dead also knows what it has lost, and issues no new ones
+// that say otherwise.
 func (tx *Tx) Revoke(r ...Request) { tx.requests = append(tx.requests, r...) }
 
 // Audit adds a record. Revocations have theirs already.
@@ -148,16 +149,13 @@ func (l *Ledger) finishChange(ctx context.Context, conn *pgxpool.Conn, tx *Tx) (
 		if err != nil {
 			return head, false, err
 		}
-		w := written{audit: tx.written.audit}
-		if err := l.write(&w, entries, rows); err != nil {
+		audit := tx.written.audit
+		if err := l.write(&tx.written, entries, rows); err != nil {
 			return head, false, err
 		}
 		if tx.unaudited {
-			w.audit = tx.written.audit
+			tx.written.audit = audit
 		}
-		w.events = append(w.events, tx.written.events...)
-		w.log.join(&tx.written.log)
-		tx.written = w
 	}
 	n := len(tx.written.events)
 	if n > MaxChanges {
@@ -172,17 +170,6 @@ func (l *Ledger) finishChange(ctx context.Context, conn *pgxpool.Conn, tx *Tx) (
 	tx.written.audit.queue(&b)
 	b.Queue(headSQL).QueryRow(func(row pgx.Row) error { return row.Scan(&head.Epoch, &head.Seq) })
 	return head, true, sendCommit(ctx, conn, &b)
-}
-
-// join adds the columns of o after those of c.
-func (c *eventColumns) join(o *eventColumns) {
-	c.tenantIDs = slices.Concat(c.tenantIDs, o.tenantIDs)
-	c.tenants = slices.Concat(c.tenants, o.tenants)
-	c.entityIDs = slices.Concat(c.entityIDs, o.entityIDs)
-	c.types = slices.Concat(c.types, o.types)
-	c.subjects = slices.Concat(c.subjects, o.subjects)
-	c.traceparents = slices.Concat(c.traceparents, o.traceparents)
-	c.data = slices.Concat(c.data, o.data)
 }
 
 const allSQL = `

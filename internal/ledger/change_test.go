@@ -64,7 +64,7 @@ func TestChangeCommitsStateEventsAndRevocations(t *testing.T) {
 		t.Fatal(err)
 	}
 	events := allEvents(t, l)
-	if diff := cmp.Diff([]string{"app-1", "read", "write"}, subjects(events)); diff != "" {
+	if diff := cmp.Diff([]string{"read", "write", "app-1"}, subjects(events)); diff != "" {
 		t.Fatalf("subjects (-want +got):\n%s", diff)
 	}
 	last := events[2]

@@ -79,6 +79,9 @@ func Apply(ctx context.Context, s *store.Store, plan *Plan, cfg Config) (done in
 			r.versions[plan.Steps[i].entity.Base().UUID] = plan.Steps[i].version
 		}
 	}
+	if err := reserve(ctx, s, plan); err != nil {
+		return 0, err
+	}
 	for done < len(plan.Steps) {
 		if err := ctx.Err(); err != nil {
 			return done, context.Cause(ctx)
@@ -97,6 +100,33 @@ func Apply(ctx context.Context, s *store.Store, plan *Plan, cfg Config) (done in
 		}
 	}
 	return done, nil
+}
+
+// reserve sees to it that what comes with new tenants takes no id that the plan gives to others.
+func reserve(ctx context.Context, s *store.Store, plan *Plan) error {
+	highest := make(map[catalog.Noun]int32)
+	tenants := false
+	for _, st := range plan.Steps {
+		if st.Op != Create {
+			continue
+		}
+		tenants = tenants || st.Noun == catalog.NounTenant
+		if st.entity != nil && (st.Noun == catalog.NounKeyManager || st.Noun == catalog.NounPolicy) {
+			highest[st.Noun] = max(highest[st.Noun], st.entity.Base().ID)
+		}
+	}
+	if !tenants {
+		return nil
+	}
+	for _, n := range catalog.Nouns {
+		if highest[n] == 0 {
+			continue
+		}
+		if err := s.Reserve(ctx, n, highest[n]); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // together are the first of steps that one transaction makes.

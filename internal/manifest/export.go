@@ -119,7 +119,25 @@ func (s *State) applicationOf(a *applicationState, apiKeys map[string]string) ap
 
 func entityOf[E catalog.Entity](e E) catalog.Entity { return e }
 
-// byID sorts what there is by its id.
+// byID sorts what there is by its id, after what came with its tenant, whose id nobody chose.
 func byID[T any](all func(func(T) bool), entity func(T) catalog.Entity) []T {
-	return slices.SortedFunc(all, func(a, b T) int { return cmp.Compare(entity(a).Base().ID, entity(b).Base().ID) })
+	return slices.SortedFunc(all, func(a, b T) int {
+		x, y := entity(a), entity(b)
+		return cmp.Or(cmp.Compare(chosen(x), chosen(y)), cmp.Compare(x.Base().ID, y.Base().ID))
+	})
+}
+
+// chosen is 0 for what comes with its tenant, else 1.
+func chosen(e catalog.Entity) int {
+	switch e := e.(type) {
+	case *catalog.KeyManager:
+		if e.Resident {
+			return 0
+		}
+	case *catalog.Policy:
+		if e.Name == unlimited {
+			return 0
+		}
+	}
+	return 1
 }

@@ -582,6 +582,23 @@ applications:
 
 // A tenant, its applications and the keys of its own key manager are made in one go, and
 // from there exported to an empty database.
+// What comes with a new tenant takes no id that the files give to others.
+func TestGivenIDsBesideNewTenants(t *testing.T) {
+	t.Parallel()
+	w := newService(t)
+	w.applied(file(t, `
+tenants: [{domain: a.example}]
+---
+tenant: carbon.super
+key_managers: [{id: 2, name: idp, iss: https://idp, max_token_lifetime: 60}]
+policies:
+  subscription: [{id: 4, name: Gold}, {id: 5, name: Silver}, {id: 6, name: Bronze}]
+`), true)
+	if idp := one[*catalog.KeyManager](w, store.Filter{Tenant: "carbon.super", Name: "idp"}); idp.ID != 2 {
+		t.Errorf("%+v", idp)
+	}
+}
+
 func TestNewTenant(t *testing.T) {
 	t.Parallel()
 	w := newService(t)
