@@ -1,4 +1,4 @@
-DROP FUNCTION rescind.trim_issued_tokens(integer);
+DROP FUNCTION rescind.trim_issued_tokens(integer), rescind.trim_client_assertions(integer);
 DROP TABLE rescind.endings;
 DROP TABLE rescind.issued_since;
 DROP TABLE rescind.issued_tokens;

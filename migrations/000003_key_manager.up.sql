@@ -34,14 +34,16 @@ ALTER TABLE rescind.signing_keys
 -- Tokens that were issued, for as long as they can live, where the service is told to
 -- remember them. n is the order in which they were issued.
 CREATE TABLE rescind.issued_tokens (
-    n         bigint GENERATED ALWAYS AS IDENTITY,
-    jti       uuid PRIMARY KEY,
-    client_id text COLLATE "C" NOT NULL,
-    subject   text COLLATE "C" NOT NULL,
-    exp       bigint NOT NULL -- Unix seconds
+    n              bigint GENERATED ALWAYS AS IDENTITY,
+    jti            uuid PRIMARY KEY,
+    key_manager_id integer NOT NULL, -- whose issuer it was; no reference: it may be gone before the token
+    client_id      text COLLATE "C" NOT NULL,
+    subject        text COLLATE "C" NOT NULL,
+    exp            bigint NOT NULL -- Unix seconds
 );
 CREATE INDEX issued_tokens_client ON rescind.issued_tokens (client_id, n);
 CREATE INDEX issued_tokens_subject ON rescind.issued_tokens (subject, n);
+CREATE INDEX issued_tokens_key_manager ON rescind.issued_tokens (key_manager_id, n);
 CREATE INDEX issued_tokens_exp ON rescind.issued_tokens (exp);
 
 -- Since when all issued tokens are remembered; no row: they are not.
@@ -64,27 +66,36 @@ CREATE TABLE rescind.endings (
 );
 
 -- trim_issued_tokens removes up to max_rows remembered tokens that no gateway accepts any
--- more, and as many assertions that have expired. It returns how many of the more numerous.
+-- more, trim_client_assertions as many assertions that have expired.
 CREATE FUNCTION rescind.trim_issued_tokens(max_rows integer) RETURNS integer
 LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
 DECLARE
-    removed    integer;
-    assertions integer;
+    removed integer;
 BEGIN
-    DELETE FROM rescind.client_assertions WHERE ctid = ANY (ARRAY(
-        SELECT a.ctid FROM rescind.client_assertions a
-        WHERE a.expires_at < clock_timestamp() LIMIT max_rows FOR UPDATE SKIP LOCKED));
-    GET DIAGNOSTICS assertions = ROW_COUNT;
     DELETE FROM rescind.issued_tokens WHERE ctid = ANY (ARRAY(
         SELECT i.ctid FROM rescind.issued_tokens i
         WHERE i.exp < extract(epoch FROM clock_timestamp())::bigint - 120
         ORDER BY i.exp LIMIT max_rows FOR UPDATE SKIP LOCKED));
     GET DIAGNOSTICS removed = ROW_COUNT;
-    RETURN greatest(removed, assertions);
+    RETURN removed;
 END
 $$;
 
-REVOKE ALL ON FUNCTION rescind.trim_issued_tokens(integer) FROM PUBLIC;
-GRANT EXECUTE ON FUNCTION rescind.trim_issued_tokens(integer) TO rescind_service;
+CREATE FUNCTION rescind.trim_client_assertions(max_rows integer) RETURNS integer
+LANGUAGE plpgsql SECURITY DEFINER SET search_path = pg_catalog, pg_temp AS $$
+DECLARE
+    removed integer;
+BEGIN
+    DELETE FROM rescind.client_assertions WHERE ctid = ANY (ARRAY(
+        SELECT a.ctid FROM rescind.client_assertions a
+        WHERE a.expires_at < clock_timestamp()
+        ORDER BY a.expires_at LIMIT max_rows FOR UPDATE SKIP LOCKED));
+    GET DIAGNOSTICS removed = ROW_COUNT;
+    RETURN removed;
+END
+$$;
+
+REVOKE ALL ON FUNCTION rescind.trim_issued_tokens(integer), rescind.trim_client_assertions(integer) FROM PUBLIC;
+GRANT EXECUTE ON FUNCTION rescind.trim_issued_tokens(integer), rescind.trim_client_assertions(integer) TO rescind_service;
 GRANT SELECT, INSERT ON rescind.client_assertions TO rescind_service;
 GRANT SELECT, INSERT, DELETE ON rescind.issued_tokens, rescind.issued_since, rescind.endings TO rescind_service;

@@ -168,8 +168,11 @@ type Application struct {
 	Attributes map[string]string `json:"attributes,omitempty"`
 	// SelfContained: the tokens of its generated keys carry what gateways would else look up,
 	// so that they can be validated offline. Each carries it as it was when it was made: a
-	// change of a name, a policy or of SelfContained itself is for later tokens. What ends a
-	// subscription, a key or the application always revokes the tokens.
+	// change of a name or a policy is for later tokens. What ends a subscription, a key, the
+	// application or SelfContained itself always revokes the tokens. What closes an API does not:
+	// one that is BLOCKED or RETIRED is not in later tokens, but a gateway that validates offline
+	// knows no Status, and lets the tokens of before through until they end. To close it there at
+	// once, block or delete its subscriptions, or revoke the clients.
 	SelfContained bool `json:"self_contained,omitempty"`
 	// Blocked: none of its subscriptions lets a request through. It is changed by
 	// block and unblock only.
@@ -300,7 +303,7 @@ type KeyManager struct {
 	Enabled bool `json:"enabled"`
 	// Resident is an issuer of our own: each tenant has one, which comes and goes with it.
 	// Callers cannot create or delete one, nor change more of it than DisplayName, Description,
-	// Enabled and Properties.
+	// Enabled and, if they see all tenants, Properties.
 	Resident bool   `json:"resident"`
 	Iss      string `json:"iss"`
 	// MaxTokenLifetime is the longest from iat to exp of its tokens, in seconds, 1 to
@@ -322,7 +325,8 @@ type KeyManager struct {
 	// TokenType is DIRECT, EXCHANGED or BOTH.
 	TokenType string `json:"token_type"`
 	// Properties are passed on to WSO2's gateways as they are: those that their code knows have
-	// the JSON type that it asserts, and none is null. They are no place for secrets.
+	// the JSON type that it asserts, and none is null. They are no place for secrets. Which keys
+	// and tokens are believed is not theirs to say: see [IsReservedProperty].
 	Properties map[string]any `json:"properties,omitempty"`
 }
 

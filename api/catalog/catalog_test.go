@@ -301,19 +301,24 @@ func TestValidate(t *testing.T) {
 		{"keys at a URL with a query", km(func(k *catalog.KeyManager) { k.JWKSURI = "https://k/jwks?apikey=x" }), "#/jwks_uri"},
 		{"keys at a URL with an empty query", km(func(k *catalog.KeyManager) { k.JWKSURI = "https://k/jwks?" }), "#/jwks_uri"},
 		{"properties as gateways assert them", properties(map[string]any{
-			"self_validate_jwt": true, "enable_oauth_app_creation": false, "grant_types": []string{"password"}, "ServerURL": "https://k",
+			"validation_enable": true, "enable_oauth_app_creation": false, "grant_types": []string{"password"}, "ServerURL": "https://k",
 			"VALIDITY_PERIOD": "3600", "other": []any{1, "x", map[string]any{}},
 		}), ""},
 		{"properties of other types", properties(map[string]any{
-			"self_validate_jwt": "true", "enable_oauth_app_creation": 1, "enable_map_oauth_consumer_apps": "", "enable_token_generation": []any{},
+			"enable_oauth_app_creation": 1, "enable_map_oauth_consumer_apps": "", "enable_token_generation": []any{},
 			"enable_token_hash": map[string]any{}, "enable_token_encryption": "false", "Validation_Enable": nil,
 			"ServerURL": 1, "RevokeURL": true, "token_endpoint": []any{"x"}, "revoke_endpoint": nil, "token_format_string": []any{}, "VALIDITY_PERIOD": 3600,
 		}), "#/properties/RevokeURL #/properties/ServerURL #/properties/VALIDITY_PERIOD #/properties/Validation_Enable " +
 			"#/properties/enable_map_oauth_consumer_apps #/properties/enable_oauth_app_creation #/properties/enable_token_encryption " +
-			"#/properties/enable_token_generation #/properties/enable_token_hash #/properties/revoke_endpoint #/properties/self_validate_jwt " +
+			"#/properties/enable_token_generation #/properties/enable_token_hash #/properties/revoke_endpoint " +
 			"#/properties/token_endpoint #/properties/token_format_string"},
 		{"grant types that are not all strings", properties(map[string]any{"grant_types": []any{"password", 1}}), "#/properties/grant_types"},
 		{"grant types as one string", properties(map[string]any{"grant_types": "password"}), "#/properties/grant_types"},
+		{"properties that say which tokens are believed", properties(map[string]any{
+			"issuer": "x", "self_validate_jwt": true, "Certificate_Type": "PEM", "certificate_value": nil, "jwk\u017f_endpoint": "x",
+			"CONSUMER_\u212aEY_CLAIM": "x", "scopes_claim": "x", "claim_mappings": []any{}, "issuers": "x",
+		}), "#/properties/CONSUMER_%E2%84%AAEY_CLAIM #/properties/Certificate_Type #/properties/certificate_value #/properties/claim_mappings " +
+			"#/properties/issuer #/properties/jwk%C5%BF_endpoint #/properties/scopes_claim #/properties/self_validate_jwt"},
 		{"null at any depth", properties(map[string]any{"a": nil, "b": []any{1, map[string]any{"c/d": nil, "e": []any{nil}}}}),
 			"#/properties/a #/properties/b/1/c~1d #/properties/b/1/e/0"},
 		{"a tenant", &catalog.Tenant{DisplayName: "a\x00b"}, "#/display_name"},

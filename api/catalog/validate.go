@@ -317,8 +317,11 @@ func (c *checker) properties(given map[string]any) {
 	}
 	for _, name := range slices.Sorted(maps.Keys(properties)) {
 		at, value := "properties/"+escape(name), properties[name]
-		known, ok := gatewayTypes[strings.ToLower(name)]
+		known, ok := gatewayTypes[folded(name)]
 		switch {
+		case IsReservedProperty(name):
+			c.add(at, "must be left out: gateways are told what the key manager's own members say")
+			continue
 		case ok && known == aBool && !is[bool](value):
 			c.add(at, "must be true or false")
 			continue
@@ -333,10 +336,26 @@ func (c *checker) properties(given map[string]any) {
 	}
 }
 
-// gatewayTypes are the JSON types that WSO2's gateways assert of properties, by their names
-// in lower case, as a gateway in Go would take them: a value of another type ends its process.
+// reserved are the properties by which WSO2's gateways know an issuer, and where they fetch its
+// keys. Each says what a member of the key manager does, or nothing that a caller may choose.
+var reserved = []string{
+	"issuer", "self_validate_jwt", "certificate_type", "certificate_value", "jwks_endpoint",
+	"consumer_key_claim", "scopes_claim", "claim_mappings",
+}
+
+// IsReservedProperty reports whether a gateway, which may read names without regard to their
+// case, would take name for one of the properties that [KeyManager.Properties] cannot have:
+// issuer, self_validate_jwt, certificate_type, certificate_value, jwks_endpoint,
+// consumer_key_claim, scopes_claim and claim_mappings.
+func IsReservedProperty(name string) bool { return slices.Contains(reserved, folded(name)) }
+
+// folded is name as gateways in Go compare it, to which some letters outside ASCII are the same
+// as one within.
+func folded(name string) string { return strings.ToLower(strings.ToUpper(name)) }
+
+// gatewayTypes are the JSON types that WSO2's gateways assert of properties, by their folded
+// names: a value of another type ends the process of a gateway in Go.
 var gatewayTypes = map[string]propertyType{
-	"self_validate_jwt":              aBool,
 	"enable_oauth_app_creation":      aBool,
 	"enable_map_oauth_consumer_apps": aBool,
 	"enable_token_generation":        aBool,

@@ -33,7 +33,7 @@ var (
 )
 
 // Acceptance says which genuine tokens a receiver accepts as access tokens, besides those that
-// are revoked. The zero value is strict.
+// are revoked. The zero value gives no leeway, and does not look at aud: a gateway sets Audiences.
 type Acceptance struct {
 	// Leeway is added to exp, and nbf and iat may be ahead of now by it. Whole seconds, 0 to
 	// [revocation.MaxLeeway], past which revocations are forgotten; what is outside counts as

@@ -2,9 +2,11 @@ package token
 
 import (
 	"bytes"
+	"crypto/ed25519"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"maps"
 	"slices"
@@ -146,6 +148,49 @@ func FuzzVerify(f *testing.F) {
 		}
 		if got.SigningInput+"."+got.Signature != compact || got.Issuer != "joe" || got.Expiry != 1300819380 {
 			t.Fatalf("%s was read as %+v", compact, got)
+		}
+	})
+}
+
+// FuzzClaimedIssuer checks that a token which the verifier takes for an issuer's is never taken
+// for another's before: who asks that first must neither let it live nor believe it.
+func FuzzClaimedIssuer(f *testing.F) {
+	for _, s := range []string{
+		`{"iss":"https://a"}`, `{"ISS":"https://b","iss":"https://a"}`, `{"iss":"https:\/\/a","exp":1e400}`, `{"\u0069ss":"https://a"}`,
+		`{"iss":"https://b","iss":"https://a"}`, `{"iss":["https://a"]}`, `{"iss":null}`, `[]`, `{}`, ` {"iss" : "https://a"} `,
+		"{\"iss\":\"https://a\",\"\xff\":1}", `{"iss":"https://a"}{}`, `{"iss":"https://a","sub":7}`, `{"iss":"https://b"}`, `{"iss":""}`,
+	} {
+		f.Add([]byte(s))
+	}
+	encode := base64.RawURLEncoding.EncodeToString
+	key := ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize)) // the same in all the processes
+	keys, err := ParseKeySet(fmt.Appendf(nil, `{"keys":[{"kty":"OKP","crv":"Ed25519","kid":"k","alg":"EdDSA","x":%q}]}`,
+		encode(key.Public().(ed25519.PublicKey))))
+	if err != nil {
+		f.Fatal(err)
+	}
+	v := verifier(f, Issuer{Iss: "https://a", Keys: keys})
+	f.Fuzz(func(t *testing.T, payload []byte) {
+		input := encode([]byte(`{"alg":"EdDSA","kid":"k"}`)) + "." + encode(payload)
+		compact := input + "." + encode(ed25519.Sign(key, []byte(input)))
+		claimed, ok := ClaimedIssuer(compact)
+		_, err := v.Verify(t.Context(), compact)
+		switch {
+		case err == nil || errors.Is(err, ErrClaims):
+			if claimed != "https://a" || !ok {
+				t.Fatalf("%q, %t is claimed by a token of https://a", claimed, ok)
+			}
+		case errors.Is(err, ErrMalformed):
+			if claimed != "" || ok {
+				t.Fatalf("%q, %t is claimed by what is malformed", claimed, ok)
+			}
+		case !errors.Is(err, ErrUntrustedIssuer):
+			t.Fatal(err)
+		case claimed == "https://a" || ok != (claimed != ""):
+			t.Fatalf("%q, %t is claimed by a token of somebody else", claimed, ok)
+		}
+		if claimed, ok := ClaimedIssuer(string(payload)); ok != (claimed != "") { // whatever it is
+			t.Fatalf("%q, %t", claimed, ok)
 		}
 	})
 }

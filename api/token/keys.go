@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"math/big"
 	"slices"
+	"strings"
 )
 
 const (
@@ -235,7 +236,8 @@ func parseKey(document string) (Key, error) {
 	if err != nil || operations != nil && !slices.Contains(operations, "verify") {
 		return refused, errors.New("not for signatures: key_ops lacks verify")
 	}
-	key := Key{id: kid, alg: alg}
+	// Clones, since a part of a string keeps all of it: keys live long, their documents need not.
+	key := Key{id: strings.Clone(kid), alg: strings.Clone(alg)}
 	switch kty {
 	case "RSA":
 		key.public, err = rsaKey(members)

@@ -8,6 +8,7 @@ import (
 	"math/big"
 	"strings"
 	"testing"
+	"unsafe"
 
 	"github.com/go-jose/go-jose/v4"
 )
@@ -152,5 +153,21 @@ func TestLeadingZeroOfModulus(t *testing.T) {
 	key, err := set.Key(t.Context(), "", "RS256")
 	if err != nil || !rsaTestKey().PublicKey.Equal(key.public.(*rsa.PublicKey)) {
 		t.Errorf("key = %v, %v", key, err)
+	}
+}
+
+// A key lives on when its document, which may be large, is of no more use.
+func TestKeyDoesNotKeepItsDocument(t *testing.T) {
+	t.Parallel()
+	document := `{"kid":"k1","alg":"EdDSA","kty":"OKP","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}`
+	key, err := parseKey(document)
+	if err != nil || key.id != "k1" || key.alg != "EdDSA" {
+		t.Fatalf("%+v, %v", key, err)
+	}
+	begin := uintptr(unsafe.Pointer(unsafe.StringData(document)))
+	for _, s := range []string{key.id, key.alg} {
+		if at := uintptr(unsafe.Pointer(unsafe.StringData(s))); begin <= at && at < begin+uintptr(len(document)) {
+			t.Errorf("%q is a part of the document", s)
+		}
 	}
 }

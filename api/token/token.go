@@ -143,6 +143,18 @@ func LooksLikeJWT(s string) bool {
 	return dots == 2 || dots > 0 && strings.HasPrefix(s, "eyJ")
 }
 
+// ClaimedIssuer reads the iss of a JWT without verifying anything: it may be anybody's word.
+// It is for those who look at whose token one might be before they pay for its verification.
+// It is false for what [Verifier.Verify] finds [ErrMalformed], and for a token without iss; a
+// token that Verify accepts has the iss that is claimed.
+func ClaimedIssuer(compact string) (iss string, ok bool) {
+	t, _, _, err := parse(compact)
+	if err != nil || t.Issuer == "" {
+		return "", false
+	}
+	return t.Issuer, true
+}
+
 // parse takes compact apart. Claims of a wrong type are reported by claimsErr:
 // they matter only once the signature has shown that the issuer wrote them.
 func parse(compact string) (t *Token, signature []byte, claimsErr, err error) {

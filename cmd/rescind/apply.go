@@ -61,6 +61,11 @@ func runApply(ctx context.Context, args []string, stdout, stderr io.Writer) int 
 		return inv.failed(err)
 	}
 	defer tools.Close()
+	if !*dryRun { // as a service does that starts, where none has yet
+		if err := tools.Catalog.EnsureIssuers(ctx); err != nil {
+			return inv.failed(err)
+		}
+	}
 	have, err := manifest.ReadState(ctx, tools.Pool, want.Tenants())
 	if err != nil {
 		return inv.failed(err)

@@ -26,13 +26,15 @@ and follows within seconds.
   list        shows them: next (published, not used yet), active (signs), retired
               (published until its last token has ended), ended, revoked
   rotate      makes a new key. It is published first and signs once everybody has had
-              the time to read it; until then the key in use goes on
+              the time to read it; until then the key in use goes on. Not while
+              processes of a version before 3 of the schema run: they know no such key
   retire KID  stops a key from signing, now; it is published until its last token
               has ended
 
 For a key that somebody else may have: rotate --compromised KID. That key is used and
-published no longer, all its tokens are revoked for good, and the new key signs at
-once. It asks, unless --yes says that somebody has looked already.
+published no longer, and all its tokens are revoked for good. Another key goes on if
+there is one; else a new one signs at once. It asks, unless --yes says that somebody
+has looked already.
 
 Exit status: 0 done, 1 failed, 2 used wrongly, 3 not confirmed.`
 )
@@ -166,7 +168,7 @@ func compromised(ctx context.Context, tools *app.KeyTools, r sts.Rotation) ([]st
 		return nil, err
 	}
 	lost := slices.DeleteFunc(keys, func(k sts.KeyInfo) bool {
-		return k.State == sts.KeyRevoked || r.Compromised != allKeys && k.KID != r.Compromised
+		return k.State == sts.KeyRevoked || r.Compromised == allKeys && k.State == sts.KeyEnded || r.Compromised != allKeys && k.KID != r.Compromised
 	})
 	if len(lost) == 0 && r.Compromised != allKeys {
 		return nil, fmt.Errorf("--compromised: %s has no key %s that is not revoked yet: see rescind keys list", r.Iss, printable(r.Compromised))
@@ -206,7 +208,7 @@ func tellKeys(w io.Writer, keys []sts.KeyInfo, now time.Time) error {
 		case k.RetiredAt.IsZero() && k.UseFrom.After(now):
 			fmt.Fprintf(&b, "is published, and signs from %s.\n", clock(k.UseFrom, now))
 		case k.RetiredAt.IsZero():
-			b.WriteString("signs from now on.\n")
+			b.WriteString("signs.\n")
 		case k.RetiredAt.After(now):
 			fmt.Fprintf(&b, "signs until %s, and is published until %s, when its last token has ended.\n", clock(k.RetiredAt, now), clock(k.PublishedUntil, now))
 		default:

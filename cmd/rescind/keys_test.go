@@ -48,7 +48,7 @@ func TestTellKeys(t *testing.T) {
 	}{
 		{sts.KeyInfo{State: sts.KeyNext, UseFrom: at.Add(10 * time.Minute)}, "is published, and signs from 12:10:00 UTC."},
 		{sts.KeyInfo{State: sts.KeyNext, UseFrom: at.Add(13 * time.Hour)}, "is published, and signs from 2026-07-02 01:00:00 UTC."},
-		{sts.KeyInfo{State: sts.KeyActive, UseFrom: at}, "signs from now on."},
+		{sts.KeyInfo{State: sts.KeyActive, UseFrom: at}, "signs."},
 		{sts.KeyInfo{State: sts.KeyActive, RetiredAt: at.Add(10 * time.Minute), PublishedUntil: at.Add(time.Hour)},
 			"signs until 12:10:00 UTC, and is published until 13:00:00 UTC, when its last token has ended."},
 		{sts.KeyInfo{State: sts.KeyRetired, RetiredAt: at, PublishedUntil: at.Add(time.Hour)},
@@ -110,7 +110,9 @@ func TestKeysCommand(t *testing.T) {
 		}
 		return keys
 	}
-	w.expect(0, "", "Would end", "revoke", "--client", "c") // makes the issuer and its first key, as the service does
+	w.expect(0, "", "Would end", "revoke", "--client", "c")
+	states() // it makes no key
+	w.expect(0, "RS256 key ", "", "keys rotate")
 	first := states("RS256 active")[0]
 
 	w.expect(0, "ES256 key ", "", "keys rotate", "--algorithm", "ES256", "--reason", "smaller")

@@ -62,7 +62,8 @@ type Deps struct {
 
 // API is the management API of the catalog, and of the audit.
 type API struct {
-	deps Deps
+	deps   Deps
+	audits chan struct{} // has one for each read of the audit that is under way
 }
 
 // New returns the API. Its error names what is missing.
@@ -86,7 +87,7 @@ func New(deps Deps) (*API, error) {
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
-	return &API{deps}, nil
+	return &API{deps: deps, audits: make(chan struct{}, maxAudits)}, nil
 }
 
 // Route is one operation of the API.

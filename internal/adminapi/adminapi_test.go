@@ -394,17 +394,24 @@ func TestKeyManagerOfATenantAdmin(t *testing.T) {
 	w.populate()
 	const at = "/v1/key-managers/2001"
 	body := func(member string) string {
-		return `{"name":"idp","iss":"https://idp.acme.com","max_token_lifetime":600,"enabled":false,"token_type":"BOTH",` + member + `}`
+		return `{"name":"idp","iss":"https://idp.acme.com","max_token_lifetime":600,"enabled":false,"token_type":"BOTH",
+			"jwks_uri":"https://idp.acme.com/jwks",` + member + `}`
 	}
 	before := w.state()
-	a := w.must(400, "acme-admin", "PUT", at, body(`"jwks_uri":"https://10.0.0.1/jwks"`), "If-Match", "*")
-	if !strings.Contains(a.body, `"#/jwks_uri"`) || !strings.Contains(a.body, "those who see all tenants") {
-		t.Errorf("%s", a.body)
+	for _, tt := range []struct{ who, body, pointer, detail string }{
+		{"acme-admin", strings.Replace(body(`"properties":{"a":[1,{"b":"c"}]}`), "//idp.acme.com/jwks", "//10.0.0.1/jwks", 1), "#/jwks_uri", "those who see all tenants"},
+		{"acme-admin", body(`"properties":{"introspection_endpoint":"https://10.0.0.1/"}`), "#/properties", "those who see all tenants"},
+		{"admin", body(`"properties":{"certificate_value":"LS0t"}`), "#/properties/certificate_value", "must be left out"},
+	} {
+		a := w.must(400, tt.who, "PUT", at, tt.body, "If-Match", "*")
+		if !strings.Contains(a.body, `"`+tt.pointer+`"`) || !strings.Contains(a.body, tt.detail) {
+			t.Errorf("%s: %s", tt.pointer, a.body)
+		}
 	}
 	if diff := cmp.Diff(before, w.state()); diff != "" {
 		t.Errorf("it has changed something:\n%s", diff)
 	}
-	w.must(200, "acme-admin", "PUT", at, body(`"jwks_uri":"https://idp.acme.com/jwks"`), "If-Match", "*")
+	w.must(200, "acme-admin", "PUT", at, body(`"properties":{"a":[1,{"b":"c"}]}`), "If-Match", "*")
 }
 
 // The table of bad input: each is a clear problem, and nothing has changed.

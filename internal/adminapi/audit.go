@@ -22,8 +22,16 @@ var auditFilters = []string{
 	paramTenant, paramActor, paramAction, paramSubject, paramIss, paramEntityID, paramRequestID, paramFrom, paramTo,
 }
 
-// auditTimeout bounds a read of the audit, which may be of all of it.
-const auditTimeout = 10 * time.Second
+const (
+	// auditTimeout bounds a read of the audit, which may be of all of it.
+	auditTimeout = 10 * time.Second
+	// maxAudits is how many such reads the database has to bear from a process. Others wait up to
+	// auditWait for their turn.
+	maxAudits = 2
+	auditWait = time.Second
+	// auditRetry is when one that had no turn is asked to come again.
+	auditRetry = 5 * time.Second
+)
 
 var errAuditTimeout = errors.New("the audit was read for " + auditTimeout.String())
 
@@ -94,8 +102,20 @@ func (a *API) audit(w http.ResponseWriter, r *http.Request) error {
 	return rest.WritePage(w, r, name, items, next)
 }
 
-// readAudit says what to do where the records are too many to be looked through.
+// readAudit says what to do where the records are too many to be looked through, or others look
+// through them.
 func (a *API) readAudit(ctx context.Context, f ledger.AuditFilter, before int64, limit int) ([]ledger.AuditRecord, error) {
+	select {
+	case a.audits <- struct{}{}:
+		defer func() { <-a.audits }()
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	case <-time.After(auditWait):
+		return nil, &rest.Problem{
+			Status: http.StatusServiceUnavailable, RetryAfter: auditRetry,
+			Detail: "Others are looking through the audit, which is much work. Sending the same request again is safe.",
+		}
+	}
 	ctx, cancel := context.WithTimeoutCause(ctx, auditTimeout, errAuditTimeout)
 	defer cancel()
 	records, err := a.deps.Audit.AuditPage(ctx, f, before, limit)

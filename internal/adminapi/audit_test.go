@@ -142,19 +142,75 @@ func TestAudit(t *testing.T) {
 	}
 }
 
-// endless is an audit that is never looked through.
-type endless struct{ asked ledger.AuditFilter }
+// endless is an audit that is never looked through, even by several at once.
+type endless struct{}
 
-func (e *endless) AuditPage(ctx context.Context, f ledger.AuditFilter, _ int64, _ int) ([]ledger.AuditRecord, error) {
-	e.asked = f
+func (endless) AuditPage(ctx context.Context, _ ledger.AuditFilter, _ int64, _ int) ([]ledger.AuditRecord, error) {
 	<-ctx.Done()
 	return nil, ctx.Err()
+}
+
+// asked is an endless audit that says what it was last asked for.
+type asked struct {
+	endless
+	filter ledger.AuditFilter
+}
+
+func (a *asked) AuditPage(ctx context.Context, f ledger.AuditFilter, before int64, limit int) ([]ledger.AuditRecord, error) {
+	a.filter = f
+	return a.endless.AuditPage(ctx, f, before, limit)
+}
+
+// Few look through the audit at once. Who does not get a turn soon is told when to come again.
+func TestFewReadTheAudit(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		api, err := New(Deps{
+			Catalog: new(store.Store), State: &state{replica: replica.New(replica.Config{})}, Audit: endless{},
+			Accounts: one{Role: rest.Admin}, Idempotency: new(rest.Answers),
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		router := chi.NewRouter()
+		api.Routes(router)
+		read := func(ctx context.Context) (took time.Duration, rec *httptest.ResponseRecorder) {
+			began := time.Now()
+			rec = httptest.NewRecorder()
+			router.ServeHTTP(rec, httptest.NewRequestWithContext(ctx, "GET", "/v1/audit", nil))
+			return time.Since(began), rec
+		}
+		first, leave := context.WithCancel(t.Context())
+		go read(first)
+		go read(t.Context())
+		synctest.Wait()
+		took, rec := read(t.Context())
+		if took != auditWait || rec.Code != 503 || rec.Header().Get("Retry-After") != "5" || !strings.Contains(rec.Body.String(), "Others") {
+			t.Errorf("%d after %s, Retry-After %q: %s", rec.Code, took, rec.Header().Get("Retry-After"), rec.Body)
+		}
+		time.AfterFunc(auditWait/2, leave)
+		took, rec = read(t.Context())
+		if took != auditWait/2+auditTimeout || rec.Header().Get("Retry-After") != "" || !strings.Contains(rec.Body.String(), "from and to") {
+			t.Errorf("%d after %s, want that it had its turn: %s", rec.Code, took, rec.Body)
+		}
+		gone, leave := context.WithTimeout(t.Context(), auditWait/2)
+		defer leave()
+		go read(t.Context())
+		go read(t.Context())
+		synctest.Wait()
+		if took, rec = read(gone); took != auditWait/2 || strings.Contains(rec.Body.String(), "Others") {
+			t.Errorf("%d after %s, want that it went away: %s", rec.Code, took, rec.Body)
+		}
+		if took, _ = read(t.Context()); took != auditWait {
+			t.Errorf("who went away has left a turn: %s", took)
+		}
+	})
 }
 
 func TestAuditIsNotReadForEver(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		audit := &endless{}
+		audit := &asked{}
 		api, err := New(Deps{
 			Catalog: new(store.Store), State: &state{replica: replica.New(replica.Config{})}, Audit: audit,
 			Accounts: one{Role: rest.Admin}, Idempotency: new(rest.Answers),
@@ -177,8 +233,8 @@ func TestAuditIsNotReadForEver(t *testing.T) {
 		if took := time.Since(began); took != auditTimeout || rec.Code != 503 || p.Status != 503 || !strings.Contains(p.Detail, "from and to") {
 			t.Errorf("%d after %s: %s", rec.Code, took, rec.Body)
 		}
-		if want := time.Date(2026, 11, 20, 21, 10, 0, 5e8, time.UTC); !audit.asked.To.Equal(want) || audit.asked.Tenants != nil {
-			t.Errorf("asked for %+v", audit.asked)
+		if want := time.Date(2026, 11, 20, 21, 10, 0, 5e8, time.UTC); !audit.filter.To.Equal(want) || audit.filter.Tenants != nil {
+			t.Errorf("asked for %+v", audit.filter)
 		}
 		// Who goes away earlier gets no advice.
 		ctx, leave := context.WithCancel(t.Context())

@@ -126,14 +126,21 @@ func (b *clientBody) registration(secret string) (*authn.Registration, error) {
 		GrantTypes: b.GrantTypes, TokenTyp: b.TokenTyp, ResourceAudiences: b.ResourceAudiences,
 		RevokeByJTI: b.RevokeByJTI, RevokeOpaque: b.RevokeOpaque, RevokeQuota: b.RevokeQuota,
 	}
-	if b.JWKS != nil {
-		set, err := json.Marshal(b.JWKS)
-		if err != nil {
-			return nil, fmt.Errorf("encode jwks: %w", err)
-		}
-		r.JWKS = string(set)
+	var err error
+	r.JWKS, err = keySet(b.JWKS)
+	return r, err
+}
+
+// keySet is the document of a member jwks, empty when it is left out.
+func keySet(jwks map[string]json.RawMessage) (string, error) {
+	if jwks == nil {
+		return "", nil
 	}
-	return r, nil
+	set, err := json.Marshal(jwks)
+	if err != nil {
+		return "", fmt.Errorf("encode jwks: %w", err)
+	}
+	return string(set), nil
 }
 
 // secretOnce is what is said about a secret, in the one answer that has it.
@@ -210,11 +217,17 @@ func (b *keyBody) client() (*authn.Registration, error) {
 
 func (a *API) rotateKey(w http.ResponseWriter, r *http.Request) error {
 	var b struct {
-		ConsumerSecret string `json:"consumer_secret"`
-		EndPrevious    bool   `json:"end_previous"`
-		RevokeTokens   *bool  `json:"revoke_tokens"`
+		ConsumerSecret string                     `json:"consumer_secret"`
+		JWKS           map[string]json.RawMessage `json:"jwks"`
+		EndPrevious    bool                       `json:"end_previous"`
+		RevokeTokens   *bool                      `json:"revoke_tokens"`
 	}
 	if err := optional(w, r, &b); err != nil {
+		return err
+	}
+	rotation := authn.Rotation{Secret: b.ConsumerSecret, EndPrevious: b.EndPrevious}
+	var err error
+	if rotation.JWKS, err = keySet(b.JWKS); err != nil {
 		return err
 	}
 	version, err := anyVersion(r)
@@ -225,12 +238,12 @@ func (a *API) rotateKey(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return err
 	}
-	// Who ends the previous secret at once believes that others have it.
+	// Who ends at once what was good before believes that others have it.
 	revoke := b.EndPrevious
 	if b.RevokeTokens != nil {
 		revoke = *b.RevokeTokens
 	}
-	mapping, credentials, err := a.deps.Catalog.RotateKey(r.Context(), caller(w, r), e.Base().UUID, version, b.ConsumerSecret, b.EndPrevious, revoke)
+	mapping, credentials, err := a.deps.Catalog.RotateKey(r.Context(), caller(w, r), e.Base().UUID, version, rotation, revoke)
 	if err != nil {
 		return ofSecret(err)
 	}

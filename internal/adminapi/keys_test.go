@@ -1,6 +1,7 @@
 package adminapi
 
 import (
+	"encoding/json"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
@@ -204,6 +205,73 @@ WHERE c.client_id = $1`, tt.key, tt.want).Scan(&same, &got)
 			t.Errorf("%s is registered with %s, want %s: %v", tt.key, got, tt.want, err)
 		}
 	}
+}
+
+// The keys of a client that proves itself with keys, given once more.
+func TestRotateJWKS(t *testing.T) {
+	t.Parallel()
+	w := &transcript{world: newWorld(t)}
+	w.populate()
+	const (
+		who  = "acme-admin"
+		jwt  = keysOfApplication + "/73000000-0000-4000-8000-000000000001"
+		post = keysOfApplication + "/73000000-0000-4000-8000-000000000002"
+		one  = `{"kid":"k1","kty":"EC","crv":"P-256","x":"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU","y":"x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"}`
+		two  = `{"kid":"k2","kty":"OKP","crv":"Ed25519","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}`
+	)
+	for at, client := range map[string]string{
+		jwt:  `"consumer_key":"jwt","auth_method":"private_key_jwt","jwks":{"keys":[` + one + `]}`,
+		post: `"consumer_key":"post"`,
+	} {
+		w.must(201, who, "POST", keysOfApplication, `{"uuid":"`+at[strings.LastIndexByte(at, '/')+1:]+`","key_manager":"idp",`+client+`}`)
+	}
+	stored := func() (set string) {
+		t.Helper()
+		if err := w.pool.QueryRow(t.Context(), `SELECT jwks::text FROM rescind.clients WHERE client_id = 'jwt'`).Scan(&set); err != nil {
+			t.Fatal(err)
+		}
+		return set
+	}
+	before, begin := w.state(), len(w.events(0))
+	refused := func(at, body string) {
+		t.Helper()
+		if a := w.do(who, "POST", at+"/rotate", body); a.status != 400 {
+			t.Errorf("%s: status %d, want 400", body, a.status)
+		}
+	}
+	refused(jwt, "")
+	refused(jwt, `{"jwks":null,"end_previous":true}`)
+	refused(jwt, `{"consumer_secret":"s","jwks":{"keys":[`+two+`]}}`)
+	refused(jwt, `{"jwks":{"keys":[`+one+`,{"kty":"oct","k":"eHh4"}]}}`)
+	refused(jwt, `{"jwks":{}}`)
+	refused(jwt, `{"jwks":[`+one+`]}`)
+	refused(post, `{"jwks":{"keys":[`+one+`]}}`)
+	if diff := cmp.Diff(before, w.state()); diff != "" {
+		t.Errorf("what was refused has changed something:\n%s", diff)
+	}
+	rotate := func(body string, events int, kids ...string) {
+		t.Helper()
+		a := w.do(who, "POST", jwt+"/rotate", body)
+		if got := w.events(begin); a.status != 200 || len(got) != events || events == 1 && got[0] != "revocation.client jwt" {
+			t.Errorf("%s: status %d, events %q, want %d", body, a.status, got, events)
+		}
+		begin += events
+		var set struct{ Keys []struct{ KID string } }
+		if err := json.Unmarshal([]byte(stored()), &set); err != nil {
+			t.Fatal(err)
+		}
+		var got []string
+		for _, k := range set.Keys {
+			got = append(got, k.KID)
+		}
+		if !slices.Equal(got, kids) {
+			t.Errorf("%s: the keys are %q, want %q", body, got, kids)
+		}
+	}
+	rotate(`{"jwks":{"keys":[`+one+`,`+two+`]}}`, 0, "k1", "k2")
+	rotate(`{"jwks":{"keys":[`+two+`]},"end_previous":true,"revoke_tokens":false}`, 0, "k2")
+	rotate(`{"jwks":{"keys":[`+one+`]},"end_previous":true}`, 1, "k1")
+	w.golden("rotatejwks")
 }
 
 func TestTooManyKeys(t *testing.T) {

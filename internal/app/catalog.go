@@ -74,12 +74,7 @@ func newCatalogTools(ctx context.Context, cfg Config, pool *pgxpool.Pool, log *s
 	if err != nil {
 		return nil, err
 	}
-	entities := store.New(catalogConfig(cfg), pool, l, accounts, log)
-	// Where no service has started yet, the catalog must be what one would find.
-	if err := entities.EnsureIssuers(ctx); err != nil {
-		return nil, err
-	}
-	return &CatalogTools{Pool: pool, Catalog: entities, Accounts: accounts, ledger: l}, nil
+	return &CatalogTools{Pool: pool, Catalog: store.New(catalogConfig(cfg), pool, l, accounts, log), Accounts: accounts, ledger: l}, nil
 }
 
 // witness is how far etcd says that the log once was, nil if it does not say or is no

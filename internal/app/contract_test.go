@@ -158,11 +158,11 @@ func TestServiceKeepsOpenAPI(t *testing.T) {
 			continue // what catches paths that are written otherwise, or are not there
 		}
 		for _, method := range methods {
-			if len(methods) > len(doc.Paths.Find(route).Operations())+4 && doc.Paths.Find(route).GetOperation(method) == nil {
-				continue // it takes every method, to refuse in its own words
-			}
 			if method == http.MethodHead {
 				continue // as said for all of them
+			}
+			if route == "/v1/revocations/{id}" && method != http.MethodGet && method != http.MethodDelete {
+				continue // refused as DELETE is
 			}
 			if item := doc.Paths.Find(route); item == nil || item.GetOperation(method) == nil {
 				t.Errorf("%s %s is a route and not in openapi.yaml", method, route)
@@ -285,7 +285,7 @@ func (k *keeper) visitRevocations(w *world) {
 		k.t.Fatal(err)
 	}
 	post(`{"kind":"tenant","tenant":"issuer.example","dry_run":true}`, 200)
-	post(`{"items":[{"jti":"at-9"},{"sub":"u-1"},{"sid":"s-1"},{"kid":"k-1"},{"client_id":"own-1"},{"tenant":"issuer.example"},{"iss":"`+idpISS+`","token":"opaque"}]}`, 202)
+	post(`{"items":[{"jti":"at-9"},{"sub":"u-1"},{"sid":"s-1"},{"kid":"rsa-1","iss":"`+idpISS+`"},{"client_id":"own-1"},{"tenant":"issuer.example"},{"iss":"`+idpISS+`","token":"opaque"}]}`, 202)
 	post(`{"items":[{"token":"`+accessToken("at-10")+`"}],"dry_run":true}`, 200)
 	post(`{"kind":"client"}`, 400)
 	post(`{"kind":"client","client_id":"own-1","sub":"u-1"}`, 400)

@@ -120,7 +120,7 @@ func (v *issuers) refresh() {
 // issuer is a key manager as the verifier knows it. Its remote keys go into kept.
 func (v *issuers) issuer(m *catalog.KeyManager, kept map[string]remoteKeys) token.Issuer {
 	if configured, ok := v.configured[m.Iss]; ok {
-		configured.Tenant = m.Tenant
+		configured.Tenant, configured.MaxLifetime = m.Tenant, time.Duration(m.MaxTokenLifetime)*time.Second
 		return configured
 	}
 	if m.Resident {

@@ -2,7 +2,7 @@ package app
 
 import (
 	"bytes"
-	"cmp"
+
 	"context"
 	"encoding/base64"
 	"errors"
@@ -42,6 +42,8 @@ type public struct {
 	state    *follow.Follower
 	callers  *authn.Authenticator
 	entities *store.Store
+	ledger   *ledger.Ledger
+	remember bool
 	log      *slog.Logger
 }
 
@@ -71,6 +73,9 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 	if err := entities.Announce(ctx); err != nil {
 		return nil, err
 	}
+	if err := entities.EnsureIssuers(ctx); err != nil { // of tenants that were not announced before
+		return nil, err
+	}
 	if err := l.SetRemembering(ctx, cfg.RememberTokens); err != nil {
 		return nil, err
 	}
@@ -88,7 +93,8 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 	if err != nil {
 		return nil, err
 	}
-	p := &public{issuers: newIssuers(trusted, cfg.KeySetNetworks, own, state, log), state: state, callers: callers, entities: entities, log: log}
+	p := &public{issuers: newIssuers(trusted, cfg.KeySetNetworks, own, state, log), state: state, callers: callers, entities: entities,
+		ledger: l, remember: cfg.RememberTokens, log: log}
 
 	repeats := rest.NewIdempotencyStore(pool, keys)
 	admin, err := adminapi.New(adminapi.Deps{Catalog: entities, Accounts: callers, Idempotency: repeats, State: state, Audit: l})
@@ -122,7 +128,7 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 	p.drain = reads.Close
 	p.handler, err = httpapi.New(httpConfig(cfg), httpapi.Deps{
 		Clients: callers, Verifier: p.issuers, Ledger: l,
-		Introspection: introspection, Tenant: own.HasTenant,
+		Introspection: introspection, Tenant: own.CheckTenant,
 		Routes: []func(chi.Router){own.Routes, admin.Routes, revocations.Routes, reads.Routes, hub.Routes},
 		Remote: callers.Remote, Registerer: reg, Log: log,
 	})
@@ -203,8 +209,8 @@ func changedClient(f follow.Frame) (iss, consumerKey string, ok bool) {
 	return mapping.Iss, mapping.ConsumerKey, true
 }
 
-// announceEvery is how long rows that a process of the schema before makes may be
-// unknown to gateways while processes are being replaced.
+// announceEvery is how long what a process of the schema before makes may be unknown to
+// gateways while processes are being replaced.
 const announceEvery = time.Minute
 
 // announce tells of rows that have no event yet, until ctx ends.
@@ -217,9 +223,11 @@ func (p *public) announce(ctx context.Context) error {
 		case <-ctx.Done():
 			return nil
 		}
-		// A process of the schema before makes tenants without an issuer.
-		if err := cmp.Or(p.entities.EnsureIssuers(ctx), p.entities.Announce(ctx)); err != nil && ctx.Err() == nil {
-			p.log.Warn("what an older process made could not be announced, it is tried again", "in", announceEvery, "error", err)
+		// A process of the schema before makes tenants without an issuer, and one that is
+		// configured otherwise remembers no tokens.
+		err := errors.Join(p.entities.Announce(ctx), p.entities.EnsureIssuers(ctx), p.ledger.SetRemembering(ctx, p.remember))
+		if err != nil && ctx.Err() == nil {
+			p.log.Warn("what other processes do otherwise could not be made up for, it is tried again", "in", announceEvery, "error", err)
 		}
 	}
 }

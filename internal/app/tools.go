@@ -62,15 +62,8 @@ func newCommandRevoker(ctx context.Context, cfg Config, tools *CatalogTools, log
 	if err := follower.Load(ctx); err != nil {
 		return nil, err
 	}
-	keys, err := masterKeys(cfg)
-	if err != nil {
-		return nil, err
-	}
 	loaded := loadedState{follower.Replica()}
-	own, err := sts.New(ctx, sts.Config{Issuer: cfg.Issuer, State: loaded}, tools.Pool, keys, tools.Accounts, log)
-	if err != nil {
-		return nil, err
-	}
+	own := sts.NewVerifier(tools.Pool, log)
 	trusted, err := registeredIssuers(ctx, cfg, loaded, log)
 	if err != nil {
 		return nil, err

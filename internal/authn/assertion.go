@@ -16,6 +16,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/jackc/pgx/v5"
+
 	"github.com/rescindhq/rescind/api/token"
 )
 
@@ -73,12 +75,17 @@ func newAssertionVerifier(clientID, jwks string) (*token.Verifier, error) {
 type once struct {
 	clientID string
 	jti      [sha256.Size]byte
-	until    time.Time // from then on it is not right anyway
+	until    int64 // in Unix seconds: from then on it is not right anyway
 }
 
 // verifyAssertion checks all of RFC 7523 section 3 but whether the assertion was used
-// before. Whoever is refused has cost one verification of a signature, be there such a
-// client, have it such a key, or not.
+// before. What is well-formed and of an allowed algorithm costs one verification of its
+// signature, be there such a client, have it such a key, or not.
+//
+// One of another length than its key makes is refused at once, by the client's key and by the
+// decoy alike, which are of one size for all algorithms but RSA. There the decoy has 2048 bits,
+// as most keys have. Of a larger one, who measures the time can find out the size, and so that
+// there is such a client: ids are no secrets.
 func (a *Authenticator) verifyAssertion(row *clientRow, cred credentials) (*once, *OAuthError) {
 	ctx := context.Background() // the keys are in memory
 	err := errors.New("the client is not registered with keys")
@@ -122,7 +129,7 @@ func (a *Authenticator) verifyAssertion(row *clientRow, cred credentials) (*once
 	if wrong != "" {
 		return nil, because("the assertion is not acceptable: " + wrong)
 	}
-	return &once{cred.id, sha256.Sum256([]byte(t.ID)), time.Unix(t.Expiry+leeway, 0)}, nil
+	return &once{cred.id, sha256.Sum256([]byte(t.ID)), t.Expiry + leeway}, nil
 }
 
 // because is errClient with a cause for the log.
@@ -145,22 +152,115 @@ func (a *Authenticator) isAssertionAudience(aud, iss string) bool {
 	return ours(aud) || ok && a.cfg.LegacyAssertionAudience && ours(endpointOf)
 }
 
-// Assertions that have expired by the database's clock are refused, since those are what it
-// forgets: rescind.trim_issued_tokens.
-const useUpSQL = `
-INSERT INTO rescind.client_assertions (client_id, jti, expires_at)
-SELECT $1::text, $2::bytea, $3::timestamptz WHERE $3 > clock_timestamp()
-ON CONFLICT DO NOTHING`
+// use is a wait for an assertion to be used up.
+type use struct {
+	once
+	done  chan struct{}
+	fresh bool // no other use was before
+	err   error
+}
 
-// useUpAssertion is true for one call with o in all processes.
+// uses collects assertions while others are being used up. However many there are, they take
+// one connection, and commits by the batch.
+type uses struct {
+	mu      sync.Mutex
+	waiting []*use
+	running bool // somebody takes what waits
+}
+
+// join adds u to those that wait. If nobody takes them, it is for the caller to see to that.
+func (q *uses) join(u *use) (alone bool) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.waiting = append(q.waiting, u)
+	alone = !q.running
+	q.running = true
+	return alone
+}
+
+// take returns all that wait. With none, its caller is to stop taking.
+func (q *uses) take() []*use {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	batch := q.waiting
+	q.waiting = nil
+	q.running = len(batch) > 0
+	return batch
+}
+
+// leave keeps u from being taken, unless it was.
+func (q *uses) leave(u *use) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	if i := slices.Index(q.waiting, u); i >= 0 {
+		q.waiting = slices.Delete(q.waiting, i, i+1)
+	}
+}
+
+// useUpAssertion is true for one call with o in all processes. After an error, o may have been
+// used up or not.
 func (a *Authenticator) useUpAssertion(ctx context.Context, o *once) (bool, error) {
 	ctx, cancel := context.WithTimeout(ctx, a.cfg.LookupTimeout)
 	defer cancel()
-	tag, err := a.pool.Exec(ctx, useUpSQL, o.clientID, o.jti[:], o.until)
-	if err != nil {
-		return false, fmt.Errorf("use up client assertion: %w", err)
+	u := &use{once: *o, done: make(chan struct{})}
+	if a.uses.join(u) {
+		go a.useUpWaiting() // for all who wait, so nobody's ctx ends it
 	}
-	return tag.RowsAffected() == 1, nil
+	select {
+	case <-u.done:
+		return u.fresh, u.err
+	case <-ctx.Done():
+		a.uses.leave(u)
+		return false, fmt.Errorf("use up client assertion: %w", context.Cause(ctx))
+	}
+}
+
+func (a *Authenticator) useUpWaiting() {
+	for batch := a.uses.take(); len(batch) > 0; batch = a.uses.take() {
+		fresh, err := a.useUpAll(batch)
+		for _, u := range batch {
+			u.fresh, u.err = fresh[u.once], err
+			delete(fresh, u.once) // of two that are the same, one counts
+			close(u.done)
+		}
+	}
+}
+
+// Assertions that have expired by the database's clock are refused, since those are what it
+// forgets: rescind.trim_issued_tokens. They are in order, so that two processes with the same
+// ones cannot deadlock.
+const useUpSQL = `
+INSERT INTO rescind.client_assertions (client_id, jti, expires_at)
+SELECT client_id, jti, to_timestamp(until)
+FROM unnest($1::text[], $2::bytea[], $3::bigint[]) AS used (client_id, jti, until)
+WHERE to_timestamp(until) > clock_timestamp()
+ORDER BY jti, client_id
+ON CONFLICT DO NOTHING
+RETURNING client_id, jti, extract(epoch FROM expires_at)::bigint`
+
+// useUpAll returns those of a batch that were not used before.
+func (a *Authenticator) useUpAll(batch []*use) (fresh map[once]bool, err error) {
+	ctx, cancel := context.WithTimeout(context.Background(), a.cfg.LookupTimeout)
+	defer cancel()
+	ids, jtis, untils := make([]string, len(batch)), make([][]byte, len(batch)), make([]int64, len(batch))
+	for i, u := range batch {
+		ids[i], jtis[i], untils[i] = u.clientID, u.jti[:], u.until
+	}
+	fresh = make(map[once]bool, len(batch))
+	rows, err := a.pool.Query(ctx, useUpSQL, ids, jtis, untils)
+	if err == nil {
+		var o once
+		var jti []byte
+		_, err = pgx.ForEachRow(rows, []any{&o.clientID, &jti, &o.until}, func() error {
+			o.jti = [sha256.Size]byte(jti)
+			fresh[o] = true
+			return nil
+		})
+	}
+	if err != nil {
+		return nil, fmt.Errorf("use up client assertions: %w", err)
+	}
+	return fresh, nil
 }
 
 // anyKey is a key set that does not mind which of its keys is asked for.

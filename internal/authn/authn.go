@@ -18,7 +18,8 @@
 // steps and get the same answer.
 //
 // An assertion is accepted once, whichever process it is sent to, and only if that is on
-// disk: so it gets 503 when the database is away, even if its client was seen.
+// disk: so it gets 503 when the database is away, even if its client was seen. It may count as
+// used then, and when an answer is lost: to ask again takes a new one.
 //
 // # Decisions
 //
@@ -31,7 +32,8 @@
 // never for a client id alone: a thief must not lock the owner out of revoking.
 // For the same reason an id that has proved itself at an address is spared what
 // others fail there: behind one proxy or NAT all have one address. The throttle is asked
-// before a signature is verified: that costs as much as a hundred secrets.
+// before a signature is verified: that costs as much as a hundred secrets. A Bearer token says
+// nothing of its sender before that, so it counts for the address alone.
 package authn
 
 import (
@@ -69,12 +71,14 @@ type Config struct {
 	// one wait for a place to hash a password. Default 2s, 100ms to 30s.
 	LookupTimeout time.Duration
 	// MaxLookups is how many questions to the database run at a time: callers
-	// nobody knows must not take all its connections. Default 4, 1 to 100.
+	// nobody knows must not take all its connections. Assertions, of clients that are
+	// known, are used up through one more. Default 4, 1 to 100.
 	MaxLookups int
 	// CacheSize is how many clients are remembered, how many key mappings, and how
-	// many accounts, known and unknown ones together. A client takes about 1 KiB, and who
-	// has more clients than this at work asks the database for each request. Default
-	// 50000, 100 to 10000000.
+	// many accounts, known and unknown ones together. A client takes about 1 KiB, with
+	// private_key_jwt about 3 KiB, and 16 KiB with ten keys of 8192 bits; who has more
+	// clients than this at work asks the database for each request. Default 50000, 100
+	// to 10000000.
 	CacheSize int
 	// AddressFailures is how many failures an address may make at once, and
 	// CallerFailures how many for one client id or user name; after that, one a
@@ -142,6 +146,7 @@ type Authenticator struct {
 	verified *passwords
 
 	decoy token.KeySet // verifies nothing of anybody
+	uses  uses
 	// useUp is useUpAssertion, but where a test has no database.
 	useUp func(context.Context, *once) (bool, error)
 }

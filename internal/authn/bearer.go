@@ -17,8 +17,8 @@ const badBearer = "*"
 // nobody's token either: the endpoint answers both alike. A Bearer token with a client_id or
 // credentials of a client is 400.
 //
-// The throttle neither counts nor holds up Bearer tokens: who sends them has not guessed at
-// a client's secret, and they get nobody past it. To verify them costs what the endpoint spends.
+// A Bearer token is 429 from an address that has used up its failures. The endpoint counts those
+// of Bearer tokens with [Authenticator.BearerFailed].
 func (a *Authenticator) FormOrBearer(w http.ResponseWriter, r *http.Request, known ...string) (client Client, bearer string, form url.Values, err error) {
 	cred, form, err := readRequest(w, r, known)
 	if err != nil {
@@ -28,12 +28,23 @@ func (a *Authenticator) FormOrBearer(w http.ResponseWriter, r *http.Request, kno
 		if cred.id != "" {
 			return Client{}, "", nil, errMechanisms
 		}
+		if a.throttle.addressThrottled(bucket(a.Remote(r))) {
+			a.count(errThrottled)
+			return Client{}, "", nil, errThrottled
+		}
 		return Client{}, cred.secret, form, nil
 	}
 	if client, err = a.authenticate(w, r, cred); err != nil {
 		return Client{}, "", nil, err
 	}
 	return client, "", form, nil
+}
+
+// BearerFailed counts the Bearer token of r as a failure of r's address. It is called for one
+// that was refused, but not for a genuine one that lacks a scope.
+func (a *Authenticator) BearerFailed(r *http.Request) {
+	a.throttle.addressFailed(bucket(a.Remote(r)))
+	a.count(errClient)
 }
 
 // parseBearer reads the Authorization field of RFC 6750 section 2.1. It is false for another

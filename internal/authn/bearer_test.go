@@ -73,27 +73,45 @@ func TestFormOrBearer(t *testing.T) {
 	}
 }
 
-// Bearer tokens are neither guesses, nor a way past what guesses have used up.
-func TestBearerIsApartFromTheThrottle(t *testing.T) {
+// Bearer tokens that were refused count for their address, and wait when it has used up its
+// failures.
+func TestThrottleOfBearers(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		m := newMemory(t, Config{AddressFailures: 2})
+		m := newMemory(t, Config{AddressFailures: 3, TrustedProxies: prefixes("192.0.2.0/24")})
+		send := func(from, authorization string) int {
+			r := postForm("", "Authorization", authorization, "X-Forwarded-For", from)
+			w, _, bearer := m.answerOrBearer(r)
+			if w.Code == 200 && bearer == "bad" {
+				m.BearerFailed(r)
+			}
+			if w.Code != 200 {
+				checkError(t, w, "")
+			}
+			return w.Code
+		}
+		check := func(what, from, authorization string, want int) {
+			t.Helper()
+			if got := send(from, authorization); got != want {
+				t.Errorf("%s: status %d, want %d", what, got, want)
+			}
+		}
+		const thief, elsewhere = "198.51.100.7", "198.51.100.8"
+		check("who has proved itself there", thief, basicOne, 200)
 		for range 10 {
-			if w, _, bearer := m.answerOrBearer(postForm("", "Authorization", "Bearer x")); w.Code != 200 || bearer != "x" {
-				t.Fatalf("status %d, bearer %q", w.Code, bearer)
-			}
+			check("a good one", thief, "Bearer good", 200)
 		}
-		for _, want := range []int{401, 401, 429} {
-			if w, _, _ := m.answerOrBearer(postForm("", "Authorization", basicWrong)); w.Code != want {
-				t.Errorf("status %d for a guess, want %d", w.Code, want)
-			}
-		}
-		if w, _, _ := m.answerOrBearer(postForm("", "Authorization", "Bearer x")); w.Code != 200 {
-			t.Errorf("status %d for a token where others have guessed, want 200", w.Code)
-		}
-		if w, _, _ := m.answerOrBearer(postForm("", "Authorization", basicTwo)); w.Code != 429 {
-			t.Errorf("status %d for credentials after it, want 429", w.Code)
-		}
+		check("a guess at a secret", thief, basicWrong, 401)
+		check("a bad one", thief, "Bearer bad", 200)
+		check("another", thief, "Bearer bad", 200)
+		check("one too many", thief, "Bearer bad", 429)
+		check("a good one then", thief, "Bearer good", 429)
+		check("a client of its own", thief, basicTwo, 429)
+		check("who has proved itself there, then", thief, basicOne, 200)
+		check("a good one from elsewhere", elsewhere, "Bearer good", 200)
+		time.Sleep(time.Second)
+		check("a second later", thief, "Bearer bad", 200)
+		check("another a second later", thief, "Bearer good", 429)
 	})
 }
 

@@ -97,7 +97,8 @@ func (a *Authenticator) identify(r *http.Request, cred credentials) (Client, err
 		case err != nil:
 			return Client{}, lookupError(ctx, err)
 		case !fresh:
-			return Client{}, a.refuse(who, because("the assertion was used before, or has expired by the database's clock"))
+			// No guess, so not counted: whoever sends it has, or had, what proves the client.
+			return Client{}, because("the assertion was used before, or has expired by the database's clock")
 		}
 	}
 	if !row.client.Public {

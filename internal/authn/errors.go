@@ -44,11 +44,12 @@ func (e *OAuthError) Error() string {
 
 func (e *OAuthError) Unwrap() error { return e.Cause }
 
-// Unavailable is a 503 that invites the caller to try again later.
+// Unavailable is a 503 that invites the caller to try again later. An assertion that came with
+// the request may be used up.
 func Unavailable(retryAfter time.Duration, cause error) *OAuthError {
 	return &OAuthError{
 		Status: http.StatusServiceUnavailable, Code: TemporarilyUnavailable,
-		Description: "This cannot be done now. Sending the same request again is safe.",
+		Description: "This cannot be done now. Sending the request again is safe, with a new client assertion if it has one.",
 		RetryAfter:  retryAfter, Cause: cause,
 	}
 }

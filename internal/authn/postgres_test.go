@@ -82,9 +82,9 @@ func (a *Authenticator) store(ctx context.Context, mapping int32, r Registration
 	return cred, err
 }
 
-func (a *Authenticator) rotate(ctx context.Context, id, given string, endPrevious bool) (secret string, err error) {
+func (a *Authenticator) rotate(ctx context.Context, id string, r Rotation) (secret string, err error) {
 	err = pgx.BeginFunc(ctx, a.pool, func(tx pgx.Tx) error {
-		secret, err = a.RotateClient(ctx, tx, id, given, endPrevious)
+		secret, err = a.RotateClient(ctx, tx, id, r)
 		return err
 	})
 	a.Forget(issOwn, id)
@@ -238,12 +238,16 @@ func TestStoreClientRefuses(t *testing.T) {
 	if err := a.PutAccount(t.Context(), Account{Username: "u", Tenant: revocation.SuperTenant, Role: "admin"}, "pw"); err != nil {
 		t.Fatal(err)
 	}
-	_, rotatePublic := a.rotate(t.Context(), "public", "", false)
-	_, rotateNobody := a.rotate(t.Context(), "nobody", "", false)
+	_, rotatePublic := a.rotate(t.Context(), "public", Rotation{})
+	_, rotateNobody := a.rotate(t.Context(), "nobody", Rotation{})
 	mustCreate(t, a, app, issOwn, Registration{ID: "keys", AuthMethod: "private_key_jwt", JWKS: jwksOf(publicKey("", "", ecTestKey().Public()))})
-	_, rotateKeys := a.rotate(t.Context(), "keys", "", false)
-	_, rotateLong := a.rotate(t.Context(), "c", strings.Repeat("s", 1025), false)
-	_, rotateBytes := a.rotate(t.Context(), "c", "\xff", false)
+	_, rotateKeys := a.rotate(t.Context(), "keys", Rotation{})
+	_, rotateKeysToSecret := a.rotate(t.Context(), "keys", Rotation{Secret: "s", JWKS: jwksOf(publicKey("", "", ecOtherKey().Public()))})
+	_, rotateToPrivate := a.rotate(t.Context(), "keys", Rotation{JWKS: jwksOf(publicKey("", "", ecOtherKey()))})
+	_, rotateToKeys := a.rotate(t.Context(), "c", Rotation{JWKS: jwksOf(publicKey("", "", ecOtherKey().Public()))})
+	_, rotatePublicToKeys := a.rotate(t.Context(), "public", Rotation{JWKS: jwksOf(publicKey("", "", ecOtherKey().Public()))})
+	_, rotateLong := a.rotate(t.Context(), "c", Rotation{Secret: strings.Repeat("s", 1025)})
+	_, rotateBytes := a.rotate(t.Context(), "c", Rotation{Secret: "\xff"})
 	second := newApplication(t, pool, "second")
 	create := func(app int32, iss, key string, r Registration) error {
 		_, err := a.store(t.Context(), newMapping(t, pool, app, iss, key), r)
@@ -288,7 +292,11 @@ func TestStoreClientRefuses(t *testing.T) {
 		"a secret beside keys":         {refuse(Registration{AuthMethod: "private_key_jwt", JWKS: jwksOf(publicKey("", "", ecTestKey().Public())), Secret: "s"}), nil, "#/secret"},
 		"no keys":                      {refuse(Registration{AuthMethod: "private_key_jwt"}), nil, "#/jwks"},
 		"a secret for one with keys":   {secretForKeys, nil, "#/secret"},
-		"rotation for one with keys":   {rotateKeys, nil, "#"},
+		"rotation to no keys":          {rotateKeys, nil, "#/jwks"},
+		"rotation of keys to a secret": {rotateKeysToSecret, nil, "#/secret"},
+		"rotation to a private key":    {rotateToPrivate, nil, "#/jwks"},
+		"rotation of a secret to keys": {rotateToKeys, nil, "#/jwks"},
+		"rotation of nothing to keys":  {rotatePublicToKeys, nil, "#"},
 		"a long life":                  {refuse(Registration{TokenLifetime: 3601}), nil, "#/token_lifetime"},
 		"a negative quota":             {refuse(Registration{RevokeQuota: -1}), nil, "#/revoke_quota"},
 		"rotation for a public client": {rotatePublic, nil, "#"},
@@ -428,13 +436,6 @@ func TestAssertionCountsOnceInAllProcesses(t *testing.T) {
 		t.Errorf("statuses %v, want 200 once", count)
 	}
 
-	// By the database's clock, which decides when a use is forgotten.
-	for until, want := range map[time.Duration]bool{-time.Minute: false, time.Minute: true} {
-		fresh, err := processes[0].useUp(t.Context(), &once{"c", [32]byte{1}, time.Now().Add(until)})
-		if err != nil || fresh != want {
-			t.Errorf("an assertion that ends in %s: %t, %v, want %t", until, fresh, err, want)
-		}
-	}
 	pool.Close()
 	w := httptest.NewRecorder()
 	if _, _, err := processes[0].Form(w, postForm(assertionForm(sign("ES256", ecTestKey(), nil, claims.with(object{"jti": "2"}))))); err != nil {
@@ -442,6 +443,130 @@ func TestAssertionCountsOnceInAllProcesses(t *testing.T) {
 	}
 	if w.Code != 503 {
 		t.Errorf("status %d without the database, want 503", w.Code)
+	}
+}
+
+// Assertions that wait for each other are used up together, and each is told its own.
+func TestAssertionsAreUsedUpTogether(t *testing.T) {
+	t.Parallel()
+	pool, _ := newDatabase(t)
+	a, other := newOn(t, pool), newOn(t, pool)
+	now := time.Now().Unix()
+	at := func(id string, jti byte, until int64) once { return once{id, [32]byte{jti}, until} }
+	if fresh, err := other.useUp(t.Context(), new(at("c", 1, now+60))); err != nil || !fresh {
+		t.Fatalf("the first: %t, %v", fresh, err)
+	}
+	// What is over by the database's clock is forgotten by it, so it never counts.
+	batch := []once{
+		at("c", 2, now+60), at("c", 1, now+60), at("d", 1, now+60), at("c", 2, now+60), at("c", 1, now+90), at("c", 3, now-60), at("c", 3, now+60),
+		at("\u00e9", 4, now+60),
+	}
+	want := []bool{true, false, true, false, false, false, true, true}
+
+	waiting := make([]*use, len(batch))
+	for i, o := range batch {
+		waiting[i] = &use{once: o, done: make(chan struct{})}
+		if alone := a.uses.join(waiting[i]); alone != (i == 0) {
+			t.Errorf("the assertion %d is alone: %t", i, alone)
+		}
+	}
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	if fresh, err := a.useUp(gone, new(at("c", 5, now+60))); fresh || !errors.Is(err, context.Canceled) {
+		t.Errorf("by one who is gone: %t, %v", fresh, err)
+	}
+	begun := pool.Stat().AcquireCount()
+	a.useUpWaiting()
+	got := make([]bool, len(batch))
+	for i, u := range waiting {
+		<-u.done
+		if got[i] = u.fresh; u.err != nil {
+			t.Error(u.err)
+		}
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		t.Errorf("fresh (-want +got):\n%s", diff)
+	}
+	if n := pool.Stat().AcquireCount() - begun; n != 1 {
+		t.Errorf("%d questions to the database, want 1", n)
+	}
+	if fresh, err := a.useUp(t.Context(), new(at("c", 5, now+60))); err != nil || !fresh {
+		t.Errorf("what was withdrawn: %t, %v", fresh, err)
+	}
+}
+
+// Volleys of assertions, some of them twice and in any order, end with one use of each, and
+// take no more than a connection of each process.
+func TestAssertionsOfManyProcesses(t *testing.T) {
+	t.Parallel()
+	pool, _ := newDatabase(t)
+	processes := []*Authenticator{newOn(t, pool), newOn(t, pool)}
+	until := time.Now().Unix() + 60
+	var fresh atomic.Int64
+	var group sync.WaitGroup
+	for i := range 400 {
+		group.Go(func() {
+			n := i / 2
+			if i%2 == 1 {
+				n = 199 - n
+			}
+			ok, err := processes[i%2].useUp(t.Context(), &once{"c", [32]byte{byte(n)}, until})
+			if err != nil {
+				t.Error(err)
+			}
+			if ok {
+				fresh.Add(1)
+			}
+		})
+	}
+	group.Wait()
+	if n := fresh.Load(); n != 200 {
+		t.Errorf("%d of 200 assertions counted, want each once", n)
+	}
+	if n := pool.Stat().TotalConns(); n > 2 {
+		t.Errorf("%d connections, want one of each process at most", n)
+	}
+}
+
+// The keys that are given take the place of those before, which end unless they are among them.
+func TestRotateKeys(t *testing.T) {
+	t.Parallel()
+	pool, app := newDatabase(t)
+	here, there := newOn(t, pool), newOn(t, pool)
+	here.cfg.Issuer, there.cfg.Issuer = issOwn, issOwn
+	before, after := publicKey("1", "", ecTestKey().Public()), publicKey("2", "", ecOtherKey().Public())
+	mustCreate(t, here, app, issOwn, Registration{ID: "c", AuthMethod: "private_key_jwt", JWKS: jwksOf(before)})
+	check := func(what string, a *Authenticator, kid string, key any, want int) {
+		t.Helper()
+		w := httptest.NewRecorder()
+		jwt := sign("ES256", key, object{"kid": kid}, claimsOf("c").with(object{"aud": issOwn}))
+		if _, _, err := a.Form(w, postForm(assertionForm(jwt))); err != nil {
+			WriteError(w, err)
+		}
+		if w.Code != want {
+			t.Errorf("%s: status %d, want %d", what, w.Code, want)
+		}
+	}
+	rotate := func(keys ...jose.JSONWebKey) {
+		t.Helper()
+		if secret, err := here.rotate(t.Context(), "c", Rotation{JWKS: jwksOf(keys...)}); err != nil || secret != "" {
+			t.Fatalf("%q, %v", secret, err)
+		}
+	}
+	check("the first key", here, "1", ecTestKey(), 200)
+	rotate(after, before)
+	check("the old one, beside the new", here, "1", ecTestKey(), 200)
+	check("the new one", here, "2", ecOtherKey(), 200)
+	check("the new one elsewhere", there, "2", ecOtherKey(), 200)
+	rotate(after)
+	check("the old one", here, "1", ecTestKey(), 401)
+	check("the new one alone", here, "2", ecOtherKey(), 200)
+	var stored string
+	if err := pool.QueryRow(t.Context(), `SELECT jwks::text FROM rescind.clients WHERE client_id = 'c'`).Scan(&stored); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := canonicalJSON(stored); err != nil || got != must(canonicalJSON(jwksOf(after))) {
+		t.Errorf("stored are %s, %v", stored, err)
 	}
 }
 
@@ -466,7 +591,7 @@ func TestRotation(t *testing.T) {
 	pool, app := newDatabase(t)
 	here, there := newOn(t, pool), newOn(t, pool)
 	first := mustCreate(t, here, app, issOwn, Registration{ID: "c"}).Secret
-	second, err := here.rotate(t.Context(), "c", "", false)
+	second, err := here.rotate(t.Context(), "c", Rotation{})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -477,7 +602,7 @@ func TestRotation(t *testing.T) {
 			}
 		}
 	}
-	third, err := here.rotate(t.Context(), "c", "given third", false)
+	third, err := here.rotate(t.Context(), "c", Rotation{Secret: "given third"})
 	if err != nil || third != "given third" {
 		t.Fatalf("%q, %v", third, err)
 	}
@@ -490,15 +615,15 @@ func TestRotation(t *testing.T) {
 		}
 	}
 	check("after the second rotation", map[string]int{first: 401, second: 200, "given+third": 200})
-	fourth, err := here.rotate(t.Context(), "c", "", true)
+	fourth, err := here.rotate(t.Context(), "c", Rotation{EndPrevious: true})
 	if err != nil {
 		t.Fatal(err)
 	}
 	check("after one that ends the others", map[string]int{second: 401, "given+third": 401, fourth: 200})
-	if _, err := here.rotate(t.Context(), "c", "fifth", false); err != nil {
+	if _, err := here.rotate(t.Context(), "c", Rotation{Secret: "fifth"}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := here.rotate(t.Context(), "c", fourth, true); err != nil {
+	if _, err := here.rotate(t.Context(), "c", Rotation{Secret: fourth, EndPrevious: true}); err != nil {
 		t.Fatal(err)
 	}
 	check("after one to a secret that is there", map[string]int{fourth: 200, "fifth": 401})
@@ -519,7 +644,7 @@ func TestMasterKeyRotation(t *testing.T) {
 	if _, status := both.try("c", secret); status != 200 {
 		t.Errorf("status %d with both keys, want 200", status)
 	}
-	newer, err := both.rotate(t.Context(), "c", "", false)
+	newer, err := both.rotate(t.Context(), "c", Rotation{})
 	if err != nil {
 		t.Fatal(err)
 	}

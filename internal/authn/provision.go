@@ -228,6 +228,7 @@ VALUES ($1, $2, $3, coalesce($4, '{}'::text[]), coalesce($5, '{}'::text[]), coal
 ON CONFLICT (client_id) DO NOTHING`
 	clientMappingSQL = `SELECT key_mapping_id, auth_method FROM rescind.clients WHERE client_id = $1 FOR UPDATE`
 	clientMethodSQL  = `SELECT auth_method FROM rescind.clients WHERE client_id = $1 FOR UPDATE`
+	replaceKeysSQL   = `UPDATE rescind.clients SET jwks = $2::text::jsonb WHERE client_id = $1`
 	accountExistsSQL = `SELECT EXISTS (SELECT FROM rescind.accounts WHERE username = $1)`
 )
 
@@ -305,41 +306,61 @@ func (a *Authenticator) storeClient(ctx context.Context, tx pgx.Tx, keyMappingID
 	return cred, a.storeSecret(ctx, tx, cred, maxSecrets)
 }
 
-// RotateClient gives a client a secret in tx and returns it. Its newest one before
-// stays valid until the next rotation; with endPrevious none does. An empty given
-// makes a new one. Once tx is committed, [Authenticator.Forget] is to be called; in
-// other processes a secret that was ended lives for [Config.Freshness].
+// Rotation is what a client proves itself with from then on: a client with a secret has
+// Secret and EndPrevious, one with private_key_jwt has JWKS.
+type Rotation struct {
+	// Secret is made when it is empty; one that is given is as in [Registration].
+	Secret string
+	// EndPrevious ends all secrets before. Else the newest of them stays valid until the
+	// next rotation.
+	EndPrevious bool
+	// JWKS, as in [Registration], takes the place of all keys before, whatever EndPrevious
+	// is. To let an old key live on until the client uses the new one, it has both; a
+	// rotation later, to the new one alone, ends the old.
+	JWKS string
+}
+
+// RotateClient gives a client a secret in tx, which it returns, or other keys. Once tx is
+// committed, [Authenticator.Forget] is to be called. In other processes, what is new is good
+// within a second, and what was ended lives for up to [Config.Freshness].
 //
-// Errors: [ErrNotFound] when there is no such client, [catalog.Invalid] for an unusable
-// secret, and for a client that has none: a public one, and one with private_key_jwt.
-func (a *Authenticator) RotateClient(ctx context.Context, tx pgx.Tx, clientID, given string, endPrevious bool) (secret string, err error) {
-	cred := Credentials{clientID, given}
-	if given == "" {
+// Errors: [ErrNotFound] when there is no such client; [catalog.Invalid] for an unusable
+// secret, unusable keys or none, for one of them for a client that has the other, and for a
+// public client, which has neither. Its pointers are as in [Registration.Validate].
+func (a *Authenticator) RotateClient(ctx context.Context, tx pgx.Tx, clientID string, r Rotation) (secret string, err error) {
+	secret, err = a.rotateClient(ctx, tx, clientID, r)
+	if err != nil {
+		return "", fmt.Errorf("rotate client %q: %w", clientID, err)
+	}
+	return secret, nil
+}
+
+func (a *Authenticator) rotateClient(ctx context.Context, tx pgx.Tx, clientID string, r Rotation) (secret string, err error) {
+	var method string
+	switch err := tx.QueryRow(ctx, clientMethodSQL, clientID).Scan(&method); {
+	case errors.Is(err, pgx.ErrNoRows):
+		return "", ErrNotFound
+	case err != nil:
+		return "", err
+	case method == methodNone:
+		return "", catalog.Invalid{{Pointer: "#", Detail: "a public client has neither a secret nor keys"}}
+	}
+	if err := (Registration{AuthMethod: method, Secret: r.Secret, JWKS: r.JWKS}).Validate(); err != nil {
+		return "", err
+	}
+	if method == methodKey {
+		keys, _ := canonicalJSON(r.JWKS) // it was valid
+		_, err := tx.Exec(ctx, replaceKeysSQL, clientID, keys)
+		return "", err
+	}
+	cred, keep := Credentials{clientID, r.Secret}, maxSecrets
+	if cred.Secret == "" {
 		cred.Secret = newSecret()
 	}
-	keep := maxSecrets
-	if endPrevious {
+	if r.EndPrevious {
 		keep = 0
 	}
-	var method string
-	err = tx.QueryRow(ctx, clientMethodSQL, clientID).Scan(&method)
-	switch {
-	case errors.Is(err, pgx.ErrNoRows):
-		err = ErrNotFound
-	case err != nil:
-	case method == methodNone:
-		err = catalog.Invalid{{Pointer: "#", Detail: "a public client has no secret"}}
-	case method == methodKey:
-		err = catalog.Invalid{{Pointer: "#", Detail: "a client with private_key_jwt has no secret: it proves itself with its keys"}}
-	case !isSecret(given):
-		err = catalog.Invalid{{Pointer: "#/secret", Detail: fmt.Sprintf("must be UTF-8 of at most %d bytes", maxSecretBytes)}}
-	default:
-		err = a.storeSecret(ctx, tx, cred, keep)
-	}
-	if err != nil {
-		return "", fmt.Errorf("rotate secret of client %q: %w", clientID, err)
-	}
-	return cred.Secret, nil
+	return cred.Secret, a.storeSecret(ctx, tx, cred, keep)
 }
 
 // Forget makes the next look at a consumer key ask the database. It is called after

@@ -65,7 +65,19 @@ func (t *throttle) throttled(c caller) bool {
 	if r != nil && r.proved {
 		return false
 	}
-	failures, ok := t.addresses.Get(c.from)
+	return t.usedUp(c.from, now)
+}
+
+// addressThrottled reports whether those at an address must wait who have not said who they are.
+func (t *throttle) addressThrottled(from netip.Addr) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return t.usedUp(from, time.Now())
+}
+
+// usedUp reports whether an address has used up its failures. t must be locked.
+func (t *throttle) usedUp(from netip.Addr, now time.Time) bool {
+	failures, ok := t.addresses.Get(from)
 	return ok && failures.TokensAt(now) < 1
 }
 
@@ -83,13 +95,25 @@ func (t *throttle) failed(c caller) (throttled bool) {
 	if r.failures == nil {
 		r.failures = rate.NewLimiter(failuresPerSecond, t.callerBurst)
 	}
-	failures, ok := t.addresses.Get(c.from)
+	byCaller, byAddress := r.failures.AllowN(now, 1), t.allow(c.from, now)
+	return !byCaller || !byAddress && !r.proved
+}
+
+// addressFailed counts a failure of those at an address who have not said who they are.
+func (t *throttle) addressFailed(from netip.Addr) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.allow(from, time.Now())
+}
+
+// allow counts a failure at an address, and reports whether it had one left. t must be locked.
+func (t *throttle) allow(from netip.Addr, now time.Time) bool {
+	failures, ok := t.addresses.Get(from)
 	if !ok {
 		failures = rate.NewLimiter(failuresPerSecond, t.addressBurst)
-		t.addresses.Add(c.from, failures)
+		t.addresses.Add(from, failures)
 	}
-	byCaller, byAddress := r.failures.AllowN(now, 1), failures.AllowN(now, 1)
-	return !byCaller || !byAddress && !r.proved
+	return failures.AllowN(now, 1)
 }
 
 // succeeded records that c has proved itself.

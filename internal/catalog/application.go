@@ -11,7 +11,7 @@ import (
 	"github.com/rescindhq/rescind/api/revocation"
 )
 
-type applications struct{ plain }
+type applications struct{}
 
 const readApplicationsSQL = `
 SELECT e.id, e.uuid::text, t.id, t.domain, e.ts, e.name, e.owner, e.policy, e.token_type, e.groups, e.attributes,
@@ -92,6 +92,33 @@ func (applications) refer(ctx context.Context, b *batch, run []*step) error {
 	for _, st := range run {
 		if !found.policies[policy(st)] {
 			return st.fail(catalog.Invalid{noPolicy("#/policy", catalog.PolicyApplication)})
+		}
+	}
+	return nil
+}
+
+// updated revokes the tokens that were self-contained where later ones are not: what ends
+// something afterwards would not know of them.
+func (applications) updated(ctx context.Context, b *batch, run []*step) error {
+	var of []int32
+	for _, st := range run {
+		if cur := st.cur.(*catalog.Application); cur.SelfContained && !st.want.(*catalog.Application).SelfContained {
+			of = append(of, cur.ID)
+		}
+	}
+	if len(of) == 0 {
+		return nil
+	}
+	keys, err := b.keysOf(ctx, of)
+	if err != nil {
+		return err
+	}
+	for _, st := range run {
+		m := st.cur.Base()
+		for _, k := range keys[m.ID] {
+			if err := b.endTokens(st, k, m.Tenant, "no longer self-contained"); err != nil {
+				return err
+			}
 		}
 	}
 	return nil

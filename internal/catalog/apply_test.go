@@ -13,6 +13,7 @@ import (
 
 	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/internal/authn"
 	store "github.com/rescindhq/rescind/internal/catalog"
 )
 
@@ -538,7 +539,7 @@ func TestTenantAdminSeesItsTenantOnly(t *testing.T) {
 	}
 	_, err = w.Block(t.Context(), own, theirs[0].Base().UUID, 0, true, false)
 	try("block", "not found", err)
-	_, _, err = w.RotateKey(t.Context(), own, theirs[5].Base().UUID, 0, "", false, false)
+	_, _, err = w.RotateKey(t.Context(), own, theirs[5].Base().UUID, 0, authn.Rotation{}, false)
 	try("rotate", "not found", err)
 	_, _, err = w.CreateKey(t.Context(), own, store.NewKey{Mapping: *mapping(theirs[0], "theirs", "k2", catalog.Production)})
 	try("key of theirs", "invalid #/application", err)

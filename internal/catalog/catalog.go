@@ -102,8 +102,8 @@ type Change struct {
 	// KeepTokens: a change that ends what a consumer key may do does not revoke its
 	// tokens. It is about deleted applications, key mappings and subscriptions, and
 	// subscriptions that are no longer let through. An application whose tokens are
-	// self-contained refuses it, since they know nothing of the change; those from when they
-	// were, if they no longer are, it keeps.
+	// self-contained refuses it, since they know nothing of the change; so does the update
+	// after which they no longer are, which ends the tokens of before.
 	KeepTokens bool
 }
 
@@ -139,8 +139,8 @@ type Ledger interface {
 type Clients interface {
 	// StoreClient makes the client of a key mapping in tx.
 	StoreClient(ctx context.Context, tx pgx.Tx, keyMappingID int32, r authn.Registration) (authn.Credentials, error)
-	// RotateClient gives it a second secret in tx; only that one with endPrevious.
-	RotateClient(ctx context.Context, tx pgx.Tx, clientID, given string, endPrevious bool) (secret string, err error)
+	// RotateClient gives it another secret, or other keys, in tx.
+	RotateClient(ctx context.Context, tx pgx.Tx, clientID string, r authn.Rotation) (secret string, err error)
 	// Forget is called after a client was made, changed or removed.
 	Forget(iss, consumerKey string)
 }

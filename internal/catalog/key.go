@@ -118,11 +118,11 @@ func (b *batch) findKeyManager(ctx context.Context, m *catalog.KeyMapping) (resi
 	return resident, nil
 }
 
-// RotateKey gives a generated key, by its mapping's UUID or id, a second secret, or with
-// endPrevious a first, and with revoke ends the key's tokens so far. The secret is in the
-// credentials, and can never be read again. ifTimestamp is the timestamp that it demands of
-// the mapping; 0 is any. Errors are those of Apply.
-func (s *Store) RotateKey(ctx context.Context, by Caller, mapping string, ifTimestamp int64, given string, endPrevious, revoke bool) (*catalog.KeyMapping, authn.Credentials, error) {
+// RotateKey changes what the client of a generated key, by its mapping's UUID or id, proves
+// itself with, and with revoke ends the key's tokens so far. A secret is in the credentials, and
+// can never be read again. ifTimestamp is the timestamp that it demands of the mapping; 0 is
+// any. Errors are those of Apply; pointers into r are those of [authn.Authenticator.RotateClient].
+func (s *Store) RotateKey(ctx context.Context, by Caller, mapping string, ifTimestamp int64, r authn.Rotation, revoke bool) (*catalog.KeyMapping, authn.Credentials, error) {
 	found, err := s.Get(ctx, by, catalog.NounKeyMapping, mapping)
 	if err != nil {
 		return nil, authn.Credentials{}, err
@@ -145,7 +145,7 @@ func (s *Store) RotateKey(ctx context.Context, by Caller, mapping string, ifTime
 		}
 		cred.ID = m.ConsumerKey
 		var err error
-		cred.Secret, err = s.clients.RotateClient(ctx, tx, m.ConsumerKey, given, endPrevious)
+		cred.Secret, err = s.clients.RotateClient(ctx, tx, m.ConsumerKey, r)
 		if errors.Is(err, authn.ErrNotFound) {
 			return notFound(catalog.NounKeyMapping, mapping)
 		}
@@ -158,13 +158,17 @@ func (s *Store) RotateKey(ctx context.Context, by Caller, mapping string, ifTime
 		if !revoke {
 			return nil
 		}
+		reason := "secret rotated"
+		if r.JWKS != "" {
+			reason = "keys rotated"
+		}
 		keys, err := b.keysOf(ctx, []int32{m.Application.ID})
 		if err != nil {
 			return b.failed("read keys", err)
 		}
 		for _, k := range keys[m.Application.ID] {
 			if k.consumer == (consumer{m.Iss, m.ConsumerKey}) {
-				b.revoke(k, m.Tenant, "secret rotated")
+				b.revoke(k, m.Tenant, reason)
 			}
 		}
 		return nil

@@ -172,6 +172,8 @@ func trustOnly(cur, want *catalog.KeyManager) (wrong catalog.Invalid) {
 		{"jwks_uri", want.JWKSURI == cur.JWKSURI},
 		{"algorithms", reflect.DeepEqual(want.Algorithms, cur.Algorithms)},
 		{"allow_typ", reflect.DeepEqual(want.AllowTyp, cur.AllowTyp)},
+		// Each type of key manager has names of its own for whom gateways ask about tokens.
+		{"properties", reflect.DeepEqual(want.Properties, cur.Properties)},
 	} {
 		if !m.same {
 			wrong = append(wrong, catalog.FieldError{

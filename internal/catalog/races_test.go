@@ -76,7 +76,7 @@ func TestRotationOfWhatIsGone(t *testing.T) {
 	}
 	done := make(chan error, 1)
 	go func() {
-		_, _, err := w.RotateKey(t.Context(), admin, key.UUID, 0, "", true, true)
+		_, _, err := w.RotateKey(t.Context(), admin, key.UUID, 0, authn.Rotation{EndPrevious: true}, true)
 		done <- err
 	}()
 	w.waitFor(`SELECT count(*) FROM pg_stat_activity WHERE wait_event_type = 'Lock' AND query LIKE '%FROM rescind.tenants t%' AND datname = current_database()`)

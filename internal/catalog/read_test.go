@@ -260,7 +260,7 @@ func TestKeys(t *testing.T) {
 		if i > 0 {
 			before = "moved"
 		}
-		m, rotated, err := w.RotateKey(t.Context(), admin, made1.UUID, made1.Timestamp, tt.given, tt.endPrevious, tt.revoke)
+		m, rotated, err := w.RotateKey(t.Context(), admin, made1.UUID, made1.Timestamp, authn.Rotation{Secret: tt.given, EndPrevious: tt.endPrevious}, tt.revoke)
 		if err != nil || m.UUID != made1.UUID || rotated.ID != cred.ID || tt.given != "" && rotated.Secret != tt.given {
 			t.Fatal(m, err)
 		}
@@ -319,13 +319,39 @@ func TestKeys(t *testing.T) {
 	refused("another issuer's client", "exists #/consumer_key", store.NewKey{Mapping: *mapping(app, "", "theirs", catalog.Sandbox), Client: client})
 	refused("a person's name", "exists #/consumer_key", store.NewKey{Mapping: *mapping(app, "", "person", catalog.Sandbox), Client: client})
 	refused("a registration", "invalid #/auth_method", store.NewKey{Mapping: *mapping(app, "", "", catalog.Sandbox), Client: &authn.Registration{AuthMethod: "x"}})
-	if _, _, err := w.RotateKey(t.Context(), admin, mapped.UUID, 0, "", false, false); why(err) != "immutable" {
+
+	// Who proves itself with keys has others after a rotation, and no secret.
+	const ecSet = `{"keys":[{"kty":"EC","crv":"P-256","x":"f83OJ3D2xF1Bg8vub9tLe1gHMzV76e8Tus9uPHvRVEU","y":"x_FEzRu9m36HLN_tue659LNpXW6pCyStikYjKIWI5a0"}]}`
+	const edSet = `{"keys":[{"crv":"Ed25519","kty":"OKP","x":"11qYAYKxCrfVS_7TyWQHOg7hcvPapiMlrwIaaPcHURo"}]}`
+	keyed, _, err := w.CreateKey(t.Context(), admin, store.NewKey{
+		Mapping: catalog.KeyMapping{Application: ref(app), KeyType: catalog.Sandbox, KeyManager: "km", ConsumerKey: "keyed"},
+		Client:  &authn.Registration{AuthMethod: "private_key_jwt", JWKS: ecSet},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	head = w.head()
+	if _, _, err := w.RotateKey(t.Context(), admin, made1.UUID, 0, authn.Rotation{JWKS: edSet}, true); why(err) != "invalid #/jwks" || w.head() != head {
+		t.Errorf("rotate a secret to keys: %v", err)
+	}
+	if m, rotated, err := w.RotateKey(t.Context(), admin, keyed.UUID, keyed.Timestamp, authn.Rotation{JWKS: edSet}, true); err != nil ||
+		m.UUID != keyed.UUID || rotated != (authn.Credentials{ID: "keyed"}) {
+		t.Errorf("rotate keys: %+v, %+v, %v", m, rotated, err)
+	}
+	if got := w.told(head); len(got) != 1 || got[0] != "revocation.client keyed" || !strings.Contains(string(w.events(head)[0].Data), "keys rotated") {
+		t.Errorf("the rotation of keys told %q", got)
+	}
+	if n := w.count(`SELECT count(*) FROM rescind.clients c JOIN rescind.audit a ON a.subject = c.client_id AND a.action = 'rotate_key' AND a.entity_id = $1::uuid
+WHERE c.client_id = 'keyed' AND c.jwks = $2::text::jsonb`, keyed.UUID, edSet); n != 1 {
+		t.Errorf("%d clients have the new keys, with an audit record", n)
+	}
+	if _, _, err := w.RotateKey(t.Context(), admin, mapped.UUID, 0, authn.Rotation{}, false); why(err) != "immutable" {
 		t.Errorf("rotate a mapped key: %v", err)
 	}
-	if _, _, err := w.RotateKey(t.Context(), admin, uuid.NewString(), 0, "", false, false); why(err) != "not found" {
+	if _, _, err := w.RotateKey(t.Context(), admin, uuid.NewString(), 0, authn.Rotation{}, false); why(err) != "not found" {
 		t.Errorf("rotate nothing: %v", err)
 	}
-	if _, _, err := w.RotateKey(t.Context(), admin, made1.UUID, made1.Timestamp-1, "", false, false); why(err) != "stale" {
+	if _, _, err := w.RotateKey(t.Context(), admin, made1.UUID, made1.Timestamp-1, authn.Rotation{}, false); why(err) != "stale" {
 		t.Errorf("rotate another version: %v", err)
 	}
 
@@ -441,7 +467,9 @@ func TestKeyManagersOfOneTenant(t *testing.T) {
 	w := newWorld(t)
 	w.apply(create(&catalog.Tenant{Meta: in("a.example")}))
 	own := store.Caller{Tenant: "a.example"}
-	km := made[*catalog.KeyManager](w, create(with(keyManager("km"), func(k *catalog.KeyManager) { k.Meta = in("a.example") })))
+	km := made[*catalog.KeyManager](w, create(with(keyManager("km"), func(k *catalog.KeyManager) {
+		k.Meta, k.Properties = in("a.example"), map[string]any{"n": 1}
+	})))
 	head := w.head()
 	for name, tt := range map[string]struct {
 		change store.Change
@@ -453,8 +481,14 @@ func TestKeyManagersOfOneTenant(t *testing.T) {
 		"keys":     {update(with(km, func(k *catalog.KeyManager) { k.JWKSURI = "https://10.0.0.1/" })), "invalid #/jwks_uri"},
 		"no keys":  {update(with(km, func(k *catalog.KeyManager) { k.JWKSURI = "" })), "invalid #/jwks_uri"},
 		"more": {update(with(km, func(k *catalog.KeyManager) {
-			k.Type, k.Algorithms, k.AllowTyp = "KeyCloak", []string{"RS256"}, []string{"JWT"}
-		})), "invalid #/algorithms #/allow_typ #/type"},
+			k.Type, k.Algorithms, k.AllowTyp, k.Properties = "KeyCloak", []string{"RS256"}, []string{"JWT"}, nil
+		})), "invalid #/algorithms #/allow_typ #/properties #/type"},
+		"whom gateways ask": {update(with(km, func(k *catalog.KeyManager) {
+			k.Properties = map[string]any{"n": 1, "introspection_endpoint": "https://10.0.0.1/"}
+		})), "invalid #/properties"},
+		"whose keys gateways fetch": {update(with(km, func(k *catalog.KeyManager) {
+			k.Properties = map[string]any{"n": 1, "certificate_value": "https://10.0.0.1/"}
+		})), "invalid #/properties/certificate_value"},
 	} {
 		if _, _, err := w.Apply(t.Context(), own, []store.Change{tt.change}); why(err) != tt.want {
 			t.Errorf("%s: %q (%v), want %q", name, why(err), err, tt.want)
@@ -465,7 +499,7 @@ func TestKeyManagersOfOneTenant(t *testing.T) {
 	}
 	want := with(km, func(k *catalog.KeyManager) {
 		k.DisplayName, k.Description, k.Enabled, k.TokenType, k.ConsumerKeyClaim, k.ScopesClaim = "d", "e", false, "BOTH", "cid", "scp"
-		k.ClaimMappings, k.Properties = []catalog.ClaimMapping{{Remote: "r", Local: "l"}}, map[string]any{"a": "b"}
+		k.ClaimMappings = []catalog.ClaimMapping{{Remote: "r", Local: "l"}}
 	})
 	got, _, err := w.Apply(t.Context(), own, []store.Change{update(want)})
 	if err != nil {

@@ -103,10 +103,11 @@ func (tenants) created(ctx context.Context, b *batch, run []*step) error {
 	return b.create(ctx, policies{}, made)
 }
 
-// What is of a tenant, in the order in which it should go. What it was made with is deleted
-// with it: its issuer, which only consumer keys can be in the way of, and its first policies.
+// What is of a tenant, in the order in which it should go, and what to do about it. What the
+// tenant was made with is deleted with it: its issuer, which only consumer keys can be in the way
+// of, and its first policies. Revocations are removed 720 s after they end.
 const tenantsInUseSQL = `
-SELECT t.id, CASE
+SELECT t.id, coalesce(CASE
     WHEN EXISTS (SELECT FROM rescind.applications x WHERE x.tenant_id = t.id) THEN 'applications'
     WHEN EXISTS (SELECT FROM rescind.apis x WHERE x.tenant_id = t.id) THEN 'APIs'
     WHEN EXISTS (SELECT FROM rescind.scopes x WHERE x.tenant_id = t.id) THEN 'scopes'
@@ -115,8 +116,11 @@ SELECT t.id, CASE
     WHEN EXISTS (SELECT FROM rescind.key_managers x JOIN rescind.key_mappings m ON m.key_manager_id = x.id
         WHERE x.tenant_id = t.id) THEN 'consumer keys'
     WHEN EXISTS (SELECT FROM rescind.accounts x WHERE x.tenant_id = t.id) THEN 'accounts'
-    WHEN EXISTS (SELECT FROM rescind.revocations x WHERE x.tenant_id = t.id) THEN 'revocations that gateways still need'
-    END
+    END || ': delete them first',
+    (SELECT 'revocations, which cannot be deleted: wait until they are over, at about ' ||
+            to_char(to_timestamp(max(x.exp) + 780) AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI"Z"') ||
+            ' (a withdrawn signing key keeps it for up to ten years)'
+        FROM rescind.revocations x WHERE x.tenant_id = t.id))
 FROM rescind.tenants t WHERE t.id = ANY($1)`
 
 const (
@@ -132,7 +136,7 @@ func (tenants) release(ctx context.Context, b *batch, run []*step) error {
 			return st.fail(&Conflict{Slug: "in-use", Detail: "carbon.super is there always: it cannot be deleted"})
 		}
 	}
-	if err := b.refuseUsed(ctx, tenantsInUseSQL, run, "the tenant still has %s: delete them first, or wait until they end"); err != nil {
+	if err := b.refuseUsed(ctx, tenantsInUseSQL, run, "the tenant still has %s"); err != nil {
 		return err
 	}
 	index := make(map[int32]int)

@@ -464,16 +464,12 @@ func (b *batch) say(st *step, events []revocation.Event) {
 	b.tx.Audit(entry)
 }
 
-// skewAllowance is the most by which the time of a revocation may lie ahead of the database's
-// clock, and a little for the transaction itself.
-const skewAllowance = 62
-
 // revoke ends the tokens of a consumer key so far.
 func (b *batch) revoke(k key, tenant revocation.Tenant, reason string) {
 	target := revocation.Target{Kind: revocation.KindClient, Iss: k.iss, ID: k.key}
 	b.revoked[target] = true
 	b.tx.Revoke(ledger.Request{
-		Target: target, Tenant: tenant, Exp: b.tx.Now.Unix() + skewAllowance + int64(k.lifetime),
+		Target: target, Tenant: tenant, Lifetime: int64(k.lifetime),
 		Reason: reason, Action: "revoke_client", Actor: b.by.Actor, Traceparent: b.by.Traceparent,
 	})
 }

@@ -8,7 +8,7 @@
 //
 // No member is null and none is left out but consumerKey: gateways assert the types of some,
 // and take a list that is not there for no check at all. Microgateway 3.0 takes an empty list
-// for that too: it is the one gateway that a token without subscriptions opens.
+// for that too: who issues tokens gives out none without a subscription.
 package claims
 
 import (
@@ -70,9 +70,8 @@ type SubscribedAPI struct {
 // subscriptions, those that let such keys through to an API that gateways serve. A blocked
 // application has none. consumerKey may be empty.
 //
-// The log tells the revocation that a change entails before the change. So whoever makes a
-// token that outlives a revocation it saw, because its iat is later, takes v of a state
-// that was the newest when it had seen it, or the token may carry what the change took away.
+// The log tells a change before the revocation that it entails. So a token whose iat is chosen
+// later than the revocations that v has carries nothing that one of their changes took away.
 func Of(v *replica.View, app *catalog.Application, keyType, consumerKey string) SelfContained {
 	c := SelfContained{
 		Application: Application{

@@ -93,8 +93,8 @@ type Deps struct {
 	Ledger   Ledger
 	// Introspection is the endpoint of RFC 7662.
 	Introspection http.Handler
-	// Tenant reports whether there is a tenant of this domain.
-	Tenant func(ctx context.Context, domain string) bool
+	// Tenant returns nil if there is an issuer of the tenant of this domain, else what to answer.
+	Tenant func(ctx context.Context, domain string) error
 	// Routes add the routes of other packages.
 	Routes []func(chi.Router)
 	// Remote is the address that a request comes from.
@@ -108,8 +108,12 @@ var formPaths = map[string]bool{
 	"/revoke": true, "/oauth2/revoke": true, "/oauth2/token": true, "/oauth2/introspect": true,
 }
 
+// isForm tells them by their path, with the issuer's before it or without: both are served.
 func (a *api) isForm(path string) bool {
-	path = strings.TrimPrefix(path, a.cfg.IssuerPath)
+	return isForm(path) || isForm(strings.TrimPrefix(path, a.cfg.IssuerPath))
+}
+
+func isForm(path string) bool {
 	if below, ok := strings.CutPrefix(path, "/t/"); ok {
 		_, path, _ = strings.Cut(below, "/")
 		path = "/" + path
@@ -165,16 +169,12 @@ func New(cfg Config, deps Deps) (http.Handler, error) {
 	return a.router, a.metrics.prepare(a.router, a.isForm)
 }
 
-var errNoTenant = &authn.OAuthError{
-	Status: http.StatusNotFound, Code: authn.InvalidRequest, Description: "There is no issuer at this address.",
-}
-
 // ofTenant serves what is below the issuer of a tenant, for tenants that there are.
-func ofTenant(exists func(ctx context.Context, domain string) bool, next http.Handler) http.Handler {
+func ofTenant(check func(ctx context.Context, domain string) error, next http.Handler) http.Handler {
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-		if !exists(r.Context(), chi.URLParam(r, "tenant")) {
+		if err := check(r.Context(), chi.URLParam(r, "tenant")); err != nil {
 			w.Header().Set("Cache-Control", "no-store")
-			authn.WriteError(w, errNoTenant)
+			authn.WriteError(w, err)
 			return
 		}
 		next.ServeHTTP(w, r)

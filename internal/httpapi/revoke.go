@@ -1,6 +1,7 @@
 package httpapi
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -34,6 +35,7 @@ type Ledger interface {
 	Revoke(ctx context.Context, r ledger.Request) (ledger.Result, error)
 	Audit(ctx context.Context, e ledger.AuditEntry) error
 	Known(ctx context.Context, target revocation.Target) (revocation.Revocation, bool, error)
+	IssuedToken(ctx context.Context, jti string) (ledger.Issued, bool, error)
 }
 
 // The actions that the audit knows revocation requests by.
@@ -209,25 +211,42 @@ func (q *request) serveUnverified(ctx context.Context, target revocation.Target,
 		return "", ledgerError(err)
 	}
 	now := time.Now()
-	exp := now.Add(q.client.MaxTokenLifetime).Unix() + 1
+	exp, holder := now.Add(q.client.MaxTokenLifetime).Unix()+1+ledger.MaxStampAhead, ""
 	if ok {
 		// A token that was revoked before was issued before: its end stays as it is,
 		// or each repeat would add an event.
-		exp = known.Exp
-		if known.ClientID != "" {
-			own, err := q.owns(ctx, target.Iss, known.ClientID)
-			if err != nil {
-				return "", err
-			}
-			if !own {
-				return q.foreign(ctx, target, known.ClientID)
-			}
+		exp, holder = known.Exp, known.ClientID
+	} else if !target.Digest {
+		issued, remembered, err := q.issued(ctx, target)
+		if err != nil {
+			return "", err
+		}
+		if remembered {
+			exp, holder = issued.Exp, issued.ClientID
+		}
+	}
+	if holder != "" {
+		own, err := q.owns(ctx, target.Iss, holder)
+		if err != nil {
+			return "", err
+		}
+		if !own {
+			return q.foreign(ctx, target, holder)
 		}
 	}
 	if isOver(exp, now) {
 		return q.nothing(reasonExpired), nil
 	}
-	return q.record(ctx, ledger.Request{Target: target, Exp: exp, ClientID: q.client.ID, Action: action})
+	return q.record(ctx, ledger.Request{Target: target, Exp: exp, ClientID: cmp.Or(holder, q.client.ID), Action: action})
+}
+
+// issued is what is remembered of the token that target names.
+func (q *request) issued(ctx context.Context, target revocation.Target) (t ledger.Issued, ok bool, err error) {
+	t, ok, err = q.ledger.IssuedToken(ctx, target.ID)
+	if err != nil {
+		return t, false, ledgerError(err)
+	}
+	return t, ok && t.Iss == target.Iss, nil
 }
 
 // owns reports whether a token of iss that was issued to consumerKey is the

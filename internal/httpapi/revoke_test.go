@@ -191,6 +191,10 @@ func TestRevokeByJTI(t *testing.T) {
 	knownFrom := func(clientID string, exp int64) *fakeLedger {
 		return &fakeLedger{known: map[revocation.Target]revocation.Revocation{target: {Target: target, ClientID: clientID, Exp: exp}}}
 	}
+	issuedBy := func(iss, clientID string, exp int64) *fakeLedger {
+		return &fakeLedger{issued: map[string]ledger.Issued{"jti-1": {JTI: "jti-1", Iss: iss, ClientID: clientID, Exp: exp}}}
+	}
+	issuedTo := func(clientID string, exp int64) *fakeLedger { return issuedBy(testIssuer, clientID, exp) }
 	tests := []struct {
 		name   string
 		ledger *fakeLedger
@@ -198,6 +202,10 @@ func TestRevokeByJTI(t *testing.T) {
 		status int
 		result string
 	}{
+		{"issued to it", issuedTo("app-1", now+3600), "jti-1", 200, resultRevoked},
+		{"issued to another", issuedTo("other", now+3600), "jti-1", 400, resultForeign},
+		{"issued to another, by another issuer", issuedBy("https://idp.example.org", "other", now+3600), "jti-1", 200, resultRevoked},
+		{"issued, and over", issuedTo("app-1", now-120), "jti-1", 200, resultNothing},
 		{"new", &fakeLedger{}, "jti-1", 200, resultRevoked},
 		{"known as its own", knownFrom("app-1", now+60), "jti-1", 200, resultRepeated},
 		{"known as its application's", knownFrom("same", now+60), "jti-1", 200, resultRepeated},
@@ -221,7 +229,7 @@ func TestRevokeByJTI(t *testing.T) {
 			switch tt.result {
 			case resultRevoked:
 				r := tt.ledger.requests[0]
-				if r.Target != target || r.Exp < now+3600 || r.Exp > time.Now().Unix()+3601 || r.Action != "revoke_by_jti" || r.ClientID != "app-1" {
+				if r.Target != target || r.Exp < now+3600 || r.Exp > time.Now().Unix()+3601+ledger.MaxStampAhead || r.Action != "revoke_by_jti" || r.ClientID != "app-1" {
 					t.Errorf("revoked %+v", r)
 				}
 			case resultRepeated:

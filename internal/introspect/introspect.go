@@ -17,9 +17,12 @@
 // callers throw a token away and send its user back to the start, for the length of a network
 // fault. Whoever asks can then still refuse the request at hand.
 //
-// A JWT under a known key costs the check of its signature, which is nearly all of the work,
-// whether it then turns out forged, expired, revoked or for others: the time that an answer
-// takes says no more than the answer.
+// A token is verified only if it claims an issuer whose tokens the caller may be told about,
+// and a Bearer only if it claims an issuer of our own: nobody reaches the key set of another
+// tenant's issuer, and nobody without credentials one that has to be fetched. A JWT under a
+// known key of such an issuer costs the check of its signature, which is nearly all of the
+// work, whether it then turns out forged, expired, revoked or for others: the time that an
+// answer takes says no more than the answer.
 package introspect
 
 import (
@@ -48,12 +51,17 @@ type Config struct {
 	// Leeway is what is added to a token's exp, and its nbf and iat may be ahead of our clock.
 	// Default 30 s, up to [revocation.MaxLeeway]; negative for none.
 	Leeway time.Duration
+	// Timeout bounds one answer, from the last byte of its request; after it, it is 503.
+	// Default 10 s, 1 s to 25 s.
+	Timeout time.Duration
 }
 
 // Callers finds out who asks. [authn.Authenticator] does.
 type Callers interface {
 	FormOrBearer(w http.ResponseWriter, r *http.Request, known ...string) (client authn.Client, bearer string, form url.Values, err error)
 	Client(ctx context.Context, id string) (authn.Client, bool, error)
+	// BearerFailed is called when the Bearer token of r was refused.
+	BearerFailed(r *http.Request)
 }
 
 // Verifier tells genuine tokens from others. [token.Verifier] is one.
@@ -82,6 +90,7 @@ type Deps struct {
 // Endpoint is the introspection endpoint.
 type Endpoint struct {
 	acceptance token.Acceptance
+	timeout    time.Duration
 	callers    Callers
 	verifier   Verifier
 	state      State
@@ -95,7 +104,13 @@ func New(cfg Config, deps Deps) (*Endpoint, error) {
 	if cfg.Leeway == 0 {
 		cfg.Leeway = 30 * time.Second
 	}
+	if cfg.Timeout == 0 {
+		cfg.Timeout = 10 * time.Second
+	}
 	var errs []error
+	if cfg.Timeout < time.Second || cfg.Timeout > 25*time.Second {
+		errs = append(errs, fmt.Errorf("timeout of %s: must be 1s to 25s", cfg.Timeout))
+	}
 	if cfg.Leeway > revocation.MaxLeeway {
 		errs = append(errs, fmt.Errorf("leeway of %s: must be at most %s", cfg.Leeway, revocation.MaxLeeway))
 	}
@@ -115,6 +130,7 @@ func New(cfg Config, deps Deps) (*Endpoint, error) {
 	}
 	return &Endpoint{
 		acceptance: token.Acceptance{Leeway: cfg.Leeway},
+		timeout:    cfg.Timeout,
 		callers:    deps.Callers,
 		verifier:   deps.Verifier,
 		state:      deps.State,
@@ -167,10 +183,14 @@ func resultOf(t *token.Token, err error) string {
 	return resultRefused
 }
 
+var errTimeout = fmt.Errorf("the introspection took too long: %w", context.DeadlineExceeded)
+
 // ServeHTTP answers a request of any method.
 func (e *Endpoint) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	w.Header().Set("Cache-Control", "no-store")
-	t, err := e.introspect(w, r)
+	ctx, cancel := context.WithTimeoutCause(r.Context(), e.timeout, errTimeout)
+	defer cancel()
+	t, err := e.introspect(w, r.WithContext(ctx))
 	e.results.WithLabelValues(resultOf(t, err)).Inc()
 	if err != nil {
 		writeError(w, err)
@@ -217,7 +237,11 @@ func (e *Endpoint) introspect(w http.ResponseWriter, r *http.Request) (*token.To
 		return nil, err
 	}
 	if bearer != "" {
-		if client, err = e.clientOf(ctx, bearer); err != nil {
+		client, err = e.clientOf(ctx, bearer)
+		if err == errBearer {
+			e.callers.BearerFailed(r)
+		}
+		if err != nil {
 			return nil, err
 		}
 		if rec, ok := w.(authn.Recorder); ok {
@@ -231,8 +255,9 @@ func (e *Endpoint) introspect(w http.ResponseWriter, r *http.Request) (*token.To
 	case compact == "":
 		return nil, errNoToken
 	}
-	t, manager, err := e.living(ctx, compact)
-	if err != nil || t == nil || !e.concerns(client, t, manager) {
+	// A token of another tenant's issuer is not for the caller, whatever it says.
+	t, err := e.living(ctx, compact, func(k *catalog.KeyManager) bool { return k.Tenant.ID == client.Tenant.ID })
+	if err != nil || t == nil || !e.concerns(client, t) {
 		return nil, err
 	}
 	return t, nil
@@ -240,11 +265,11 @@ func (e *Endpoint) introspect(w http.ResponseWriter, r *http.Request) (*token.To
 
 // clientOf returns the client that a Bearer token lets ask.
 func (e *Endpoint) clientOf(ctx context.Context, bearer string) (authn.Client, error) {
-	t, manager, err := e.living(ctx, bearer)
+	t, err := e.living(ctx, bearer, func(k *catalog.KeyManager) bool { return k.Resident })
 	switch {
 	case err != nil:
 		return authn.Client{}, err
-	case t == nil || !manager.Resident || !slices.Contains(t.Audience, t.Issuer):
+	case t == nil || !slices.Contains(t.Audience, t.Issuer):
 		return authn.Client{}, errBearer
 	}
 	client, ok, err := e.callers.Client(ctx, t.ClientID)
@@ -259,46 +284,48 @@ func (e *Endpoint) clientOf(ctx context.Context, bearer string) (authn.Client, e
 	return client, nil
 }
 
-// living returns the token that compact is and its issuer's key manager, if a gateway that it
-// is for would accept it now; else no token.
-func (e *Endpoint) living(ctx context.Context, compact string) (*token.Token, *catalog.KeyManager, error) {
+// living returns the token that compact is, if a gateway that it is for would accept it now and
+// its issuer's key manager is eligible; else nil. Only such a token is verified.
+func (e *Endpoint) living(ctx context.Context, compact string, eligible func(*catalog.KeyManager) bool) (*token.Token, error) {
 	// First, so that whatever the token is, it takes the same time.
 	if err := e.state.Reach(ctx, e.seen()); err != nil {
-		return nil, nil, authn.Unavailable(storageRetry, err)
+		return nil, authn.Unavailable(storageRetry, err)
+	}
+	claimed, ok := token.ClaimedIssuer(compact)
+	if !ok {
+		return nil, nil
+	}
+	state := e.state.Replica()
+	var manager *catalog.KeyManager
+	state.View(func(v *replica.View) { manager = v.KeyManager(claimed) })
+	if manager == nil || !manager.Enabled || !eligible(manager) {
+		return nil, nil
 	}
 	t, err := e.verifier.Verify(ctx, compact)
 	switch {
 	case errors.Is(err, token.ErrInvalid):
-		return nil, nil, nil
+		return nil, nil
 	case errors.Is(err, token.ErrKeysUnavailable):
-		return nil, nil, authn.Unavailable(storageRetry, err)
+		return nil, authn.Unavailable(storageRetry, err)
 	case err != nil:
-		return nil, nil, err
+		return nil, err
 	}
 	issuer, _ := e.verifier.Issuer(t.Issuer)
 	now := e.now()
 	if e.acceptance.Check(t, issuer, now) != nil {
-		return nil, nil, nil
-	}
-	state := e.state.Replica()
-	var manager *catalog.KeyManager
-	state.View(func(v *replica.View) { manager = v.KeyManager(t.Issuer) })
-	if manager == nil || !manager.Enabled {
-		return nil, nil, nil
+		return nil, nil
 	}
 	if _, revoked := state.Check(replica.TokenOf(t, manager.Tenant.Domain), now.Unix()); revoked {
-		return nil, nil, nil
+		return nil, nil
 	}
-	return t, manager, nil
+	return t, nil
 }
 
-// concerns reports whether a client is told about t, which is of manager.
-func (e *Endpoint) concerns(client authn.Client, t *token.Token, manager *catalog.KeyManager) bool {
+// concerns reports whether a client is told about t, which is of its tenant.
+func (e *Endpoint) concerns(client authn.Client, t *token.Token) bool {
 	switch {
 	case t.Issuer == client.Issuer && t.ClientID == client.ID:
 		return true
-	case manager.Tenant.ID != client.Tenant.ID: // nor is it of the same application
-		return false
 	case slices.ContainsFunc(t.Audience, func(aud string) bool { return slices.Contains(client.ResourceAudiences, aud) }):
 		return true
 	}

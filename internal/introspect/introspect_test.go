@@ -16,7 +16,9 @@ import (
 	"net/url"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/go-jose/go-jose/v4"
@@ -38,7 +40,8 @@ const (
 	extIss                    = "https://idp.example.com" // external, of the super tenant, with the typ exception
 	offIss                    = "https://off.example.com" // its key manager is disabled
 	lostIss                   = "https://lost.example.com"
-	awayIss                   = "https://away.example.com" // its keys cannot be had
+	awayIss                   = "https://away.example.com"              // its keys cannot be had
+	darkIss                   = "https://km.example.com/t/dark.example" // nor can these, of an issuer of our own
 	audience                  = "https://api.example.com"
 )
 
@@ -65,6 +68,7 @@ var clients = map[string]authn.Client{
 type fakeCallers struct {
 	err       error // of every call
 	clientErr error // of Client
+	failed    *int  // counts Bearer tokens that were refused, unless nil
 }
 
 var errUnauthenticated = &authn.OAuthError{Status: http.StatusUnauthorized, Code: authn.InvalidClient}
@@ -97,16 +101,27 @@ func (c fakeCallers) Client(_ context.Context, id string) (authn.Client, bool, e
 	return client, ok, c.clientErr
 }
 
+func (c fakeCallers) BearerFailed(*http.Request) {
+	if c.failed != nil {
+		*c.failed++
+	}
+}
+
 // fakeState is a replica that gets to the end of a log when it is told to reach it.
 type fakeState struct {
 	replica *replica.Replica
 	log     []revocation.Event
 	err     error
+	stuck   bool // it is never reached
 }
 
 func (s *fakeState) Replica() *replica.Replica { return s.replica }
 
-func (s *fakeState) Reach(_ context.Context, p revocation.Position) error {
+func (s *fakeState) Reach(ctx context.Context, p revocation.Position) error {
+	if s.stuck {
+		<-ctx.Done()
+		return context.Cause(ctx)
+	}
 	for _, e := range s.log {
 		if e.Epoch == p.Epoch && e.Seq <= p.Seq {
 			if err := s.replica.Apply(e); err != nil {
@@ -155,8 +170,20 @@ func must[T any](v T, err error) T {
 
 type world struct {
 	*Endpoint
-	state *fakeState
-	reg   *prometheus.Registry
+	state    *fakeState
+	verifier *countingVerifier
+	reg      *prometheus.Registry
+}
+
+// countingVerifier counts what it is asked to verify.
+type countingVerifier struct {
+	*token.Verifier
+	n atomic.Int64
+}
+
+func (v *countingVerifier) Verify(ctx context.Context, compact string) (*token.Token, error) {
+	v.n.Add(1)
+	return v.Verifier.Verify(ctx, compact)
 }
 
 type noKeys struct{}
@@ -183,6 +210,7 @@ func newWorld(t testing.TB, callers fakeCallers, more ...jose.JSONWebKey) *world
 			{Iss: offIss},
 			{Iss: awayIss, Enabled: true},
 			{Iss: lostIss},
+			{Iss: darkIss, Resident: true, Enabled: true, Meta: catalog.Meta{Tenant: revocation.Tenant{ID: 2, Domain: "dark.example"}}},
 		} {
 			if k.Tenant == (revocation.Tenant{}) {
 				k.Tenant = revocation.SuperTenant
@@ -191,7 +219,7 @@ func newWorld(t testing.TB, callers fakeCallers, more ...jose.JSONWebKey) *world
 			switch k.Iss {
 			case extIss:
 				issuer.AllowTypes = []string{"JWT"}
-			case awayIss:
+			case awayIss, darkIss:
 				issuer.Keys = noKeys{}
 			}
 			issuers = append(issuers, issuer)
@@ -218,8 +246,9 @@ func newWorld(t testing.TB, callers fakeCallers, more ...jose.JSONWebKey) *world
 	if err != nil {
 		t.Fatal(err)
 	}
+	w.verifier = &countingVerifier{Verifier: verifier}
 	w.Endpoint, err = New(Config{}, Deps{
-		Callers: callers, Verifier: verifier, State: w.state, Seen: w.state.seen, Registerer: w.reg,
+		Callers: callers, Verifier: w.verifier, State: w.state, Seen: w.state.seen, Registerer: w.reg,
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -385,6 +414,7 @@ func TestInactive(t *testing.T) {
 		{"of no client", w, "app one", mint(t, with{"client_id": nil})},
 		{"for its audience, of another tenant", w, "gw-acme", good},
 		{"for its audience, of another tenant's issuer", w, "gw-1", mint(t, with{"iss": acmeIss})},
+		{"of another tenant's issuer, whose keys cannot be had", w, "gw-1", mint(t, with{"iss": darkIss})},
 
 		{"revoked", revoked(of(revocation.KindToken, "at-1")), "gw-1", good},
 		{"revoked, asked by its client", revoked(of(revocation.KindToken, "at-1")), "app one", good},
@@ -490,7 +520,8 @@ func TestRefused(t *testing.T) {
 		{"Bearer without the scope", plain, bearer(with{"scope": "read xintrospect introspect2"}), good, 403,
 			`Bearer realm="oauth2", error="insufficient_scope", scope="introspect"`,
 			`{"error":"insufficient_scope","error_description":"The Bearer token lacks the scope introspect."}` + "\n", resultRefused},
-		{"Bearer without keys", plain, bearer(with{"iss": awayIss}), good, 503, "", "", resultUnavailable},
+		{"Bearer of an external issuer without keys", plain, bearer(with{"iss": awayIss}), good, 401, challenge, noBearer, resultRefused},
+		{"Bearer without keys", plain, bearer(with{"iss": darkIss}), good, 503, "", "", resultUnavailable},
 		{"Bearer, and no database", newWorld(t, fakeCallers{clientErr: authn.Unavailable(time.Second, nil)}), bearer(nil), good,
 			503, "", "", resultUnavailable},
 	} {
@@ -498,7 +529,7 @@ func TestRefused(t *testing.T) {
 			before := tt.w.count(t, tt.result)
 			res := tt.w.ask(tt.authorization, tt.compact)
 			if tt.status == http.StatusServiceUnavailable {
-				tt.body = `{"error":"temporarily_unavailable","error_description":"This cannot be done now. Sending the same request again is safe."}` + "\n"
+				tt.body = `{"error":"temporarily_unavailable","error_description":"This cannot be done now. Sending the request again is safe, with a new client assertion if it has one."}` + "\n"
 				if res.Header.Get("Retry-After") == "" {
 					t.Error("no Retry-After")
 				}
@@ -524,6 +555,64 @@ func TestRefused(t *testing.T) {
 	}
 	if body := bodyOf(t, plain.ask(bearer(with{"client_id": "gw-2"}), good)); body != `{"active":false}` {
 		t.Errorf("with a Bearer token of another resource server: %s", body)
+	}
+}
+
+// Who has proved nothing gets no further than the issuers of our own, and nobody to those of
+// another tenant.
+func TestVerifiesOnlyWhatMayConcernTheCaller(t *testing.T) {
+	t.Parallel()
+	bearer := func(iss string) string {
+		return "Bearer " + mint(t, with{"iss": iss, "aud": iss, "client_id": "gw-1", "scope": "introspect"})
+	}
+	of := func(iss string) string { return mint(t, with{"iss": iss}) }
+	for _, tt := range []struct {
+		name, authorization, compact string
+		status, verified, failed     int
+	}{
+		{"good", bearer(ourIss), of(ourIss), 200, 2, 0},
+		{"an external issuer's Bearer", bearer(extIss), of(ourIss), 401, 0, 1},
+		{"one without keys", bearer(awayIss), of(ourIss), 401, 0, 1},
+		{"a disabled one", bearer(offIss), of(ourIss), 401, 0, 1},
+		{"a deleted one", bearer(lostIss), of(ourIss), 401, 0, 1},
+		{"a stranger's", bearer("https://evil.example"), of(ourIss), 401, 0, 1},
+		{"no JWT", "Bearer *", of(ourIss), 401, 0, 1},
+		{"a forged one", "Bearer " + sign(t, jose.ES256, badKey(), nil, nil), of(ourIss), 401, 1, 1},
+		{"one of another issuer's client", bearer(acmeIss), of(ourIss), 401, 1, 1},
+		{"one that cannot be verified now", bearer(darkIss), of(ourIss), 503, 1, 0},
+		{"one without the scope", "Bearer " + mint(t, with{"aud": ourIss, "client_id": "gw-1"}), of(ourIss), 403, 1, 0},
+		{"about an external issuer's token", basic("gw-1"), of(extIss), 200, 1, 0},
+		{"about that of another tenant", basic("gw-1"), of(acmeIss), 200, 0, 0},
+		{"about that of another tenant, without keys", basic("gw-1"), of(darkIss), 200, 0, 0},
+		{"about that of a stranger", basic("gw-1"), of("https://evil.example"), 200, 0, 0},
+		{"about that of a disabled issuer", basic("gw-1"), of(offIss), 200, 0, 0},
+		{"wrong credentials", basic("gw-9"), of(ourIss), 401, 0, 0},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			failed := 0
+			w := newWorld(t, fakeCallers{failed: &failed})
+			res := w.ask(tt.authorization, tt.compact)
+			if n := int(w.verifier.n.Load()); res.StatusCode != tt.status || n != tt.verified || failed != tt.failed {
+				t.Errorf("status %d after %d verifications, with %d failures counted, want %d, %d, %d",
+					res.StatusCode, n, failed, tt.status, tt.verified, tt.failed)
+			}
+		})
+	}
+}
+
+func TestTimeout(t *testing.T) {
+	t.Parallel()
+	for _, authorization := range []string{basic("gw-1"), "Bearer " + mint(t, nil)} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(t, fakeCallers{})
+			w.state.stuck = true
+			begun := time.Now()
+			res := w.ask(authorization, mint(t, nil))
+			if took := time.Since(begun); res.StatusCode != 503 || res.Header.Get("Retry-After") == "" || took != 10*time.Second {
+				t.Errorf("status %d after %s, want 503 after 10s", res.StatusCode, took)
+			}
+		})
 	}
 }
 
@@ -559,11 +648,11 @@ func TestRecordsCallersAndErrors(t *testing.T) {
 
 func TestNewReportsAll(t *testing.T) {
 	t.Parallel()
-	_, err := New(Config{Leeway: time.Hour}, Deps{})
+	_, err := New(Config{Leeway: time.Hour, Timeout: time.Minute}, Deps{})
 	if err == nil {
 		t.Fatal("New accepts what it must refuse")
 	}
-	for _, want := range []string{"leeway of 1h0m0s", "2m0s", "Callers", "Verifier", "State", "Seen", "Registerer"} {
+	for _, want := range []string{"leeway of 1h0m0s", "2m0s", "timeout of 1m0s", "Callers", "Verifier", "State", "Seen", "Registerer"} {
 		if !strings.Contains(err.Error(), want) {
 			t.Errorf("error does not name %s: %v", want, err)
 		}

@@ -50,7 +50,7 @@ func BenchmarkRevoke(b *testing.B) {
 func BenchmarkRemember(b *testing.B) {
 	for _, callers := range []int{1, 64} {
 		b.Run(fmt.Sprintf("callers=%d", callers), func(b *testing.B) {
-			l := open(b, pgtest.New(b), Config{})
+			l := open(b, keyManagers(b), Config{})
 			run(b, l)
 			inParallel(b, callers, func() error { return l.Remember(b.Context(), issued("app-1", "app-1")) })
 		})

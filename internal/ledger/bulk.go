@@ -17,8 +17,9 @@ const MaxBulk = 10000
 const bulkTimeout = 20 * time.Second
 
 // RevokeAll commits all of requests, up to [MaxBulk], in one transaction, or none. Results are
-// in the order of requests, each with its ID. One such transaction runs at a time in a process
-// and few wait for it. It does not need [Ledger.Run]. Errors: [revocation.InvalidError],
+// in the order of requests, each with its ID. In a process one such transaction of more than
+// [Config.MaxBatch] revocations runs at a time and few wait for it; of smaller ones a few run,
+// and many wait. It does not need [Ledger.Run]. Errors: [revocation.InvalidError],
 // [ErrBusy], [ErrUnavailable], with [ErrDoubt] where the commit was sent, ctx's. Where the
 // database refuses one of requests, its error comes as it is.
 func (l *Ledger) RevokeAll(ctx context.Context, requests []Request) ([]Result, error) {
@@ -33,13 +34,17 @@ func (l *Ledger) RevokeAll(ctx context.Context, requests []Request) ([]Result, e
 	if len(requests) == 0 {
 		return nil, nil
 	}
-	if err := l.bulks.enter(ctx); err != nil {
+	turnstile := l.smalls
+	if len(requests) > l.cfg.MaxBatch {
+		turnstile = l.bulks
+	}
+	if err := turnstile.enter(ctx); err != nil {
 		if errors.Is(err, ErrBusy) {
 			l.metrics.refused.Add(float64(len(requests)))
 		}
 		return nil, err
 	}
-	defer l.bulks.leave()
+	defer turnstile.leave()
 	bounded, cancel := context.WithTimeoutCause(ctx, bulkTimeout, fmt.Errorf("no commit within %s", bulkTimeout))
 	defer cancel()
 	entries, of := merge(requests)

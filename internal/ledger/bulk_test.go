@@ -117,6 +117,34 @@ func TestRevokeAllOfMany(t *testing.T) {
 	}
 }
 
+// Single revocations, as many as there may be when something was stolen, do not wait for a bulk.
+func TestManyRevokeOne(t *testing.T) {
+	t.Parallel()
+	l := open(t, pgtest.New(t), Config{})
+	if err := l.bulks.enter(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for i := range 100 {
+		wg.Go(func() {
+			results, err := l.RevokeAll(t.Context(), []Request{request(fmt.Sprint(i))})
+			if err != nil || !results[0].Added {
+				t.Errorf("revocation %d: %+v, %v", i, results, err)
+			}
+		})
+	}
+	wg.Wait()
+	gone, cancel := context.WithCancel(t.Context())
+	cancel()
+	many := make([]Request, l.cfg.MaxBatch+1)
+	for i := range many {
+		many[i] = request(fmt.Sprint("many-", i))
+	}
+	if _, err := l.RevokeAll(gone, many); !errors.Is(err, context.Canceled) {
+		t.Errorf("a bulk beside another: %v", err)
+	}
+}
+
 // A commit whose connection breaks may have been made.
 func TestRevokeAllInDoubt(t *testing.T) {
 	t.Parallel()
@@ -199,7 +227,7 @@ func TestBulksBesideOthers(t *testing.T) {
 		}
 		wg.Go(func() {
 			for i := range 50 {
-				token := Issued{JTI: uuid.NewString(), ClientID: fmt.Sprintf("shared-%d", i), Subject: fmt.Sprintf("shared-%d", i+1), Exp: leap}
+				token := Issued{JTI: uuid.NewString(), Iss: iss, ClientID: fmt.Sprintf("shared-%d", i), Subject: fmt.Sprintf("shared-%d", i+1), Exp: leap}
 				if err := l.Remember(t.Context(), token); err != nil {
 					t.Error(err)
 				}

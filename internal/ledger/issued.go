@@ -8,6 +8,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgconn"
 
 	"github.com/rescindhq/rescind/api/revocation"
 )
@@ -16,6 +17,8 @@ import (
 type Issued struct {
 	// JTI is a canonical UUID.
 	JTI string
+	// Iss is the issuer, one of our own.
+	Iss string
 	// ClientID and Subject are the token's client_id and sub, Exp its exp in Unix seconds.
 	ClientID, Subject string
 	Exp               int64
@@ -29,7 +32,7 @@ type issuedItem struct {
 // Remember returns nil once t is remembered durably. It must be called, and return, before
 // the state is looked at that says that t may be issued: see package sts. If ctx ends first t
 // may be remembered all the same. Errors: [ErrBusy], [ErrUnavailable], ctx's, and one that is
-// none of these when t cannot be stored.
+// none of these when t cannot be stored, as when its issuer is none of our own.
 func (l *Ledger) Remember(ctx context.Context, t Issued) error {
 	if !isCanonicalUUID(t.JTI) {
 		return errors.New("remember a token: its jti is not a canonical UUID")
@@ -88,35 +91,54 @@ const issuedLock = `(hashtextextended('rescind.ledger issued', 0))`
 const (
 	rememberLockSQL = `SELECT pg_advisory_xact_lock_shared` + issuedLock
 
-	// The lock's statement comes before, so that n is drawn under it. A batch may be sent twice.
+	// The lock's statement comes before, so that n is drawn under it. A batch may be sent
+	// twice. An issuer that is none of our own yields a NULL, which the table refuses.
 	rememberSQL = `
-INSERT INTO rescind.issued_tokens (jti, client_id, subject, exp)
-SELECT jti, client_id, subject, exp FROM unnest($1::uuid[], $2::text[], $3::text[], $4::bigint[]) AS i (jti, client_id, subject, exp)
+INSERT INTO rescind.issued_tokens (jti, key_manager_id, client_id, subject, exp)
+SELECT i.jti, k.id, i.client_id, i.subject, i.exp
+FROM unnest($1::uuid[], $2::text[], $3::text[], $4::text[], $5::bigint[]) AS i (jti, iss, client_id, subject, exp)
+LEFT JOIN rescind.key_managers k ON k.iss = i.iss COLLATE "C" AND k.resident
 ON CONFLICT (jti) DO NOTHING`
 )
 
+// errRepeated is why a repeat is no success where the first try did commit.
+var errRepeated = errors.New("the first try was committed without a word from the server or with a warning, and a standby may lack it")
+
 func (l *Ledger) remember(ctx context.Context, batch []*issuedItem) error {
 	n := len(batch)
-	ids, clients, subjects, exps := make([]string, n), make([]string, n), make([]string, n), make([]int64, n)
+	ids, iss, clients, subjects, exps := make([]string, n), make([]string, n), make([]string, n), make([]string, n), make([]int64, n)
 	for i, it := range batch {
-		ids[i], clients[i], subjects[i], exps[i] = it.JTI, it.ClientID, it.Subject, it.Exp
+		ids[i], iss[i], clients[i], subjects[i], exps[i] = it.JTI, it.Iss, it.ClientID, it.Subject, it.Exp
 	}
+	again := false
 	return l.retry(ctx, func() error {
 		conn, err := l.pool.Acquire(ctx)
 		if err != nil {
 			return err
 		}
 		defer conn.Release()
+		var added int64
 		var b pgx.Batch
 		b.Queue("BEGIN")
 		b.Queue(rememberLockSQL)
-		b.Queue(rememberSQL, ids, clients, subjects, exps)
-		return sendCommit(ctx, conn, &b)
+		b.Queue(rememberSQL, ids, iss, clients, subjects, exps).Exec(func(tag pgconn.CommandTag) error {
+			added = tag.RowsAffected()
+			return nil
+		})
+		err = sendCommit(ctx, conn, &b)
+		// What is there already is not written again, so this commit waited for no standby.
+		if err == nil && again && added < int64(n) {
+			return errRepeated
+		}
+		again = true
+		return err
 	})
 }
 
-// SetRemembering is called when a process starts: on says whether it remembers all tokens that
-// it issues. The first with on begins the time of [Living.Since], one without ends it.
+// SetRemembering says whether this process remembers all tokens that it issues. Each process
+// calls it when it starts, before it issues any, and then every minute: the first with on begins
+// the time of [Living.Since], one without ends it. While processes differ that time begins anew
+// each minute, and in the end it is at most a minute before the last process without was gone.
 func (l *Ledger) SetRemembering(ctx context.Context, on bool) error {
 	sql := `DELETE FROM rescind.issued_since`
 	if on {
@@ -129,59 +151,62 @@ func (l *Ledger) SetRemembering(ctx context.Context, on bool) error {
 }
 
 // IssuedToken returns what is remembered of the token with this jti, and false if nothing is.
-// A jti that is no UUID is never remembered. A token that has expired is forgotten a while later.
+// A jti that is no UUID is never remembered. A token that has expired is forgotten a while
+// later, one whose issuer is removed at once. Errors: [ErrUnavailable].
 func (l *Ledger) IssuedToken(ctx context.Context, jti string) (Issued, bool, error) {
-	if !isCanonicalUUID(jti) {
-		return Issued{}, false, nil
-	}
-	t := Issued{JTI: jti}
-	err := l.pool.QueryRow(ctx, `SELECT client_id, subject, exp FROM rescind.issued_tokens WHERE jti = $1::text::uuid`, jti).
-		Scan(&t.ClientID, &t.Subject, &t.Exp)
-	switch {
-	case errors.Is(err, pgx.ErrNoRows):
-		return Issued{}, false, nil
-	case err != nil:
-		return Issued{}, false, fmt.Errorf("%w: look up an issued token: %w", ErrUnavailable, err)
-	}
-	return t, true, nil
+	found, err := l.IssuedTokens(ctx, []string{jti})
+	t, ok := found[jti]
+	return t, ok, err
 }
 
-// Remembered tokens i that a revocation ends, with their issuer: those of clients that are
-// registered with its issuer, or no more with any. A client that is removed is revoked in
-// the same transaction, so by then nobody can say whose it was.
-const (
-	clientIssuers = `(
-		SELECT c.client_id, k.iss, k.tenant_id, k.resident FROM rescind.clients c
-		JOIN rescind.key_mappings m ON m.id = c.key_mapping_id
-		JOIN rescind.key_managers k ON k.id = m.key_manager_id)`
-	issuedTo = `(
-	SELECT i.*, @iss::text AS iss FROM rescind.issued_tokens i LEFT JOIN ` + clientIssuers + ` AS c ON c.client_id = i.client_id
-	WHERE coalesce(c.iss, @iss) = @iss AND `
+// IssuedTokens is [Ledger.IssuedToken] for many: what is remembered, by jti.
+func (l *Ledger) IssuedTokens(ctx context.Context, jtis []string) (map[string]Issued, error) {
+	var asked []string
+	for _, jti := range jtis {
+		if isCanonicalUUID(jti) {
+			asked = append(asked, jti)
+		}
+	}
+	if len(asked) == 0 {
+		return nil, nil
+	}
+	const sql = `
+SELECT i.jti::text, k.iss, i.client_id, i.subject, i.exp
+FROM rescind.issued_tokens i JOIN rescind.key_managers k ON k.id = i.key_manager_id
+WHERE i.jti = ANY ($1::text[]::uuid[])`
+	rows, _ := l.pool.Query(ctx, sql, asked) // CollectRows has its error
+	tokens, err := pgx.CollectRows(rows, pgx.RowToStructByName[Issued])
+	if err != nil {
+		return nil, fmt.Errorf("%w: look up %d issued tokens: %w", ErrUnavailable, len(asked), err)
+	}
+	found := make(map[string]Issued, len(tokens))
+	for _, t := range tokens {
+		found[t.JTI] = t
+	}
+	return found, nil
+}
 
-	issuedToClient  = issuedTo + `i.client_id = @ident) AS i`
-	issuedToSubject = issuedTo + `i.subject = @ident) AS i`
-	issuedInTenant  = `(
-	SELECT i.*, c.iss FROM ` + clientIssuers + ` AS c JOIN rescind.issued_tokens i ON i.client_id = c.client_id
-	WHERE c.tenant_id = @tenant AND c.resident) AS i`
-)
-
-// endedBy is the part of a FROM clause that has the tokens i, with their issuers, that a
-// revocation of a kind that has a time ends.
+// endedBy are a FROM clause, and conditions, for the remembered tokens i of key managers k that
+// a revocation of a kind that has a time ends. Tokens of a key manager that is gone are
+// nobody's. It is asked for by one value, so that an index which begins with it gives an order.
 func endedBy(kind revocation.Kind) string {
+	const of = `rescind.issued_tokens i JOIN rescind.key_managers k ON k.id = i.key_manager_id
+WHERE i.key_manager_id = (SELECT o.id FROM rescind.key_managers o WHERE `
 	switch kind {
 	case revocation.KindClient:
-		return issuedToClient
+		return of + `o.iss = @iss AND o.resident) AND i.client_id = @ident`
 	case revocation.KindSubject:
-		return issuedToSubject
+		return of + `o.iss = @iss AND o.resident) AND i.subject = @ident`
 	}
-	return issuedInTenant
+	return of + `o.tenant_id = @tenant AND o.resident)`
 }
 
 // Living says how many remembered tokens a revocation would end now.
 type Living struct {
 	Tokens int64
 	// Since is when remembering began: tokens issued before are not counted. Zero: tokens
-	// are not remembered, and Tokens says nothing.
+	// are not remembered, and Tokens says nothing. See [Ledger.SetRemembering] for what it is
+	// while processes differ.
 	Since time.Time
 }
 
@@ -189,9 +214,9 @@ type Living struct {
 func livingSQL(kind revocation.Kind) string {
 	return `
 SELECT (SELECT since FROM rescind.issued_since), count(*) FROM ` + endedBy(kind) + `
-WHERE i.exp > extract(epoch FROM clock_timestamp()) AND NOT EXISTS (
+AND i.exp > extract(epoch FROM clock_timestamp()) AND NOT EXISTS (
 	SELECT FROM rescind.revocations r
-	WHERE r.iss = i.iss COLLATE "C" AND r.ident = i.jti::text COLLATE "C" AND r.kind = 'token' AND NOT r.digest)`
+	WHERE r.iss = k.iss AND r.ident = i.jti::text COLLATE "C" AND r.kind = 'token' AND NOT r.digest)`
 }
 
 // Living counts the remembered tokens that have not expired and that a revocation of target,

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -29,7 +31,7 @@ var otherTenant = revocation.Tenant{ID: 1, Domain: "a.example"}
 // keyManagers is a database with two tenants that have an issuer of their own, and an
 // external one. Each has two clients: c1 and c2 are of iss, o1 and o2 of otherIss, e1 and e2
 // of externalIss.
-func keyManagers(t *testing.T) *pgxpool.Pool {
+func keyManagers(t testing.TB) *pgxpool.Pool {
 	t.Helper()
 	pool := pgtest.New(t)
 	_, err := pool.Exec(t.Context(), `
@@ -55,8 +57,13 @@ func keyManagers(t *testing.T) *pgxpool.Pool {
 	return pool
 }
 
+// issued is a token of the client's issuer: that of otherTenant for o1 and o2.
 func issued(client, subject string) Issued {
-	return Issued{JTI: uuid.NewString(), ClientID: client, Subject: subject, Exp: leap}
+	t := Issued{JTI: uuid.NewString(), Iss: iss, ClientID: client, Subject: subject, Exp: leap}
+	if strings.HasPrefix(client, "o") {
+		t.Iss = otherIss
+	}
+	return t
 }
 
 func remember(t *testing.T, l *Ledger, tokens ...Issued) {
@@ -84,7 +91,7 @@ func ending(kind revocation.Kind, iss, id string) Request {
 
 func TestRemember(t *testing.T) {
 	t.Parallel()
-	l := open(t, pgtest.New(t), Config{MaxBatch: 4, QueueSize: 6})
+	l := open(t, keyManagers(t), Config{MaxBatch: 4, QueueSize: 6})
 	if err := l.Remember(t.Context(), Issued{JTI: "AT-1"}); err == nil || errors.Is(err, ErrUnavailable) {
 		t.Errorf("a jti that is no UUID: %v", err)
 	}
@@ -115,15 +122,31 @@ func TestRemember(t *testing.T) {
 		}
 	}
 
+	asked, known := []string{uuid.NewString(), "AT-1", "urn:uuid:" + tokens[0].JTI}, make(map[string]Issued)
+	if got, err := l.IssuedTokens(t.Context(), asked); len(got) != 0 || err != nil {
+		t.Errorf("%v: %+v, %v", asked, got, err)
+	}
+	for _, token := range tokens[1:] {
+		asked, known[token.JTI] = append(asked, token.JTI, token.JTI), token
+	}
+	got, err := l.IssuedTokens(t.Context(), asked)
+	if diff := cmp.Diff(known, got); diff != "" || err != nil {
+		t.Errorf("of many: %v (-want +got):\n%s", err, diff)
+	}
+	if got, err := l.IssuedTokens(gone, asked); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("not to be had: %+v, %v", got, err)
+	}
+
 	// A token that the database refuses fails alone; one that comes twice is there once.
-	bad := issued("c1", "\x00")
+	bad, unknown, external := issued("c1", "\x00"), issued("c1", "a"), issued("c1", "a")
+	unknown.Iss, external.Iss = iss+"/t/nobody.example", externalIss
 	var batch []*issuedItem
-	for _, token := range []Issued{issued("c1", "a"), bad, tokens[0]} {
+	for _, token := range []Issued{issued("c1", "a"), bad, unknown, external, tokens[0]} {
 		batch = append(batch, &issuedItem{Issued: token, done: make(chan error, 1)})
 	}
 	l.rememberBatch(t.Context(), batch)
 	for i, it := range batch {
-		if err := <-it.done; (err != nil) != (i == 1) || errors.Is(err, ErrUnavailable) {
+		if err := <-it.done; (err != nil) != (1 <= i && i <= 3) || errors.Is(err, ErrUnavailable) {
 			t.Errorf("token %d: %v", i, err)
 		}
 	}
@@ -138,7 +161,11 @@ func TestLiving(t *testing.T) {
 	over := issued("c1", "alice")
 	over.Exp = time.Now().Unix() - 1
 	revoked := issued("c1", "alice")
-	remember(t, l, issued("c1", "alice"), issued("c1", "bob"), issued("c2", "alice"), issued("o1", "alice"), issued("removed", "alice"), over, revoked)
+	remember(t, l, issued("c1", "alice"), issued("c1", "bob"), issued("c2", "alice"), issued("o1", "alice"), over, revoked)
+	// Clients that are no more, one of which is another tenant's now.
+	given := issued("o2", "alice")
+	given.Iss = iss
+	remember(t, l, issued("removed", "alice"), given)
 	if _, err := l.commit(t.Context(), []Request{request(revoked.JTI)}); err != nil {
 		t.Fatal(err)
 	}
@@ -151,11 +178,15 @@ func TestLiving(t *testing.T) {
 		{revocation.KindClient, otherIss, "c1", 0},
 		{revocation.KindClient, otherIss, "o1", 1},
 		{revocation.KindClient, iss, "removed", 1},
+		{revocation.KindClient, otherIss, "removed", 0},
+		{revocation.KindClient, iss, "o2", 1},
+		{revocation.KindClient, otherIss, "o2", 0},
 		{revocation.KindClient, iss, "nobody", 0},
-		{revocation.KindSubject, iss, "alice", 3},
-		{revocation.KindSubject, otherIss, "alice", 2},
+		{revocation.KindSubject, iss, "alice", 4},
+		{revocation.KindSubject, otherIss, "alice", 1},
+		{revocation.KindSubject, externalIss, "alice", 0},
 		{revocation.KindSubject, iss, "bob", 1},
-		{revocation.KindTenant, "", revocation.SuperTenant.Domain, 3},
+		{revocation.KindTenant, "", revocation.SuperTenant.Domain, 5},
 		{revocation.KindTenant, "", otherTenant.Domain, 1},
 	} {
 		r := ending(tt.kind, tt.iss, tt.id)
@@ -213,7 +244,8 @@ func TestTokenOnItsWayIsEnded(t *testing.T) {
 	if _, err := tx.Exec(t.Context(), rememberLockSQL); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := tx.Exec(t.Context(), rememberSQL, []string{token.JTI}, []string{token.ClientID}, []string{token.Subject}, []int64{token.Exp}); err != nil {
+	_, err = tx.Exec(t.Context(), rememberSQL, []string{token.JTI}, []string{token.Iss}, []string{token.ClientID}, []string{token.Subject}, []int64{token.Exp})
+	if err != nil {
 		t.Fatal(err)
 	}
 	done := make(chan error, 1)
@@ -296,7 +328,7 @@ func TestEndingsOnlyWhereTokensAre(t *testing.T) {
 		{"nothing is remembered", []Request{ending(revocation.KindClient, iss, "c1"), ending(revocation.KindTenant, "", "carbon.super")}, 0},
 		{"another client, subject, issuer, tenant, kind", []Request{
 			ending(revocation.KindClient, iss, "c2"), ending(revocation.KindSubject, iss, "c2"), ending(revocation.KindClient, externalIss, "c1"),
-			ending(revocation.KindSubject, externalIss, "alice"), ending(revocation.KindTenant, "", otherTenant.Domain), request(uuid.NewString()),
+			ending(revocation.KindSubject, externalIss, "alice"), ending(revocation.KindSubject, otherIss, "alice"), ending(revocation.KindClient, otherIss, "c1"), ending(revocation.KindTenant, "", otherTenant.Domain), request(uuid.NewString()),
 			ending(revocation.KindSession, iss, "c1"), ending(revocation.KindKey, iss, "c1"),
 		}, 0},
 		{"all three", []Request{
@@ -357,8 +389,8 @@ func TestExpandGoesOn(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if mine, err := l.expandSome(t.Context()); !mine || err != nil {
-		t.Fatalf("first chunk: %t, %v", mine, err)
+	if done, err := l.expandSome(t.Context(), expandTurn{but: []int64{}, most: expandEndings}); !done.mine || err != nil {
+		t.Fatalf("first chunk: %+v, %v", done, err)
 	}
 	if n := count(t, l, `SELECT count(*) FROM rescind.issued_tokens`); n != len(tokens)+6-expandChunk {
 		t.Errorf("%d tokens are remembered after a chunk", n)
@@ -419,9 +451,111 @@ func TestExpandGoesOn(t *testing.T) {
 	}
 }
 
+// None waits for another that has more tokens, or that fails whenever it is tried.
+func TestEndingsTakeTurns(t *testing.T) {
+	t.Parallel()
+	pool := keyManagers(t)
+	l := open(t, pool, Config{})
+	var tokens []Issued
+	for range 2*expandChunk + 10 {
+		tokens = append(tokens, issued("c1", "alice"))
+	}
+	broken := issued("o1", "bob")
+	remember(t, l, append(tokens, issued("c2", "carol"), issued("o2", "dave"), broken)...)
+	for _, r := range []Request{
+		ending(revocation.KindClient, iss, "c1"), ending(revocation.KindSubject, otherIss, "bob"),
+		ending(revocation.KindSubject, iss, "carol"), ending(revocation.KindSubject, otherIss, "dave"),
+	} {
+		if _, err := l.RevokeAll(t.Context(), []Request{r}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	owner, err := pgx.Connect(t.Context(), ownerOf(t, pool))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer owner.Close(t.Context())
+	if _, err := owner.Exec(t.Context(), `UPDATE rescind.endings SET tenant_id = 4711 WHERE ident = 'bob'`); err != nil { // there is no such tenant
+		t.Fatal(err)
+	}
+	order := func() (left []string) {
+		t.Helper()
+		rows, _ := pool.Query(t.Context(), `SELECT ident FROM rescind.endings ORDER BY id`)
+		left, err := pgx.CollectRows(rows, pgx.RowTo[string])
+		if err != nil {
+			t.Fatal(err)
+		}
+		return left
+	}
+	first, err := l.expandSome(t.Context(), expandTurn{but: []int64{}, most: expandEndings})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := l.expandSome(t.Context(), expandTurn{after: first.last, but: []int64{}, most: expandEndings}); err == nil {
+		t.Error("the broken one did not fail")
+	}
+	second, err := l.expandSome(t.Context(), expandTurn{after: first.last + 1, but: []int64{}, most: 2})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff([]string{"c1", "bob"}, order()); diff != "" || second.last != first.last+3 {
+		t.Errorf("after the second turn, which ended with %d (-want +got):\n%s", second.last, diff)
+	}
+	if err := l.expandAll(t.Context()); err == nil || errors.Is(err, ErrUnavailable) {
+		t.Errorf("with a broken one: %v", err)
+	}
+	if diff := cmp.Diff([]string{"bob"}, order()); diff != "" {
+		t.Error(diff)
+	}
+	if n := count(t, l, `SELECT count(*) FROM rescind.revocations WHERE kind = 'token'`); n != len(tokens)+2 {
+		t.Errorf("%d tokens were revoked, want %d", n, len(tokens)+2)
+	}
+	if _, err := owner.Exec(t.Context(), `UPDATE rescind.endings SET tenant_id = 1`); err != nil {
+		t.Fatal(err)
+	}
+	if err := l.expandAll(t.Context()); err != nil || endings(t, l) != 0 {
+		t.Errorf("when it is mended: %v", err)
+	}
+}
+
+// Nobody has the tokens of an issuer that is removed.
+func TestTokensOfNobody(t *testing.T) {
+	t.Parallel()
+	pool := keyManagers(t)
+	l := open(t, pool, Config{})
+	token := issued("o1", "alice")
+	remember(t, l, token)
+	tenant := ending(revocation.KindTenant, "", otherTenant.Domain)
+	if _, err := l.RevokeAll(t.Context(), []Request{tenant}); err != nil {
+		t.Fatal(err)
+	}
+	for _, sql := range []string{
+		`DELETE FROM rescind.key_mappings WHERE consumer_key LIKE 'o%'`, `DELETE FROM rescind.key_managers WHERE iss = '` + otherIss + `'`,
+	} {
+		if _, err := pool.Exec(t.Context(), sql); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if living, err := l.Living(t.Context(), tenant.Target, tenant.Tenant); living.Tokens != 0 || err != nil {
+		t.Errorf("living: %+v, %v", living, err)
+	}
+	if got, ok, err := l.IssuedToken(t.Context(), token.JTI); ok || err != nil {
+		t.Errorf("remembered: %+v, %v", got, err)
+	}
+	if n := endings(t, l); n != 1 {
+		t.Errorf("%d endings, want 1", n)
+	}
+	if err := l.expandAll(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if n := endings(t, l) + count(t, l, `SELECT count(*) FROM rescind.revocations WHERE kind = 'token'`); n != 0 {
+		t.Errorf("%d endings and revoked tokens, want none", n)
+	}
+}
+
 func TestTrimIssued(t *testing.T) {
 	t.Parallel()
-	l := open(t, pgtest.New(t), Config{TrimEvery: 10 * time.Millisecond})
+	l := open(t, keyManagers(t), Config{TrimEvery: 10 * time.Millisecond})
 	over, within := issued("c1", "a"), issued("c1", "b")
 	over.Exp, within.Exp = time.Now().Unix()-130, time.Now().Unix()-60
 	remember(t, l, over, within)
@@ -467,7 +601,7 @@ func TestEveryDeadTokenIsRevokedAlone(t *testing.T) {
 				return token, err
 			}
 			token.iat = max(clock.Load(), until+1)
-			token.JTI, token.Exp = uuid.NewString(), token.iat+lifetime
+			token.JTI, token.Iss, token.Exp = uuid.NewString(), token.iss, token.iat+lifetime
 			if err := l.Remember(t.Context(), token.Issued); err != nil {
 				return token, err
 			}

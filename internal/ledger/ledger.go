@@ -36,6 +36,18 @@
 // be known only under the lock, since a token may be on its way: such transactions always
 // take it, in the round trip that takes the head, and others send no statement for it.
 //
+// A remembered token is its issuer's, whatever has become of its client: an identifier may be
+// given again, and with another tenant.
+//
+// Only what a process of before schema 3 revokes by a time adds no ending. So where processes
+// are replaced one by one, remembered tokens are told one by one once none of before is left;
+// until then gateways that know no revocation of more than one token may accept some of those
+// that it ended.
+//
+// A repeat that finds its tokens remembered is an error: it writes nothing, so that its commit
+// waits for no standby, and the row may not be locked, which would be a write. Their issuer
+// begins anew with others.
+//
 // An ending goes by the order of remembering, as no iat is kept: of two tokens of one
 // second, one that was stamped ahead because of another revocation ends with it. A token
 // that outlives what the revocation says is the end of its last token is none of its own,
@@ -43,8 +55,10 @@
 //
 // The tokens of an ending become revocations of kind token in chunks, each in a
 // transaction that also forgets them, so a crash repeats nothing and loses nothing. The
-// audit has one record when an ending is through: who ended the tokens, and why, is in the
-// record of the revocation, and a hundred thousand copies of it would hide the rest.
+// endings take turns: one of a million tokens does not hold up one of a single token, and one
+// that fails again and again is passed over. The audit has one record when an ending is
+// through: who ended the tokens, and why, is in the record of the revocation, and a hundred
+// thousand copies of it would hide the rest.
 package ledger
 
 import (
@@ -83,7 +97,7 @@ var ErrRestored = errors.New("the log's head went back: the database was restore
 
 // Config tunes the ledger. The zero value is ready for production.
 type Config struct {
-	// MaxBatch caps the revocations in one commit. More means fewer commits under
+	// MaxBatch caps the revocations in one commit, but for those of a bulk. More means fewer commits under
 	// load, and one slow commit delays more callers. Default 500, 1 to 5000.
 	MaxBatch int
 	// QueueSize caps the revocations that wait for a commit; past it Revoke returns
@@ -189,6 +203,7 @@ type Ledger struct {
 	issued   *queue[*issuedItem]
 	changes  *turnstile
 	bulks    *turnstile
+	smalls   *turnstile
 	ended    chan struct{} // has one when an ending may have been added
 	grown    broadcast
 	tail     tail
@@ -215,6 +230,7 @@ func New(cfg Config, pool *pgxpool.Pool, reg prometheus.Registerer, log *slog.Lo
 		issued:   newQueue[*issuedItem](cfg.QueueSize),
 		changes:  newTurnstile("changes", max(1, int(pool.Config().MaxConns)/4), maxChangesWaiting, changeWait),
 		bulks:    newTurnstile("bulk revocations", 1, maxBulksWaiting, bulkWait),
+		smalls:   newTurnstile("lists of revocations", smallsInside, maxSmallsWaiting, bulkWait),
 		ended:    make(chan struct{}, 1),
 		fatal:    make(chan error, 1),
 	}

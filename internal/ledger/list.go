@@ -125,7 +125,7 @@ SELECT a.id, a.at, a.tenant_id, coalesce(t.domain, ''), a.action, coalesce(a.ent
 	a.actor, a.request_id, a.remote
 FROM rescind.audit a LEFT JOIN rescind.tenants t ON t.id = a.tenant_id
 WHERE (@before::bigint IS NULL OR a.id < @before)
-	AND (@tenants::text[] IS NULL OR t.domain = ANY (@tenants))
+	AND (@tenants::text[] IS NULL OR a.tenant_id = ANY (ARRAY(SELECT d.id FROM rescind.tenants d WHERE d.domain = ANY (@tenants))))
 	AND (@actor::text IS NULL OR a.actor = @actor)
 	AND (@action::text IS NULL OR a.action = @action)
 	AND (@subject::text IS NULL OR a.subject = @subject)

@@ -217,6 +217,7 @@ func (l *Ledger) trim(ctx context.Context) error {
 			l.trimAll(ctx, l.metrics.trimmed.WithLabelValues("log"), `SELECT rescind.trim_log($1, $2)`, l.cfg.LogRetention, trimChunk),
 			l.trimAll(ctx, l.metrics.trimmed.WithLabelValues("revocations"), `SELECT rescind.trim_revocations($1)`, trimChunk),
 			l.trimAll(ctx, l.metrics.trimmed.WithLabelValues("issued_tokens"), `SELECT rescind.trim_issued_tokens($1)`, trimChunk),
+			l.trimAll(ctx, l.metrics.trimmed.WithLabelValues("client_assertions"), `SELECT rescind.trim_client_assertions($1)`, trimChunk),
 		)
 		if err != nil && ctx.Err() == nil {
 			l.log.Warn("clean-up failed, it is tried again", "error", err, "in", l.cfg.TrimEvery)

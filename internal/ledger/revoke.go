@@ -26,6 +26,11 @@ type Request struct {
 	Tenant revocation.Tenant
 	// Exp is when the last matching token ends by itself, in Unix seconds.
 	Exp int64
+	// Lifetime is how long a token of the issuer lives at the most, in seconds, for kinds that
+	// have a time: the revocation ends at Exp or this long after its time, whichever is later,
+	// but at most [revocation.MaxExpiryAhead] ahead. Only the database knows the time, which it
+	// takes as it stores the revocation. 0 leaves it at Exp.
+	Lifetime int64
 	// ClientID and Signature are as in [revocation.Revocation].
 	ClientID, Signature string
 	// Reason is for people.
@@ -40,6 +45,11 @@ type Request struct {
 	// revocation was made elsewhere.
 	NotAfter int64
 }
+
+// MaxStampAhead is how many seconds ahead of the clock of whoever makes a revocation tokens
+// may be stamped that it is about, beside the clock skew: other clocks are ahead, and our own
+// issuers stamp a token past the revocations that there are.
+const MaxStampAhead = 180
 
 // Actor is who asked, for the audit.
 type Actor struct {
@@ -360,7 +370,7 @@ func merge(requests []Request) (entries []entry, of []int) {
 		r := requests[i]
 		if n := len(entries); n > 0 && entries[n-1].Target == r.Target {
 			e := &entries[n-1]
-			e.Exp, e.NotAfter = max(e.Exp, r.Exp), max(e.NotAfter, r.NotAfter)
+			e.Exp, e.Lifetime, e.NotAfter = max(e.Exp, r.Exp), max(e.Lifetime, r.Lifetime), max(e.NotAfter, r.NotAfter)
 			e.now = e.now || r.NotAfter == 0
 		} else {
 			entries = append(entries, entry{Request: r, now: r.NotAfter == 0})
@@ -385,14 +395,17 @@ func compareTargets(a, b revocation.Target) int {
 const upsertSQL = `
 INSERT INTO rescind.revocations AS r
     (id, tenant_id, kind, iss, ident, digest, exp, not_after, client_id, signature, reason, revoked_at)
-SELECT e.id, e.tenant_id, e.kind, e.iss, e.ident, e.digest, e.exp,
-    CASE WHEN NOT e.timed THEN 0 WHEN NOT e.now THEN e.not_after
-        ELSE greatest(e.not_after, floor(extract(epoch FROM clock_timestamp()))::bigint + $14) END,
-    e.client_id, e.signature, e.reason, clock_timestamp()
-FROM unnest($1::uuid[], $2::integer[], $3::text[], $4::text[], $5::text[], $6::boolean[], $7::bigint[], $8::boolean[],
-    $9::text[], $10::text[], $11::text[], $12::integer[], $13::bigint[], $15::boolean[])
-    AS e (id, tenant_id, kind, iss, ident, digest, exp, timed, client_id, signature, reason, n, not_after, now)
-ORDER BY e.n
+SELECT e.id, e.tenant_id, e.kind, e.iss, e.ident, e.digest,
+    CASE WHEN e.timed AND e.lifetime > 0
+        THEN greatest(e.exp, least(e.until + e.lifetime, floor(extract(epoch FROM clock_timestamp()))::bigint + $17)) ELSE e.exp END,
+    e.until, e.client_id, e.signature, e.reason, clock_timestamp()
+FROM (
+    SELECT e.*, CASE WHEN NOT e.timed THEN 0 WHEN NOT e.now THEN e.not_after
+        ELSE greatest(e.not_after, floor(extract(epoch FROM clock_timestamp()))::bigint + $14) END AS until
+    FROM unnest($1::uuid[], $2::integer[], $3::text[], $4::text[], $5::text[], $6::boolean[], $7::bigint[], $8::boolean[],
+        $9::text[], $10::text[], $11::text[], $12::integer[], $13::bigint[], $15::boolean[], $16::bigint[])
+        AS e (id, tenant_id, kind, iss, ident, digest, exp, timed, client_id, signature, reason, n, not_after, now, lifetime)
+    ORDER BY e.n OFFSET 0) AS e
 ON CONFLICT (iss, ident, kind, digest) DO UPDATE
     SET exp = greatest(r.exp, excluded.exp), not_after = greatest(r.not_after, excluded.not_after)
     WHERE r.exp < excluded.exp OR r.not_after < excluded.not_after
@@ -613,7 +626,7 @@ func (l *Ledger) upsert(ctx context.Context, conn *pgxpool.Conn, b *pgx.Batch, e
 	ids, tenants, kinds, iss := make([]string, n), make([]int32, n), make([]string, n), make([]string, n)
 	idents, digests, exps, timed := make([]string, n), make([]bool, n), make([]int64, n), make([]bool, n)
 	clients, signatures, reasons, order := make([]string, n), make([]string, n), make([]string, n), make([]int32, n)
-	notAfter, now := make([]int64, n), make([]bool, n)
+	notAfter, now, lifetimes := make([]int64, n), make([]bool, n), make([]int64, n)
 	byTarget := make(map[revocation.Target]int, n)
 	for i, e := range entries {
 		id, err := uuid.NewV7()
@@ -623,11 +636,12 @@ func (l *Ledger) upsert(ctx context.Context, conn *pgxpool.Conn, b *pgx.Batch, e
 		ids[i], tenants[i], kinds[i], iss[i] = id.String(), e.Tenant.ID, string(e.Target.Kind), e.Target.Iss
 		idents[i], digests[i], exps[i], timed[i] = e.Target.ID, e.Target.Digest, e.Exp, e.Target.Kind.HasTime()
 		clients[i], signatures[i], reasons[i], order[i] = e.ClientID, e.Signature, e.Reason, int32(i)
-		notAfter[i], now[i] = e.NotAfter, e.now
+		notAfter[i], now[i], lifetimes[i] = e.NotAfter, e.now, e.Lifetime
 		byTarget[e.Target] = i
 	}
 	b.Queue(upsertSQL, ids, tenants, kinds, iss, idents, digests, exps, timed,
-		clients, signatures, reasons, order, notAfter, int64(l.cfg.ClockSkew/time.Second), now).Query(func(rows pgx.Rows) error {
+		clients, signatures, reasons, order, notAfter, int64(l.cfg.ClockSkew/time.Second), now,
+		lifetimes, int64(revocation.MaxExpiryAhead/time.Second)).Query(func(rows pgx.Rows) error {
 		changed, err = pgx.CollectRows(rows, func(row pgx.CollectableRow) (stored, error) {
 			var s stored
 			t := &s.Target

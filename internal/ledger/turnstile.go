@@ -9,12 +9,15 @@ import (
 
 // maxChangesWaiting is how many changes may wait for their turn, and changeWait for how
 // long: more than that and their callers should come back later. A bulk takes much longer
-// than a change.
+// than a change. Small lists of revocations take a few milliseconds each, and are many when
+// something was stolen.
 const (
 	maxChangesWaiting = 64
 	changeWait        = 2 * time.Second
 	maxBulksWaiting   = 4
 	bulkWait          = 10 * time.Second
+	smallsInside      = 2
+	maxSmallsWaiting  = 256
 )
 
 // turnstile lets a few in at a time, and a few wait for a while.

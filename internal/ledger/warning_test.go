@@ -32,6 +32,59 @@ func session(t *testing.T) *pgxpool.Pool {
 	return pool
 }
 
+// standbyWarnings has commits that insert into table warned of, until it is called.
+func standbyWarnings(t *testing.T, pool *pgxpool.Pool, table string) (stop func()) {
+	t.Helper()
+	owner, err := pgx.Connect(t.Context(), ownerOf(t, pool))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { owner.Close(context.Background()) })
+	_, err = owner.Exec(t.Context(), `
+		CREATE FUNCTION rescind.warn() RETURNS trigger LANGUAGE plpgsql
+			AS $$ BEGIN RAISE WARNING 'canceling wait for synchronous replication due to user request'; RETURN NULL; END $$;
+		CREATE CONSTRAINT TRIGGER warn AFTER INSERT ON `+table+` DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION rescind.warn()`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return func() {
+		t.Helper()
+		if _, err := owner.Exec(t.Context(), `DROP TRIGGER warn ON `+table); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// The second try finds the tokens there, and its commit would wait for no standby.
+func TestWarnedTokensAreNotRemembered(t *testing.T) {
+	t.Parallel()
+	pool := session(t)
+	l := open(t, pool, Config{})
+	owner, err := pgx.Connect(t.Context(), ownerOf(t, pool))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer owner.Close(t.Context())
+	_, err = owner.Exec(t.Context(), `INSERT INTO rescind.key_managers (tenant_id, name, resident, iss, max_token_lifetime)
+		VALUES (-1234, 'Resident Key Manager', true, $1, 3600)`, iss)
+	if err != nil {
+		t.Fatal(err)
+	}
+	stop := standbyWarnings(t, pool, "rescind.issued_tokens")
+	rememberOne := func(token Issued) error {
+		it := &issuedItem{Issued: token, done: make(chan error, 1)}
+		l.rememberBatch(t.Context(), []*issuedItem{it})
+		return <-it.done
+	}
+	if err := rememberOne(issued("c1", "c1")); !errors.Is(err, ErrUnavailable) {
+		t.Errorf("warned: %v, want ErrUnavailable", err)
+	}
+	stop()
+	if err := rememberOne(issued("c1", "c1")); err != nil {
+		t.Errorf("after it: %v", err)
+	}
+}
+
 func TestWarningBeforeACommitIsNone(t *testing.T) {
 	t.Parallel()
 	l := open(t, session(t), Config{})
@@ -66,18 +119,7 @@ func TestWarnedCommitIsNoSuccess(t *testing.T) {
 	t.Parallel()
 	pool := session(t)
 	l := open(t, pool, Config{})
-	owner, err := pgx.Connect(t.Context(), ownerOf(t, pool))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer owner.Close(t.Context())
-	_, err = owner.Exec(t.Context(), `
-		CREATE FUNCTION rescind.warn() RETURNS trigger LANGUAGE plpgsql
-			AS $$ BEGIN RAISE WARNING 'canceling wait for synchronous replication due to user request'; RETURN NULL; END $$;
-		CREATE CONSTRAINT TRIGGER warn AFTER INSERT ON rescind.log DEFERRABLE INITIALLY DEFERRED FOR EACH ROW EXECUTE FUNCTION rescind.warn()`)
-	if err != nil {
-		t.Fatal(err)
-	}
+	stop := standbyWarnings(t, pool, "rescind.log")
 	grown := l.Grown()
 	at, err := l.Change(t.Context(), func(ctx context.Context, tx *Tx) error { return insertScope(ctx, tx, "a") })
 	if !errors.Is(err, ErrUnavailable) || !errors.Is(err, ErrDoubt) {
@@ -101,9 +143,7 @@ func TestWarnedCommitIsNoSuccess(t *testing.T) {
 		t.Errorf("transact: %v, want the server's warning", err)
 	}
 
-	if _, err := owner.Exec(t.Context(), `DROP TRIGGER warn ON rescind.log`); err != nil {
-		t.Fatal(err)
-	}
+	stop()
 	if _, err := l.Change(t.Context(), func(ctx context.Context, tx *Tx) error { return insertScope(ctx, tx, "d") }); err != nil {
 		t.Errorf("Change on the connection that was warned: %v", err)
 	}

@@ -31,13 +31,19 @@ type Earlier struct {
 	Begun bool
 	// Mismatch: the other had another body. Running: it has no answer yet.
 	Mismatch, Running bool
-	Status            int
-	Header            http.Header
-	Body              []byte
+	// Full: there was none, and no more is kept for the caller.
+	Full   bool
+	Status int
+	Header http.Header
+	Body   []byte
 }
 
-// finishTimeout bounds what is done for a request whose caller may be gone.
-const finishTimeout = 5 * time.Second
+const (
+	// finishTimeout bounds what is done for a request whose caller may be gone.
+	finishTimeout = 5 * time.Second
+	// fullRetry is what callers are asked to wait for whom no more is kept.
+	fullRetry = time.Hour
+)
 
 // keptHeaders are those of an answer that come again with it.
 var keptHeaders = []string{"Content-Type", "ETag", "Location"}
@@ -46,7 +52,8 @@ var keptHeaders = []string{"Content-Type", "ETag", "Location"}
 // that [Require] lets through: a request that comes again with its key and body gets the
 // answer that there was, with Idempotency-Replayed, another one with that key 422, and
 // one that comes while the first is worked on 409. What says nothing about the request
-// itself is not kept: 401, 403, 429 and 5xx. After a 503 for [ledger.ErrDoubt] a request
+// itself is not kept: 401, 403, 429 and 5xx, and answers of which a handler says [DoNotKeep].
+// Callers for whom too much is kept get 429 for a new key. After a 503 for [ledger.ErrDoubt] a request
 // counts as worked on: whoever repeats it at once does not do it twice.
 //
 // It is no guarantee. A request that may have been done although nobody kept its answer, as
@@ -135,6 +142,12 @@ func (p *place) serve(w http.ResponseWriter, r *http.Request, next http.Handler,
 			Slug: "idempotency-in-progress", Title: "The request with this idempotency key is still being worked on.", Status: http.StatusConflict,
 			Detail: "Send it again later for its answer. If its outcome is not known, this ends after a minute: look until then whether it was done.",
 		}
+	case earlier.Full:
+		return &Problem{
+			Slug: "too-many-answers", Title: "No more answers are kept for this account.", Status: http.StatusTooManyRequests, RetryAfter: fullRetry,
+			Detail: "Nothing was done. The answer to a request with an Idempotency-Key is kept for a day, and those of this account take " +
+				"all the room that one has. Send the request without the key if repeating it does no harm, or later.",
+		}
 	case !earlier.Begun:
 		answer := held{ResponseWriter: w, status: earlier.Status}
 		answer.body.Write(earlier.Body)
@@ -194,6 +207,15 @@ type held struct {
 	status int
 	body   bytes.Buffer
 	doubt  bool // it is not known whether the request was done
+	unkept bool // see [DoNotKeep]
+}
+
+// DoNotKeep says that [Idempotent] need not keep the answer that a handler is about to write:
+// the request changes nothing, and may as well be worked on again.
+func DoNotKeep(w http.ResponseWriter) {
+	if h, ok := find[*held](w); ok {
+		h.unkept = true
+	}
 }
 
 var _ authn.Recorder = (*held)(nil)
@@ -230,13 +252,13 @@ func (h *held) Write(b []byte) (int, error) {
 // FlushError keeps [http.ResponseController] from flushing what h wraps.
 func (h *held) FlushError() error { return errors.ErrUnsupported }
 
-// isFinal reports whether the same request would be answered so again.
+// isFinal reports whether the same request must be answered so again.
 func (h *held) isFinal() bool {
 	switch h.status {
 	case http.StatusUnauthorized, http.StatusForbidden, http.StatusTooManyRequests:
 		return false
 	}
-	return h.status < 500
+	return h.status < 500 && !h.unkept
 }
 
 func (h *held) send() {

@@ -173,6 +173,137 @@ func TestIdempotent(t *testing.T) {
 	}
 }
 
+// What takes much room takes less, and comes again as it was.
+func TestAnswersAreCompressed(t *testing.T) {
+	t.Parallel()
+	pool := pgtest.New(t)
+	store := NewIdempotencyStore(pool, []authn.MasterKey{masterKey(t, "a")})
+	for _, body := range []string{"", "x", gzipMagic, gzipMagic + "x", strings.Repeat("a", packFrom-1), strings.Repeat("token ", 100_000)} {
+		exec(t, pool, `DELETE FROM rescind.idempotency`)
+		if e, err := store.Begin(t.Context(), "c", "POST", "/p", "k", [32]byte{}); !e.Begun || err != nil {
+			t.Fatalf("%+v, %v", e, err)
+		}
+		if err := store.Finish(t.Context(), "c", "POST", "/p", "k", 200, http.Header{}, []byte(body)); err != nil {
+			t.Fatal(err)
+		}
+		if e, err := store.Begin(t.Context(), "c", "POST", "/p", "k", [32]byte{}); string(e.Body) != body || err != nil {
+			t.Errorf("%d bytes came again as %d, %v", len(body), len(e.Body), err)
+		}
+		if n := exec(t, pool, `SELECT FROM rescind.idempotency WHERE octet_length(body) > 5000`); n != 0 {
+			t.Errorf("%d bytes take more than 5000", len(body))
+		}
+	}
+}
+
+// One caller cannot fill the database, and others do not notice.
+func TestIdempotentWhenFull(t *testing.T) {
+	t.Parallel()
+	pool := pgtest.New(t)
+	store := NewIdempotencyStore(pool, []authn.MasterKey{masterKey(t, "a")})
+	s := newServer(store, create())
+	first := s.send(t, sent{key: "k", body: "b"})
+	fill := func(bytes int64) {
+		exec(t, pool, `INSERT INTO rescind.idempotency (caller, method, path, key, fingerprint, status, body)
+			SELECT 'account:root', 'POST', '/p', gen_random_uuid()::text, decode(repeat('00', 32), 'hex'), 200, decode(repeat('00', $1), 'hex')`, bytes)
+	}
+	for range 3 {
+		fill(maxKept / 4)
+	}
+	if got := s.send(t, sent{key: "l"}); got.Code != 201 {
+		t.Errorf("before the bound: %d %s", got.Code, got.Body)
+	}
+	fill(maxKept / 4)
+	recount := func() { store.kept["account:root"] = usage{} }
+	recount()
+	for range 2 {
+		got := s.send(t, sent{key: "m"})
+		if got.Code != 429 || got.Header().Get("Retry-After") != "3600" || !strings.Contains(got.Body.String(), "/problems/too-many-answers") {
+			t.Errorf("%d %v %s", got.Code, got.Header(), got.Body)
+		}
+	}
+	for name, tt := range map[string]struct {
+		sent
+		status int
+		done   bool
+	}{
+		"again":        {sent{key: "k", body: "b"}, 201, false},
+		"another body": {sent{key: "k", body: "c"}, 422, false},
+		"without key":  {sent{}, 201, true},
+		"other caller": {sent{key: "m", user: "other"}, 201, true},
+	} {
+		runs := s.runs.Load()
+		got := s.send(t, tt.sent)
+		if got.Code != tt.status || (s.runs.Load() > runs) != tt.done {
+			t.Errorf("%s: %d %s, done %d times", name, got.Code, got.Body, s.runs.Load()-runs)
+		}
+		if name == "again" && got.Body.String() != first.Body.String() {
+			t.Errorf("%s: %s after %s", name, got.Body, first.Body)
+		}
+	}
+	exec(t, pool, `UPDATE rescind.idempotency SET begun_at = begun_at - interval '25 h' WHERE caller = 'account:root'`)
+	if got := s.send(t, sent{key: "k", body: "b"}); got.Code != 429 {
+		t.Errorf("an answer that is over: %d %s", got.Code, got.Body)
+	}
+	recount()
+	if got := s.send(t, sent{key: "k", body: "c"}); got.Code != 201 {
+		t.Errorf("a day later: %d %s", got.Code, got.Body)
+	}
+}
+
+// What a process keeps counts at once.
+func TestAnswersCountTheirOwn(t *testing.T) {
+	t.Parallel()
+	store := NewIdempotencyStore(pgtest.New(t), []authn.MasterKey{masterKey(t, "a")})
+	begin := func() Earlier {
+		t.Helper()
+		e, err := store.Begin(t.Context(), "c", "POST", "/p", fmt.Sprint(len(store.kept), store.kept["c"].bytes), [32]byte{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return e
+	}
+	finish := func(body string) {
+		t.Helper()
+		if err := store.Finish(t.Context(), "c", "POST", "/p", "none", 200, http.Header{}, []byte(body)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	finish("")
+	if len(store.kept) != 0 {
+		t.Error("an answer without a body is counted")
+	}
+	finish("x")
+	if begin(); store.kept["c"].counted.IsZero() {
+		t.Error("what is kept was not counted")
+	}
+	store.kept["c"] = usage{maxKept - 1, store.kept["c"].counted}
+	if e := begin(); !e.Begun {
+		t.Errorf("before the bound: %+v", e)
+	}
+	finish("x")
+	if e := begin(); !e.Full {
+		t.Errorf("past the bound: %+v", e)
+	}
+}
+
+func TestDoNotKeep(t *testing.T) {
+	t.Parallel()
+	store := NewIdempotencyStore(pgtest.New(t), []authn.MasterKey{masterKey(t, "a")})
+	s := newServer(store, func(w http.ResponseWriter, r *http.Request) error {
+		DoNotKeep(wrapper{w})
+		return JSON(w, 200, "seen")
+	})
+	for _, body := range []string{"a", "a", "b"} {
+		if got := s.send(t, sent{key: "k", body: body}); got.Code != 200 || got.Header().Get("Idempotency-Replayed") != "" {
+			t.Errorf("%s: %d %v %s", body, got.Code, got.Header(), got.Body)
+		}
+	}
+	s.send(t, sent{})
+	if runs := s.runs.Load(); runs != 4 {
+		t.Errorf("done %d times, want 4", runs)
+	}
+}
+
 func TestParseKey(t *testing.T) {
 	t.Parallel()
 	for header, want := range map[string]string{`"a\"b\\c ;,"`: `a"b\c ;,`, "0e4-f/a:b": "0e4-f/a:b", `"~"`: "~"} {

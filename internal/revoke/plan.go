@@ -2,15 +2,11 @@ package revoke
 
 import (
 	"context"
-	"encoding/base64"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
 	"strconv"
 	"strings"
-	"sync"
-	"sync/atomic"
 	"time"
 	"unicode"
 	"unicode/utf8"
@@ -29,6 +25,8 @@ type plan struct {
 	exp    int64
 	// guessed: exp is only when the last token has ended at the latest, so one that is stored stays.
 	guessed bool
+	// lifetime is how long tokens of the issuer live at the most, in seconds.
+	lifetime int32
 	// remembered: it may be known when the token of this jti ends.
 	remembered bool
 	expired    bool
@@ -46,6 +44,8 @@ type planner struct {
 	issuers map[string]*catalog.KeyManager // by iss
 	tenants map[string]revocation.Tenant   // by domain
 	own     *catalog.KeyManager            // of the caller's tenant; nil if it has none
+	bound   bool                           // to a tenant
+	keys    int                            // orders about signing keys so far
 }
 
 // maxFound is how many wrong orders are told.
@@ -76,8 +76,7 @@ func (r *Revoker) plan(ctx context.Context, by Caller, orders []Order) (*planner
 	if len(found) > 0 {
 		return nil, nil, found
 	}
-	err := inParallel(ctx, len(plans), func(ctx context.Context, i int) error { return p.recall(ctx, &plans[i]) })
-	if err != nil {
+	if err := p.recall(ctx, plans); err != nil {
 		return nil, nil, err
 	}
 	stored, err := p.stored(ctx, plans, func(plan plan) bool { return plan.guessed })
@@ -94,7 +93,7 @@ func (r *Revoker) plan(ctx context.Context, by Caller, orders []Order) (*planner
 
 func (r *Revoker) newPlanner(by Caller) *planner {
 	p := &planner{
-		Revoker: r, now: time.Now(),
+		Revoker: r, now: time.Now(), bound: by.Tenant != "",
 		issuers: make(map[string]*catalog.KeyManager), tenants: make(map[string]revocation.Tenant),
 	}
 	home := by.Tenant
@@ -212,7 +211,7 @@ func (p *planner) planOrder(ctx context.Context, o Order) (plan, error) {
 	}
 	made := plan{
 		target: revocation.Target{Kind: id.kind, Iss: k.Iss, ID: id.value}, tenant: k.Tenant,
-		exp: p.horizon(k.MaxTokenLifetime), external: !k.Resident,
+		exp: p.horizon(k.MaxTokenLifetime), lifetime: k.MaxTokenLifetime, external: !k.Resident,
 	}
 	switch id.kind {
 	case revocation.KindToken:
@@ -220,6 +219,7 @@ func (p *planner) planOrder(ctx context.Context, o Order) (plan, error) {
 	case revocation.KindKey:
 		// It is never believed again. The day is for clocks that are behind ours.
 		made.exp, made.guessed = p.now.Add(revocation.MaxExpiryAhead-24*time.Hour).Unix(), true
+		err = p.checkKey(ctx, k, o.KID)
 	case revocation.KindSubject:
 		// The tokens of its users do not bear it as their sub (GTR-08).
 		if p.mapping(k.Iss, o.Sub) != nil {
@@ -254,15 +254,53 @@ func (p *planner) issuer(iss string) (*catalog.KeyManager, error) {
 	return k, nil
 }
 
-// clockAllowance is by how many seconds another clock may be ahead of ours, beside the skew
-// that is configured: the database's, which gives a revocation its time, and an issuer's.
-const clockAllowance = 60
-
 // horizon is when the last token has ended that an issuer, whose tokens live up to lifetime
 // seconds, can have issued up to the time of a revocation that is made now.
 func (p *planner) horizon(lifetime int32) int64 {
 	const begun = 1 // of a second
-	return min(p.now.Unix()+begun+p.skew+clockAllowance+int64(lifetime), p.now.Add(revocation.MaxExpiryAhead).Unix())
+	return min(p.now.Unix()+begun+p.skew+ledger.MaxStampAhead+int64(lifetime), p.now.Add(revocation.MaxExpiryAhead).Unix())
+}
+
+// maxKeys is how many orders of a request may be about signing keys: each is looked for in a
+// key set.
+const maxKeys = 100
+
+// checkKey refuses a kid that the issuer's key set does not have: its revocation would last for
+// ten years. What was withdrawn already is known by its revocation. Only who sees all tenants
+// may revoke a key that an external issuer publishes no more.
+func (p *planner) checkKey(ctx context.Context, k *catalog.KeyManager, kid string) error {
+	if p.keys++; p.keys > maxKeys {
+		return wrong("kid", fmt.Sprintf("is one of too many: at most %d keys at once", maxKeys))
+	}
+	issuer, ok := p.verifier.Issuer(k.Iss)
+	algorithms := issuer.Algorithms
+	if len(algorithms) == 0 {
+		algorithms = token.DefaultAlgorithms
+	}
+	err := error(token.ErrUnknownKey)
+	for i := 0; ok && i < len(algorithms) && errors.Is(err, token.ErrUnknownKey); i++ {
+		_, err = issuer.Keys.Key(ctx, kid, algorithms[i])
+	}
+	switch {
+	case err == nil, errors.Is(err, token.ErrAlgorithm), !k.Resident && !p.bound:
+		return nil
+	case errors.Is(err, token.ErrUnknownKey):
+	case errors.Is(err, token.ErrKeysUnavailable):
+		return err
+	default:
+		return fmt.Errorf("%w: %w", token.ErrKeysUnavailable, err)
+	}
+	target := revocation.Target{Kind: revocation.KindKey, Iss: k.Iss, ID: kid}
+	known, err := p.stored(ctx, []plan{{target: target}}, func(plan) bool { return true })
+	switch {
+	case err != nil:
+		return err
+	case len(known) > 0:
+		return nil
+	case k.Resident:
+		return wrong("kid", "is not a signing key of this issuer that is in use")
+	}
+	return wrong("kid", "is not in the issuer's key set: only those who see all tenants may revoke it")
 }
 
 // isOver reports whether no gateway accepts a token with this exp any more.
@@ -285,49 +323,37 @@ func (p *planner) planTenant(o Order) (plan, error) {
 		}
 	}
 	return plan{
-		target: revocation.Target{Kind: revocation.KindTenant, ID: tenant.Domain}, tenant: tenant, exp: p.horizon(lifetime),
+		target: revocation.Target{Kind: revocation.KindTenant, ID: tenant.Domain}, tenant: tenant,
+		exp: p.horizon(lifetime), lifetime: lifetime,
 	}, nil
 }
 
-// recall completes a plan with what is remembered of its token.
-func (p *planner) recall(ctx context.Context, made *plan) error {
-	if !made.remembered {
+// recall completes plans with what is remembered of their tokens.
+func (p *planner) recall(ctx context.Context, plans []plan) error {
+	var jtis []string
+	for _, plan := range plans {
+		if plan.remembered {
+			jtis = append(jtis, plan.target.ID)
+		}
+	}
+	if len(jtis) == 0 {
 		return nil
 	}
-	issued, ok, err := p.ledger.IssuedToken(ctx, made.target.ID)
+	tokens, err := p.ledger.IssuedTokens(ctx, jtis)
 	if err != nil {
-		return fmt.Errorf("plan a revocation: %w", err)
+		return fmt.Errorf("plan revocations: %w", err)
 	}
-	// All our issuers' tokens are remembered together, and a tenant must not learn of another's.
-	if !ok || p.mapping(made.target.Iss, issued.ClientID) == nil {
-		return nil
+	for i := range plans {
+		made := &plans[i]
+		issued, ok := tokens[made.target.ID]
+		// All our issuers' tokens are remembered together, and a tenant must not learn of another's.
+		if !made.remembered || !ok || issued.Iss != made.target.Iss {
+			continue
+		}
+		made.exp, made.guessed, made.clientID = issued.Exp, false, issued.ClientID
+		made.expired = isOver(issued.Exp, p.now)
 	}
-	made.exp, made.guessed, made.clientID = issued.Exp, false, issued.ClientID
-	made.expired = isOver(issued.Exp, p.now)
 	return nil
-}
-
-// lookups is how many questions, each about one token or client, are asked at a time: commits
-// use the same connections.
-const lookups = 4
-
-// inParallel calls f with 0 to n-1, a few at a time, until one fails.
-func inParallel(ctx context.Context, n int, f func(ctx context.Context, i int) error) error {
-	ctx, cancel := context.WithCancelCause(ctx)
-	defer cancel(nil)
-	var next atomic.Int64
-	var wg sync.WaitGroup
-	for range min(n, lookups) {
-		wg.Go(func() {
-			for i := int(next.Add(1)) - 1; i < n && ctx.Err() == nil; i = int(next.Add(1)) - 1 {
-				if err := f(ctx, i); err != nil {
-					cancel(err)
-				}
-			}
-		})
-	}
-	wg.Wait()
-	return context.Cause(ctx)
 }
 
 // mapping finds the consumer key of an issuer, nil if it is not known.
@@ -376,7 +402,8 @@ func (p *planner) planToken(ctx context.Context, iss, tok string) (plan, error) 
 var errNotGenuine = wrong("token", "is no genuine token of a key manager that you see")
 
 func (p *planner) planJWT(ctx context.Context, iss, compact string) (plan, error) {
-	if p.issuers[claimedIssuer(compact)] == nil {
+	// An issuer that the caller does not see is none, whatever its keys would say.
+	if claimed, ok := token.ClaimedIssuer(compact); !ok || p.issuers[claimed] == nil {
 		return plan{}, errNotGenuine
 	}
 	t, err := p.verifier.Verify(ctx, compact)
@@ -416,20 +443,4 @@ func (p *planner) planJWT(ctx context.Context, iss, compact string) (plan, error
 		made.clientID = t.ClientID
 	}
 	return made, nil
-}
-
-// claimedIssuer is the iss of a JWT that is not verified, empty if it cannot be read.
-func claimedIssuer(compact string) string {
-	_, rest, _ := strings.Cut(compact, ".")
-	payload64, _, _ := strings.Cut(rest, ".")
-	payload, err := base64.RawURLEncoding.DecodeString(payload64)
-	claims := make(map[string]json.RawMessage) // not a struct, which would take ISS for iss
-	if err != nil || json.Unmarshal(payload, &claims) != nil {
-		return ""
-	}
-	var iss string
-	if json.Unmarshal(claims["iss"], &iss) != nil {
-		return ""
-	}
-	return iss
 }

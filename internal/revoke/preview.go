@@ -3,7 +3,6 @@ package revoke
 import (
 	"context"
 	"fmt"
-	"sync"
 
 	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/replica"
@@ -11,8 +10,13 @@ import (
 	"github.com/rescindhq/rescind/internal/ledger"
 )
 
-// Preview says what Revoke would do, and changes nothing. Errors are those of Revoke.
+// Preview says what Revoke would do, and changes nothing. Errors are those of Revoke; more
+// than [MaxCounted] targets whose tokens would be counted are a [catalog.Invalid] too.
 func (r *Revoker) Preview(ctx context.Context, by Caller, orders []Order) ([]Effect, error) {
+	if err := r.turns.enter(ctx); err != nil {
+		return nil, err
+	}
+	defer r.turns.leave()
 	p, plans, err := r.plan(ctx, by, orders)
 	if err != nil {
 		return nil, err
@@ -40,7 +44,8 @@ func (r *Revoker) Preview(ctx context.Context, by Caller, orders []Order) ([]Eff
 	return effects, nil
 }
 
-// living counts the tokens of targets that have a time, if we issue them.
+// living counts the tokens of targets that have a time, if we issue them. One after the other:
+// each may read a million rows, and commits need the database.
 func (p *planner) living(ctx context.Context, plans []plan) (map[revocation.Target]ledger.Living, error) {
 	counts := make(map[revocation.Target]ledger.Living)
 	var asked []plan
@@ -50,18 +55,18 @@ func (p *planner) living(ctx context.Context, plans []plan) (map[revocation.Targ
 			asked = append(asked, plan)
 		}
 	}
-	var mu sync.Mutex
-	err := inParallel(ctx, len(asked), func(ctx context.Context, i int) error {
-		living, err := p.ledger.Living(ctx, asked[i].target, asked[i].tenant)
+	if len(asked) > MaxCounted {
+		return nil, catalog.Invalid{{Pointer: "#", Detail: fmt.Sprintf(
+			"names %d clients, subjects and tenants whose tokens would be counted: look at up to %d at a time", len(asked), MaxCounted)}}
+	}
+	for _, plan := range asked {
+		living, err := p.ledger.Living(ctx, plan.target, plan.tenant)
 		if err != nil {
-			return fmt.Errorf("preview a revocation: %w", err)
+			return nil, fmt.Errorf("preview a revocation: %w", err)
 		}
-		mu.Lock()
-		defer mu.Unlock()
-		counts[asked[i].target] = living
-		return nil
-	})
-	return counts, err
+		counts[plan.target] = living
+	}
+	return counts, nil
 }
 
 // place is where the clients are that an order for many hits: those of an issuer, or with an

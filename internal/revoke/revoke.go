@@ -12,6 +12,10 @@
 //
 // A guess never moves an end that is stored: the token of a jti that was revoked before was
 // issued before. So a repeat adds no event.
+//
+// To look into many orders, or to count what they would end, takes the processor and the
+// database for long: a few do so at a time. A few orders that are to be carried out never wait
+// for those, because somebody is using a stolen token.
 package revoke
 
 import (
@@ -99,6 +103,8 @@ const (
 	MaxEffects = 100
 	// MaxNamed is how many applications, and how many clients, all effects of a preview name.
 	MaxNamed = 10 * MaxEffects
+	// MaxCounted is how many clients, subjects and tenants of our issuers a preview may name.
+	MaxCounted = 100
 )
 
 // MaxReason is the longest reason, in bytes.
@@ -108,7 +114,7 @@ const MaxReason = 255
 type Ledger interface {
 	RevokeAll(ctx context.Context, requests []ledger.Request) ([]ledger.Result, error)
 	Lookup(ctx context.Context, targets []revocation.Target) ([]directory.Stored, error)
-	IssuedToken(ctx context.Context, jti string) (ledger.Issued, bool, error)
+	IssuedTokens(ctx context.Context, jtis []string) (map[string]ledger.Issued, error)
 	Living(ctx context.Context, target revocation.Target, tenant revocation.Tenant) (ledger.Living, error)
 }
 
@@ -132,6 +138,7 @@ type Revoker struct {
 	ledger   Ledger
 	state    State
 	verifier Verifier
+	turns    turns
 }
 
 // Config is for [New].
@@ -142,16 +149,19 @@ type Config struct {
 
 // New returns a Revoker.
 func New(cfg Config, l Ledger, state State, v Verifier) *Revoker {
-	return &Revoker{skew: max(0, int64(cfg.ClockSkew/time.Second)), ledger: l, state: state, verifier: v}
+	return &Revoker{
+		skew: max(0, int64(cfg.ClockSkew/time.Second)), ledger: l, state: state, verifier: v, turns: turns{inside: make(chan struct{}, maxHeavy)},
+	}
 }
 
 // Revoke carries out all of orders, 1 to [ledger.MaxBulk], in one transaction, or none. Its
 // error is a [catalog.Invalid] whose pointers are "#/<n>/<member>", with the JSON names of the
 // members (kind, iss, jti, token, client_id, sub, sid, tenant, kid, reason), or "#/<n>" for an
 // order as a whole, of the first ten orders that are wrong, or one of
-// [ledger.Ledger.RevokeAll], or [token.ErrKeysUnavailable].
+// [ledger.Ledger.RevokeAll], or [token.ErrKeysUnavailable]. [ledger.ErrBusy] is also returned
+// when too many large requests wait to be looked into.
 func (r *Revoker) Revoke(ctx context.Context, by Caller, orders []Order) ([]Outcome, error) {
-	p, plans, err := r.plan(ctx, by, orders)
+	p, plans, err := r.planInTurn(ctx, by, orders)
 	if err != nil {
 		return nil, err
 	}
@@ -165,7 +175,7 @@ func (r *Revoker) Revoke(ctx context.Context, by Caller, orders []Order) ([]Outc
 		}
 		of = append(of, i)
 		requests = append(requests, ledger.Request{
-			Target: plan.target, Tenant: plan.tenant, Exp: plan.exp, ClientID: plan.clientID, Signature: plan.signature,
+			Target: plan.target, Tenant: plan.tenant, Exp: plan.exp, Lifetime: int64(plan.lifetime), ClientID: plan.clientID, Signature: plan.signature,
 			Reason: orders[i].Reason, Action: "revoke_" + string(plan.target.Kind), Actor: by.Actor, Traceparent: by.Traceparent,
 		})
 	}
@@ -179,11 +189,13 @@ func (r *Revoker) Revoke(ctx context.Context, by Caller, orders []Order) ([]Outc
 	for i, n := range of {
 		outcomes[n].Result = results[i]
 	}
-	// Only the database's clock knows the time. It was committed, so that it cannot be read
-	// is no failure any more.
+	// Only the database's clock knows the time, and hence the end. It was committed, so that
+	// it cannot be read is no failure any more.
 	if stored, err := p.stored(ctx, plans, func(plan plan) bool { return plan.target.Kind.HasTime() }); err == nil {
 		for i := range outcomes {
-			outcomes[i].NotAfter = stored[outcomes[i].Target].NotAfter
+			if s, ok := stored[outcomes[i].Target]; ok {
+				outcomes[i].NotAfter, outcomes[i].Exp = s.NotAfter, s.Exp
+			}
 		}
 	}
 	return outcomes, nil

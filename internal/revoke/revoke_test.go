@@ -30,7 +30,7 @@ func TestRevoke(t *testing.T) {
 	noJTI := access(ours, claims{"jti": nil})
 	w := newWorld(t)
 	var seq revocation.Seq
-	const margin = 62 // of the skew, and clocks that are ahead of ours
+	const margin = 2 + ledger.MaxStampAhead // of the skew, and clocks that are ahead of ours
 	for _, tt := range []struct {
 		name   string
 		by     revoke.Caller
@@ -68,7 +68,7 @@ func TestRevoke(t *testing.T) {
 		{"session", admin, revoke.Order{Iss: idp, SID: "s-1"}, target("session", idp, "s-1"), super, 7200 + margin, 1, ""},
 		{"tenant", admin, revoke.Order{Tenant: "acme.com"}, target("tenant", "", "acme.com"), acme, 86400 + margin, 1, ""},
 		{"own tenant", superAdmin, revoke.Order{Kind: "tenant", Tenant: "carbon.super"}, target("tenant", "", "carbon.super"), super, 7200 + margin, 1, ""},
-		{"key", admin, revoke.Order{KID: "k-1"}, target("key", ours, "k-1"), super, seconds(revocation.MaxExpiryAhead-day) - 10, 10, ""},
+		{"key", admin, revoke.Order{KID: "k"}, target("key", ours, "k"), super, seconds(revocation.MaxExpiryAhead-day) - 10, 10, ""},
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			start := time.Now().Unix()
@@ -174,6 +174,8 @@ func TestRevokeInvalid(t *testing.T) {
 		{"another's subject", acmeAdmin, revoke.Order{Iss: ours, Sub: "key-1"}, unseen},
 		{"another's session", acmeAdmin, revoke.Order{Iss: idp, SID: "s"}, unseen},
 		{"another's key", acmeAdmin, revoke.Order{Iss: ours, KID: "k"}, unseen},
+		{"unknown key of ours", admin, revoke.Order{KID: "k-1"}, "#/0/kid: is not a signing key of this issuer that is in use"},
+		{"unknown key of an external issuer", acmeAdmin, revoke.Order{Iss: acmeIDP, KID: "k-1"}, "#/0/kid: is not in the issuer's key set: only those who see all tenants may revoke it"},
 		{"another's opaque token", acmeAdmin, revoke.Order{Iss: idp, Token: "opaque"}, unseen},
 		{"another's token", acmeAdmin, revoke.Order{Token: access(ours, nil)}, notGenuine},
 		{"another's token that is forged", acmeAdmin, revoke.Order{Token: mint(forger, "at+jwt", ours, nil)}, notGenuine},
@@ -249,7 +251,7 @@ func TestRepeat(t *testing.T) {
 		{revoke.Order{JTI: "at-9"}, false},
 		{revoke.Order{JTI: superKnown}, false},
 		{revoke.Order{Iss: idp, Token: "opaque"}, false},
-		{revoke.Order{KID: "k-1"}, false},
+		{revoke.Order{KID: "k"}, false},
 		{revoke.Order{Token: access(ours, nil)}, false},
 		{revoke.Order{SID: "s-1"}, true},
 		{revoke.Order{ClientID: "key-1"}, true},
@@ -319,6 +321,9 @@ func TestManyAreOneTransaction(t *testing.T) {
 		if o.Target.ID != orders[i].JTI || o.ID != outcomes[i/3*3].ID || !o.Added {
 			t.Fatalf("%d: %+v", i, o)
 		}
+	}
+	if n := w.memory.asked.Load(); n != 1 { // once all orders are known to be right
+		t.Errorf("asked %d times what is remembered", n)
 	}
 	var commits int
 	if err := w.pool.QueryRow(t.Context(), `SELECT count(DISTINCT xmin::text) FROM rescind.revocations`).Scan(&commits); err != nil || commits != 1 {
@@ -463,9 +468,9 @@ func TestPreviewIsBounded(t *testing.T) {
 	w := newWorld(t)
 	orders := make([]revoke.Order, 2000)
 	for i := range orders {
-		orders[i] = revoke.Order{KID: fmt.Sprint(i)}
-		if i%2 == 0 {
-			orders[i] = revoke.Order{Tenant: "carbon.super"}
+		orders[i] = revoke.Order{Tenant: "carbon.super"}
+		if i < 100 {
+			orders[i] = revoke.Order{KID: "k"}
 		}
 	}
 	effects, err := w.Preview(t.Context(), admin, orders)
@@ -476,12 +481,89 @@ func TestPreviewIsBounded(t *testing.T) {
 	for i, e := range effects {
 		apps += len(e.Applications)
 		clients += len(e.Clients)
-		if want := 4 - i%2; e.ClientCount != want || e.ApplicationCount != 2 {
+		want := 4
+		if i < 100 {
+			want = 3
+		}
+		if e.ClientCount != want || e.ApplicationCount != 2 {
 			t.Fatalf("%d: %d clients, %d applications", i, e.ClientCount, e.ApplicationCount)
 		}
 	}
 	if apps != revoke.MaxNamed || clients != revoke.MaxNamed || w.memory.counted.Load() != 1 {
 		t.Errorf("%d applications and %d clients are named, tokens counted %d times", apps, clients, w.memory.counted.Load())
+	}
+}
+
+// A preview counts the tokens of a hundred targets, however often each is named.
+func TestPreviewCountsFew(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	orders := []revoke.Order{{JTI: "at-9"}, {Iss: idp, ClientID: "theirs"}, {KID: "k"}, {SID: "s"}} // none of which is counted
+	for i := range revoke.MaxCounted {
+		orders = append(orders, revoke.Order{ClientID: fmt.Sprint(i)}, revoke.Order{ClientID: fmt.Sprint(i)})
+	}
+	if _, err := w.Preview(t.Context(), admin, orders); err != nil || w.memory.counted.Load() != revoke.MaxCounted {
+		t.Errorf("%v, counted %d times", err, w.memory.counted.Load())
+	}
+	orders = append(orders, revoke.Order{Sub: "0"})
+	_, err := w.Preview(t.Context(), admin, orders)
+	if want := "#: names 101 clients, subjects and tenants whose tokens would be counted: look at up to 100 at a time"; err == nil || err.Error() != want {
+		t.Errorf("%v, want %s", err, want)
+	}
+	if _, err := w.Revoke(t.Context(), admin, orders); err != nil || w.memory.counted.Load() != revoke.MaxCounted {
+		t.Errorf("Revoke: %v, counted %d times", err, w.memory.counted.Load())
+	}
+}
+
+// Few look into much at a time, few more wait, and a few orders never do.
+func TestHeavyWorkWaits(t *testing.T) {
+	t.Parallel()
+	const inside, waiting, light = 2, 8, 100
+	w := newWorld(t)
+	w.memory.entered, w.memory.open = make(chan struct{}), make(chan struct{})
+	many := make([]revoke.Order, light+1)
+	for i := range many {
+		many[i] = revoke.Order{JTI: fmt.Sprint("at-", i)}
+	}
+	done := make(chan error)
+	preview := func() {
+		_, err := w.Preview(t.Context(), admin, []revoke.Order{{ClientID: "key-1"}})
+		done <- err
+	}
+	for range inside {
+		go preview()
+		<-w.memory.entered
+	}
+	gone, leave := context.WithCancel(t.Context())
+	leave()
+	if _, err := w.Preview(gone, admin, many[:1]); !errors.Is(err, context.Canceled) {
+		t.Errorf("a preview in no time: %v", err)
+	}
+	if _, err := w.Revoke(gone, admin, many); !errors.Is(err, context.Canceled) {
+		t.Errorf("many orders in no time: %v", err)
+	}
+	if _, err := w.Revoke(t.Context(), admin, many[:light]); err != nil {
+		t.Errorf("a few orders: %v", err)
+	}
+	for range waiting + 1 {
+		go preview()
+	}
+	if err := <-done; !errors.Is(err, ledger.ErrBusy) {
+		t.Errorf("one too many: %v", err)
+	}
+	go func() {
+		for range waiting {
+			<-w.memory.entered
+		}
+	}()
+	close(w.memory.open)
+	for range inside + waiting {
+		if err := <-done; err != nil {
+			t.Error(err)
+		}
+	}
+	if _, err := w.Revoke(t.Context(), admin, many); err != nil {
+		t.Errorf("afterwards: %v", err)
 	}
 }
 

@@ -84,20 +84,32 @@ func (s *state) Fresh(ctx context.Context, maxAge time.Duration) (revocation.Pos
 // memory is a ledger that remembers these tokens.
 type memory struct {
 	*ledger.Ledger
-	issued  map[string]ledger.Issued
-	living  map[revocation.Target]int64
-	counted atomic.Int64
+	issued         map[string]ledger.Issued
+	living         map[revocation.Target]int64
+	asked, counted atomic.Int64
+	// Where entered is not nil, whoever counts says so, and waits until open is closed.
+	entered, open chan struct{}
 }
 
 var since = time.Date(2026, 11, 20, 0, 0, 0, 0, time.UTC)
 
-func (m *memory) IssuedToken(_ context.Context, jti string) (ledger.Issued, bool, error) {
-	t, ok := m.issued[jti]
-	return t, ok, nil
+func (m *memory) IssuedTokens(_ context.Context, jtis []string) (map[string]ledger.Issued, error) {
+	m.asked.Add(1)
+	found := make(map[string]ledger.Issued)
+	for _, jti := range jtis {
+		if t, ok := m.issued[jti]; ok {
+			found[jti] = t
+		}
+	}
+	return found, nil
 }
 
 func (m *memory) Living(_ context.Context, target revocation.Target, _ revocation.Tenant) (ledger.Living, error) {
 	m.counted.Add(1)
+	if m.entered != nil {
+		m.entered <- struct{}{}
+		<-m.open
+	}
 	return ledger.Living{Tokens: m.living[target], Since: since}, nil
 }
 
@@ -125,9 +137,9 @@ func newWorld(t testing.TB) *world {
 	}
 	now := time.Now().Unix()
 	w.memory = &memory{Ledger: l, issued: map[string]ledger.Issued{
-		superKnown: {JTI: superKnown, ClientID: "key-1", Exp: now + 500},
-		superOver:  {JTI: superOver, ClientID: "key-1", Exp: now - 500},
-		acmeKnown:  {JTI: acmeKnown, ClientID: "acme-1", Exp: now + 500},
+		superKnown: {JTI: superKnown, Iss: ours, ClientID: "key-1", Exp: now + 500},
+		superOver:  {JTI: superOver, Iss: ours, ClientID: "key-1", Exp: now - 500},
+		acmeKnown:  {JTI: acmeKnown, Iss: acmeOurs, ClientID: "acme-1", Exp: now + 500},
 	}, living: make(map[revocation.Target]int64)}
 	w.state = &state{ledger: l, replica: replica.New(replica.Config{})}
 	if err := w.state.replica.Load(head, fill); err != nil {

@@ -21,37 +21,59 @@ const (
 	maxBody = 16 << 20
 	// maxLarge is how many requests with more than [rest.MaxBody] are read and worked on at a
 	// time: each takes a hundred MiB at worst.
-	maxLarge = 2
+	maxLarge = 3
+	// maxMedium is how many of the others with more than smallBody bytes are: their answers may
+	// have several MiB.
+	maxMedium = 8
+	smallBody = 64 << 10
 	// busyRetry is what others are asked to wait.
 	busyRetry = 2 * time.Second
 	// keysRetry is what callers are asked to wait when an issuer's key set is away.
 	keysRetry = 5 * time.Second
 	// timeout bounds the work on a request that was read, and the reading of a list.
 	timeout = 20 * time.Second
+	// bodyTime bounds the reading of a request that has a place, and sendTime what is left to do
+	// after the work: keeping the answer, and sending it.
+	bodyTime = 30 * time.Second
+	sendTime = 20 * time.Second
 )
 
 var errTimeout = fmt.Errorf("the request took too long: %w", context.DeadlineExceeded)
 
-// admit gives requests that are or may be large one of few places.
+// admit gives requests that are not small one of few places, until they are answered. One that
+// repeats another is of the same size.
 func (a *API) admit(next http.Handler) http.Handler {
 	return rest.Handler(func(w http.ResponseWriter, r *http.Request) error {
-		if 0 <= r.ContentLength && r.ContentLength <= rest.MaxBody {
+		p := a.medium
+		switch {
+		case 0 <= r.ContentLength && r.ContentLength <= smallBody:
 			next.ServeHTTP(w, r)
 			return nil
+		case r.ContentLength < 0, r.ContentLength > rest.MaxBody:
+			p, r = a.large, rest.LimitBody(r, maxBody)
 		}
-		select {
-		case a.large <- struct{}{}:
-			defer func() { <-a.large }()
-			next.ServeHTTP(w, rest.LimitBody(r, maxBody))
-			return nil
-		default:
+		leave, ok := p.enter(r)
+		if !ok {
 			w.Header().Set("Connection", "close") // the body is not read
 			return &rest.Problem{
 				Status: http.StatusServiceUnavailable, RetryAfter: busyRetry,
-				Detail: "Other large requests are being worked on. Sending the same request again is safe.",
+				Detail: "Another large request of the same tenant or account is being worked on, or many of others are. " +
+					"Sending the same request again is safe.",
 			}
 		}
+		defer leave()
+		extend(w, bodyTime, bodyTime+timeout+sendTime)
+		next.ServeHTTP(w, r)
+		return nil
 	})
+}
+
+// extend bounds from now on the time in which a request is read, and that in which it is
+// answered: the server's are for short ones, and begin with the header.
+func extend(w http.ResponseWriter, read, write time.Duration) {
+	rc, now := http.NewResponseController(w), time.Now()
+	_ = rc.SetReadDeadline(now.Add(read)) // a recorder in a test has none
+	_ = rc.SetWriteDeadline(now.Add(write))
 }
 
 // order is what a caller says of tokens that it wants ended.
@@ -100,6 +122,11 @@ func (a *API) post(w http.ResponseWriter, r *http.Request) error {
 	var body orders
 	if err := rest.Decode(w, r, &body); err != nil {
 		return err
+	}
+	// Past the time for reading the server takes the caller for gone.
+	extend(w, timeout+sendTime, timeout+sendTime)
+	if body.DryRun {
+		rest.DoNotKeep(w)
 	}
 	list, err := body.list()
 	if err != nil {

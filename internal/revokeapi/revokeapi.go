@@ -4,11 +4,14 @@
 //
 // A revocation is final: there is no DELETE, and whoever tries learns why.
 //
-// Orders have up to 16 MiB, for 10,000 tokens in full. Requests that need more than those of
-// other routes have few places, and are refused when none is free rather than read into memory.
+// Orders have up to 16 MiB, for 10,000 tokens in full. Requests that are not small have few
+// places, and are refused when none is free rather than read into memory. The size is that of
+// the request, which is known before anything is read: what is answered goes with it, also when
+// it comes again.
 //
 // dry_run is one for all of a request: orders of which some are carried out and some only looked
-// at are a mistake.
+// at are a mistake. The answer to a dry run is not kept under an Idempotency-Key: it is large, and
+// changes from minute to minute.
 package revokeapi
 
 import (
@@ -45,8 +48,8 @@ type Deps struct {
 
 // API is the management API of revocations.
 type API struct {
-	deps  Deps
-	large chan struct{} // has one for each large request
+	deps          Deps
+	medium, large *places
 }
 
 // New returns the API. Its error names what is missing.
@@ -67,7 +70,7 @@ func New(deps Deps) (*API, error) {
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
-	return &API{deps: deps, large: make(chan struct{}, maxLarge)}, nil
+	return &API{deps: deps, medium: newPlaces(maxMedium), large: newPlaces(maxLarge)}, nil
 }
 
 const (

@@ -3,9 +3,12 @@ package revokeapi
 import (
 	"fmt"
 	"io"
+	"net/http"
+	"net/http/httptest"
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/uuid"
 
@@ -17,7 +20,7 @@ import (
 // kinds are an order of each kind.
 var kinds = []string{
 	`"jti":"at-1"`, `"iss":"https://idp.example","token":"opaque-1"`, `"client_id":"key-1"`, `"sub":"u-1009"`,
-	`"iss":"https://idp.example","sid":"s-1"`, `"tenant":"acme.com"`, `"kid":"k-1"`,
+	`"iss":"https://idp.example","sid":"s-1"`, `"tenant":"acme.com"`, `"kid":"k"`,
 }
 
 func TestOrders(t *testing.T) {
@@ -27,9 +30,9 @@ func TestOrders(t *testing.T) {
 		t.Fatal(err)
 	}
 	const living, over = "4f4fa3c0-1c8e-4c5b-9d55-0a1e5f0b7c11", "4f4fa3c0-1c8e-4c5b-9d55-0a1e5f0b7c12"
-	_, err := r.pool.Exec(t.Context(), `INSERT INTO rescind.issued_tokens (jti, client_id, subject, exp)
-		SELECT jti::uuid, 'key-1', 'key-1', floor(extract(epoch FROM clock_timestamp()))::bigint + n
-		FROM (VALUES ($1, 600), ($2, -130)) AS t (jti, n)`, living, over)
+	_, err := r.pool.Exec(t.Context(), `INSERT INTO rescind.issued_tokens (jti, key_manager_id, client_id, subject, exp)
+		SELECT jti::uuid, k.id, 'key-1', 'key-1', floor(extract(epoch FROM clock_timestamp()))::bigint + n
+		FROM (VALUES ($1, 600), ($2, -130)) AS t (jti, n), rescind.key_managers k WHERE k.iss = $3`, living, over, iss)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -186,7 +189,7 @@ func TestRead(t *testing.T) {
 		"kind=token": 4, "kind=tenant": 1, "iss=" + idp: 3, "iss=" + idp + "&kind=token": 2, "iss=https://nope": 0,
 		"tenant=acme.com": 1, "tenant=carbon.super": 8, "tenant=nope.example": 0,
 		"jti=at-1": 2, "jti=at-1&iss=" + iss: 1, "jti=at": 0, "client_id=key-1": 1, "client_id=u-1009": 0, "sub=u-1009": 1,
-		"sid=s-1": 1, "kid=k-1": 1, "kind=key&kid=k-1": 1, "kind=token&jti=at-1&tenant=acme.com": 0, "jti=": 9,
+		"sid=s-1": 1, "kid=k": 1, "kind=key&kid=k": 1, "kind=token&jti=at-1&tenant=acme.com": 0, "jti=": 9,
 	} {
 		if got := r.all("admin", query); len(got) != want {
 			t.Errorf("%s: %+v, want %d", query, got, want)
@@ -370,45 +373,142 @@ func TestTenThousand(t *testing.T) {
 	if again := w.must(202, "admin", "POST", path, body, "Idempotency-Key", "many"); again.body != a.body || again.header.Get("Idempotency-Replayed") != "true" {
 		t.Error("the answer did not come again")
 	}
+	var kept int
+	if err := w.pool.QueryRow(t.Context(), `SELECT max(octet_length(body)) FROM rescind.idempotency`).Scan(&kept); err != nil || kept > len(a.body)/5 {
+		t.Errorf("%d bytes are kept of %d, %v", kept, len(a.body), err)
+	}
 	w.must(413, "admin", "POST", path, strings.Repeat(" ", maxBody)+"{}")
 }
 
-// Few large requests are read at a time, and small ones go on.
+// Few large requests are read at a time, one of a tenant, and small ones go on.
 func TestFewLargeRequests(t *testing.T) {
 	t.Parallel()
 	w := newWorld(t)
 	// A body is sent once the server reads it.
 	expect := []string{"Expect", "100-continue"}
-	var bodies []*io.PipeWriter
-	answers := make(chan response, maxLarge)
-	for range maxLarge {
-		body, in := io.Pipe()
-		bodies = append(bodies, in)
-		go func() {
-			a, _ := w.send("admin", "POST", path, body, expect...) // of a length that nobody knows
-			answers <- a
-		}()
-		if _, err := io.WriteString(in, "{"); err != nil {
-			t.Fatal(err)
-		}
+	body, in := io.Pipe()
+	first := make(chan response, 1)
+	go func() {
+		a, _ := w.send("super-admin", "POST", path, body, expect...) // of a length that nobody knows
+		first <- a
+	}()
+	if _, err := io.WriteString(in, "{"); err != nil {
+		t.Fatal(err)
 	}
-	large := strings.Repeat(" ", rest.MaxBody) + "{}"
-	if a := w.must(503, "admin", "POST", path, large, expect...); a.header.Get("Retry-After") != "2" {
+	medium, large := strings.Repeat(" ", smallBody)+"{}", strings.Repeat(" ", rest.MaxBody)+"{}"
+	if a := w.must(503, "super-admin", "POST", path, large, expect...); a.header.Get("Retry-After") != "2" {
 		t.Errorf("%v %s", a.header, a.body)
 	}
-	w.must(202, "admin", "POST", path, `{"jti":"a"}`)
-	for _, in := range bodies {
-		if _, err := io.WriteString(in, `"jti":"b"}`); err != nil {
-			t.Fatal(err)
-		}
-		in.Close()
+	w.must(400, "super-admin", "POST", path, medium, expect...)
+	w.must(202, "super-admin", "POST", path, `{"jti":"a"}`)
+	for _, who := range []string{"acme-admin", "admin"} {
+		w.must(400, who, "POST", path, large, expect...)
 	}
-	for range bodies {
-		if a := <-answers; a.status != 202 {
-			t.Errorf("%d %s", a.status, a.body)
+	if _, err := io.WriteString(in, `"jti":"b"}`); err != nil {
+		t.Fatal(err)
+	}
+	in.Close()
+	if a := <-first; a.status != 202 {
+		t.Errorf("%d %s", a.status, a.body)
+	}
+	w.must(400, "super-admin", "POST", path, large)
+}
+
+func TestPlaces(t *testing.T) {
+	t.Parallel()
+	p := newPlaces(3)
+	enter := func(who string, role string, tenant revocation.Tenant) (leave func(), ok bool) {
+		t.Helper()
+		r := httptest.NewRequestWithContext(t.Context(), "POST", path, nil)
+		r.SetBasicAuth(who, "")
+		one := accounts{who: {Tenant: tenant, Role: role}}
+		rest.Require(one, nil, rest.Admin, rest.TenantAdmin)(http.HandlerFunc(func(_ http.ResponseWriter, r *http.Request) {
+			leave, ok = p.enter(r)
+		})).ServeHTTP(httptest.NewRecorder(), r)
+		return leave, ok
+	}
+	other := revocation.Tenant{ID: 8, Domain: "other.example"}
+	var leave []func()
+	for _, step := range []struct {
+		who, role string
+		tenant    revocation.Tenant
+		ok        bool
+	}{
+		{"a", rest.TenantAdmin, acme, true},
+		{"b", rest.TenantAdmin, acme, false},
+		{"acme.com", rest.Admin, revocation.SuperTenant, true},
+		{"acme.com", rest.Admin, revocation.SuperTenant, false},
+		{"c", rest.TenantAdmin, other, false}, // the last one
+		{"d", rest.Admin, revocation.SuperTenant, true},
+		{"e", rest.Admin, revocation.SuperTenant, false},
+	} {
+		out, ok := enter(step.who, step.role, step.tenant)
+		if ok != step.ok {
+			t.Errorf("%+v: %t", step, ok)
+		}
+		if ok {
+			leave = append(leave, out)
 		}
 	}
-	w.must(400, "admin", "POST", path, large)
+	for _, out := range leave {
+		out()
+	}
+	if _, ok := enter("c", rest.TenantAdmin, other); !ok {
+		t.Error("no place is free after all have left")
+	}
+}
+
+// deadlines notes those that a handler sets, by how much there is left.
+type deadlines struct {
+	*httptest.ResponseRecorder
+	read, write []time.Duration
+}
+
+func (d *deadlines) SetReadDeadline(at time.Time) error {
+	d.read = append(d.read, time.Until(at).Round(time.Second))
+	return nil
+}
+
+func (d *deadlines) SetWriteDeadline(at time.Time) error {
+	d.write = append(d.write, time.Until(at).Round(time.Second))
+	return nil
+}
+
+// An order that takes long is still answered, and a place is not held by who sends nothing.
+func TestDeadlines(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	const work, body = 40 * time.Second, 30 * time.Second
+	for name, tt := range map[string]struct {
+		body        string
+		read, write []time.Duration
+	}{
+		"small":  {`{"jti":"a"}`, []time.Duration{work}, []time.Duration{work}},
+		"medium": {strings.Repeat(" ", smallBody) + `{"jti":"a"}`, []time.Duration{body, work}, []time.Duration{body + work, work}},
+		"large":  {strings.Repeat(" ", rest.MaxBody) + `{"jti":"a"}`, []time.Duration{body, work}, []time.Duration{body + work, work}},
+	} {
+		r := httptest.NewRequestWithContext(t.Context(), "POST", path, strings.NewReader(tt.body))
+		r.SetBasicAuth("admin", "")
+		r.Header.Set("Content-Type", "application/json")
+		r.Header.Set("Idempotency-Key", name) // whose answer is held back
+		d := &deadlines{ResponseRecorder: httptest.NewRecorder()}
+		w.server.Config.Handler.ServeHTTP(d, r)
+		if d.Code != 202 || !slices.Equal(d.read, tt.read) || !slices.Equal(d.write, tt.write) {
+			t.Errorf("%s: %d, read %v, write %v", name, d.Code, d.read, d.write)
+		}
+	}
+}
+
+// A dry run is looked at again each time, and its key may carry out the order.
+func TestDryRunIsNotKept(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	for range 2 {
+		if a := w.must(200, "admin", "POST", path, `{"client_id":"key-1","dry_run":true}`, "Idempotency-Key", "k"); a.header.Get("Idempotency-Replayed") != "" {
+			t.Errorf("%v %s", a.header, a.body)
+		}
+	}
+	w.must(202, "admin", "POST", path, `{"client_id":"key-1"}`, "Idempotency-Key", "k")
 }
 
 func TestNew(t *testing.T) {

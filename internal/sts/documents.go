@@ -15,8 +15,7 @@ import (
 
 	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/replica"
-	"github.com/rescindhq/rescind/api/revocation"
-	"github.com/rescindhq/rescind/api/token"
+	"github.com/rescindhq/rescind/internal/authn"
 )
 
 const (
@@ -90,7 +89,7 @@ const introspectScope = "introspect"
 // describe makes the metadata of an issuer whose tenant has these scopes, and the document of
 // OpenID Connect Discovery.
 func describe(iss string, scopes []string) (oauth, openID document, err error) {
-	slices.Sort(scopes)
+	scopes = slices.Sorted(slices.Values(scopes))
 	scopes = append(scopes[:min(len(scopes), maxScopes-1)], introspectScope)
 	slices.Sort(scopes)
 	methods := []string{"client_secret_basic", "client_secret_post", "private_key_jwt"}
@@ -103,11 +102,11 @@ func describe(iss string, scopes []string) (oauth, openID document, err error) {
 		GrantTypes:              []string{clientCredentials},
 		Scopes:                  slices.Compact(scopes),
 		TokenMethods:            methods,
-		TokenAlgorithms:         token.DefaultAlgorithms,
+		TokenAlgorithms:         authn.AssertionAlgorithms,
 		RevocationMethods:       append(methods, "none"), // public clients may revoke
-		RevocationAlgorithms:    token.DefaultAlgorithms,
+		RevocationAlgorithms:    authn.AssertionAlgorithms,
 		IntrospectionMethods:    methods,
-		IntrospectionAlgorithms: token.DefaultAlgorithms,
+		IntrospectionAlgorithms: authn.AssertionAlgorithms,
 		ServiceDocumentation:    "https://github.com/rescindhq/rescind",
 	}
 	oauthBody, err := json.Marshal(m)
@@ -121,32 +120,38 @@ func describe(iss string, scopes []string) (oauth, openID document, err error) {
 	return newDocument(jsonType, oauthBody), newDocument(jsonType, openIDBody), nil
 }
 
-// describedAt is an issuer's metadata at a position of the log. It is not changed after it was made.
+// metadataAge is how long metadata may be behind the catalog. Others keep it for minutes.
+const metadataAge = time.Second
+
+// describedAt is an issuer's metadata at a time, and what it was made of. It is not changed
+// after it was made.
 type describedAt struct {
-	at            revocation.Position
-	tenant        int32
+	at            time.Time
+	scopes        []string
 	oauth, openID document
 }
 
-// described is the metadata of is as the catalog is now.
+// described is the metadata of is, as the catalog is now or was a moment ago.
 func (s *Server) described(is *issuer, km *catalog.KeyManager) (*describedAt, error) {
-	state := s.cfg.State.Replica()
-	if d := is.metadata.Load(); d != nil && d.at == state.At() && d.tenant == km.Tenant.ID {
-		return d, nil
+	last, now := is.metadata.Load(), s.now()
+	if last != nil && now.Sub(last.at) < metadataAge {
+		return last, nil
 	}
-	d := &describedAt{tenant: km.Tenant.ID}
-	var scopes []string
-	state.View(func(v *replica.View) {
-		d.at = v.At()
-		for _, scope := range v.Scopes() {
-			if scope.Tenant.ID == km.Tenant.ID {
-				scopes = append(scopes, scope.Name)
-			}
+	d := &describedAt{at: now}
+	var scopes []*catalog.Scope
+	s.cfg.State.Replica().View(func(v *replica.View) { scopes = v.Scopes() })
+	for _, scope := range scopes {
+		if scope.Tenant.ID == km.Tenant.ID {
+			d.scopes = append(d.scopes, scope.Name)
 		}
-	})
-	var err error
-	if d.oauth, d.openID, err = describe(is.iss, scopes); err != nil {
-		return nil, err
+	}
+	if last != nil && slices.Equal(d.scopes, last.scopes) {
+		d.oauth, d.openID = last.oauth, last.openID
+	} else {
+		var err error
+		if d.oauth, d.openID, err = describe(is.iss, d.scopes); err != nil {
+			return nil, err
+		}
 	}
 	is.metadata.Store(d)
 	return d, nil

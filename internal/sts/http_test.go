@@ -518,9 +518,19 @@ func TestMetadata(t *testing.T) {
 				}
 			}
 
-			before := get(t, s, metadataPath, nil)
+			before, made := get(t, s, metadataPath, nil), s.own().metadata.Load()
+			ahead := metadataAge
+			s.now = func() time.Time { return made.at.Add(ahead) }
+			state.load(t) // something has happened
+			if again := get(t, s, metadataPath, nil); again.body != before.body || &s.own().metadata.Load().oauth.body[0] != &made.oauth.body[0] {
+				t.Error("metadata of the same scopes is made anew")
+			}
 			scope(4, revocation.SuperTenant, "later")
 			state.load(t)
+			if soon := get(t, s, metadataPath, nil); soon.body != before.body {
+				t.Error("metadata is made anew within a second")
+			}
+			ahead += metadataAge
 			after := get(t, s, metadataPath, nil)
 			if !strings.Contains(after.body, `["a:read","introspect","later","write"]`) || after.header.Get("ETag") == before.header.Get("ETag") {
 				t.Errorf("after a scope was added: ETag %s, %s", after.header.Get("ETag"), after.body)

@@ -1,12 +1,17 @@
 package sts
 
 import (
+	"cmp"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"sync/atomic"
 	"time"
+
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/replica"
@@ -32,6 +37,7 @@ const (
 // issuer is one of our own issuers, with its keys as this process has them.
 type issuer struct {
 	iss      string
+	manager  string // the UUID of its key manager; empty before one is known. Under Server.mu
 	keys     *token.CachedKeySet
 	ring     atomic.Pointer[ring] // what keys last loaded
 	metadata atomic.Pointer[describedAt]
@@ -54,23 +60,30 @@ func (is *issuer) reload(ctx context.Context) error {
 	return err
 }
 
-// issuer is the one of this iss. Nothing is read before its keys are used.
-func (s *Server) issuer(iss string) *issuer {
+// issuer is the one of this iss whose key manager has this UUID, or whichever there is if that
+// is empty. Nothing is read before its keys are used. What was read for a tenant that was
+// deleted is not used for one that was made in its place.
+func (s *Server) issuer(iss, manager string) *issuer {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	is := s.issuers[iss]
-	if is == nil {
+	if is == nil || is.manager != "" && manager != "" && is.manager != manager {
 		is = &issuer{iss: iss}
-		is.keys = token.NewCachedKeySet(token.CacheConfig{
-			Refresh: keysRefresh,
-			// Whether a kid is unknown is always answered from the database, and a flood
-			// of invented ones costs it twenty short queries a second.
-			Refetch: 50 * time.Millisecond, Patience: time.Second,
-			Logger: s.log.With("issuer", iss),
-		}, func(ctx context.Context) (*token.StaticKeySet, error) { return s.loadKeys(ctx, is) })
+		is.keys = cachedKeys(iss, s.log, func(ctx context.Context) (*token.StaticKeySet, error) { return s.loadKeys(ctx, is) })
 		s.issuers[iss] = is
 	}
+	is.manager = cmp.Or(is.manager, manager)
 	return is
+}
+
+func cachedKeys(iss string, log *slog.Logger, load func(context.Context) (*token.StaticKeySet, error)) *token.CachedKeySet {
+	return token.NewCachedKeySet(token.CacheConfig{
+		Refresh: keysRefresh,
+		// Whether a kid is unknown is always answered from the database, and a flood
+		// of invented ones costs it twenty short queries a second.
+		Refetch: 50 * time.Millisecond, Patience: time.Second,
+		Logger: log.With("issuer", iss),
+	}, load)
 }
 
 // loadKeys reads is's keys, and makes one first if it has none to sign with. There is one
@@ -103,7 +116,7 @@ func (s *Server) loadKeys(ctx context.Context, is *issuer) (*token.StaticKeySet,
 	return r.keys, nil
 }
 
-// ensureKey makes a key of the algorithm that this process was told to use, unless iss has one.
+// ensureKey makes a key of the algorithm that this process was told to use, if iss needs one.
 func (s *Server) ensureKey(ctx context.Context, iss string) error {
 	has, err := s.store.hasKey(ctx, iss, s.cfg.Algorithm)
 	if err != nil || has {
@@ -115,11 +128,13 @@ func (s *Server) ensureKey(ctx context.Context, iss string) error {
 	case <-ctx.Done():
 		return fmt.Errorf("make signing key of %s: %w", iss, context.Cause(ctx))
 	}
-	made, err := s.store.ensureKey(ctx, iss, s.cfg.Algorithm)
-	if err != nil {
+	made, revoked, err := s.store.ensureKey(ctx, iss, s.cfg.Algorithm)
+	switch {
+	case err != nil:
 		return fmt.Errorf("make signing key of %s: %w", iss, err)
-	}
-	if made != "" {
+	case made != "" && len(revoked) > 0:
+		s.log.Warn("signing keys are revoked, so another was made", "issuer", iss, "revoked", revoked, "kid", made, "alg", s.cfg.Algorithm)
+	case made != "":
 		s.log.Info("signing key made", "issuer", iss, "kid", made, "alg", s.cfg.Algorithm)
 	}
 	return nil
@@ -129,21 +144,54 @@ func (s *Server) ensureKey(ctx context.Context, iss string) error {
 // one. Its keys are read from the database when one is asked for that was not there before.
 // It may be called within a [replica.View].
 func (s *Server) Issuer(km *catalog.KeyManager) token.Issuer {
+	return verified(km, s.issuer(km.Iss, km.UUID).keys)
+}
+
+func verified(km *catalog.KeyManager, keys token.KeySet) token.Issuer {
 	return token.Issuer{
-		Iss: km.Iss, Tenant: km.Tenant, Keys: s.issuer(km.Iss).keys,
+		Iss: km.Iss, Tenant: km.Tenant, Keys: keys,
 		Algorithms: algorithms, AllowTypes: []string{typJWT}, MaxLifetime: MaxTokenLifetime,
 	}
 }
 
-// HasTenant reports whether a tenant's issuer is at /t/domain below that of the super tenant,
-// also if the tenant was made a moment ago by another process. A tenant that is not known here
-// counts as absent while the database is away.
-func (s *Server) HasTenant(ctx context.Context, domain string) bool {
+// Verifier is what of a [Server] verifies: it makes and opens no signing keys.
+type Verifier struct {
+	store *keyStore
+	log   *slog.Logger
+}
+
+// NewVerifier returns a Verifier, which reads keys from pool when they are asked for.
+func NewVerifier(pool *pgxpool.Pool, log *slog.Logger) *Verifier {
+	return &Verifier{&keyStore{pool: pool}, log.With("component", "sts")}
+}
+
+// Issuer is [Server.Issuer], each time with keys that are read anew. One that has no keys yet
+// knows no kid.
+func (v *Verifier) Issuer(km *catalog.KeyManager) token.Issuer {
+	return verified(km, cachedKeys(km.Iss, v.log, func(ctx context.Context) (*token.StaticKeySet, error) {
+		_, set, err := v.store.published(ctx, km.Iss)
+		if err != nil || len(set.Keys) == 0 {
+			return &token.StaticKeySet{}, err
+		}
+		body, err := json.Marshal(set)
+		if err != nil {
+			return nil, fmt.Errorf("encode key set: %w", err)
+		}
+		return token.ParseKeySet(body)
+	}))
+}
+
+// CheckTenant returns nil if a tenant's issuer is at /t/domain below that of the super tenant,
+// also if the tenant was made a moment ago by another process. Else its error is an
+// [authn.OAuthError] with status 404, or 503 where it cannot be told now.
+func (s *Server) CheckTenant(ctx context.Context, domain string) error {
 	if domain == revocation.SuperTenant.Domain {
-		return false
+		return errNoIssuerHere
 	}
-	_, _, err := s.find(ctx, domain)
-	return err == nil
+	if _, _, err := s.find(ctx, domain); err != nil {
+		return oauthError(err)
+	}
+	return nil
 }
 
 // errNoTenant is of paths at which there is no issuer.
@@ -169,7 +217,7 @@ func (s *Server) find(ctx context.Context, domain string) (*issuer, *catalog.Key
 		}
 	}
 	s.sweep()
-	return s.issuer(iss), km, nil
+	return s.issuer(iss, km.UUID), km, nil
 }
 
 func (s *Server) keyManager(iss, domain string) (km *catalog.KeyManager) {

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -14,6 +15,7 @@ import (
 	"github.com/rescindhq/rescind/api/replica"
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/api/token"
+	"github.com/rescindhq/rescind/internal/authn"
 	"github.com/rescindhq/rescind/internal/pgtest"
 )
 
@@ -114,11 +116,18 @@ func TestTenants(t *testing.T) {
 		}
 	}
 	for domain, want := range map[string]bool{"t1": true, "t2": true, "t3": false, "t9": false, "carbon.super": false, "": false} {
-		if got := s.HasTenant(t.Context(), domain); got != want {
-			t.Errorf("HasTenant(%q) = %t, want %t", domain, got, want)
+		err := s.CheckTenant(t.Context(), domain)
+		if refused, ok := errors.AsType[*authn.OAuthError](err); want != (err == nil) || !want && (!ok || refused.Status != 404) {
+			t.Errorf("CheckTenant(%q) = %v, want it known: %t, or 404", domain, err, want)
 		}
 	}
 	state.err = errors.New("the database is away")
+	if refused, ok := errors.AsType[*authn.OAuthError](s.CheckTenant(t.Context(), "t9")); !ok || refused.Status != 503 || !errors.Is(refused, state.err) {
+		t.Errorf("with a state that may be old, CheckTenant of an unknown tenant is %v, want 503", refused)
+	}
+	if err := s.CheckTenant(t.Context(), "t1"); err != nil {
+		t.Errorf("with a state that may be old, CheckTenant of a known tenant: %v", err)
+	}
 	if got := get(t, s, "/t/t9"+jwksPath, nil); got.status != 503 || got.header.Get("Retry-After") != "5" {
 		t.Errorf("with a state that may be old, an unknown tenant is answered %+v, want 503", got)
 	}
@@ -152,7 +161,7 @@ func TestTenantsThatAreNotKnownYet(t *testing.T) {
 	for i := range 40 {
 		wg.Go(func() {
 			for j := range 5 {
-				if s.HasTenant(t.Context(), fmt.Sprintf("nobody-%d-%d", i, j)) {
+				if s.CheckTenant(t.Context(), fmt.Sprintf("nobody-%d-%d", i, j)) == nil {
 					t.Error("a tenant that nobody made is found")
 				}
 			}
@@ -190,12 +199,67 @@ func TestIssuersOfTenantsThatAreGone(t *testing.T) {
 				s.Issuer(km)
 			}
 		})
-		if !s.HasTenant(t.Context(), fmt.Sprintf("t%d-0", g)) {
-			t.Fatal("a tenant is not found")
+		if err := s.CheckTenant(t.Context(), fmt.Sprintf("t%d-0", g)); err != nil {
+			t.Fatal(err)
 		}
 	}
 	if n := len(s.issuers); n > 4*tenants {
 		t.Errorf("%d issuers are kept, of %d tenants", n, tenants)
+	}
+}
+
+// A tenant that is deleted and made again has nothing of the one before.
+func TestTenantMadeAgain(t *testing.T) {
+	t.Parallel()
+	pool := pgtest.New(t)
+	newIssuer(t, pool, t1, iss+"/t/t1")
+	state := stateOf(t, iss, "c")
+	state.content = append(state.content, resident(2, t1, iss+"/t/t1"))
+	state.load(t)
+	s := start(t, pool, Config{State: state})
+	before := get(t, s, "/t/t1"+jwksPath, nil)
+	exec(t, pool, `DELETE FROM rescind.signing_keys s USING rescind.key_managers k WHERE k.id = s.key_manager_id AND k.iss = $1`, iss+"/t/t1")
+	if again := get(t, s, "/t/t1"+jwksPath, nil); again.body != before.body {
+		t.Error("the keys are read again at once: the test shows nothing")
+	}
+	super := s.own()
+	state.content[len(state.content)-1] = resident(3, t1, iss+"/t/t1")
+	state.load(t)
+	after := get(t, s, "/t/t1"+jwksPath, nil)
+	if after.status != 200 || after.body == before.body || strings.Count(after.body, `"kid"`) != 1 {
+		t.Errorf("the key set is %+v, before it was %s", after, before.body)
+	}
+	if again := get(t, s, "/t/t1"+jwksPath, nil); again.body != after.body || s.own() != super {
+		t.Error("what did not change is begun anew")
+	}
+}
+
+// A Verifier makes no keys, and needs no master key.
+func TestVerifier(t *testing.T) {
+	t.Parallel()
+	pool := pgtest.New(t)
+	newIssuer(t, pool, t1, iss+"/t/t1")
+	compact := mint(t, start(t, pool, Config{}))
+	v := NewVerifier(pool, slog.New(slog.DiscardHandler))
+	verifier, err := token.NewVerifier(v.Issuer(resident(1, revocation.SuperTenant, iss)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := verifier.Verify(t.Context(), compact); err != nil {
+		t.Error(err)
+	}
+	keys := v.Issuer(resident(2, t1, iss+"/t/t1")).Keys
+	for range 3 {
+		if _, err := keys.Key(t.Context(), "k", "ES256"); !errors.Is(err, token.ErrUnknownKey) {
+			t.Errorf("of an issuer without keys: %v, want %v", err, token.ErrUnknownKey)
+		}
+	}
+	if n := count(t, pool, `SELECT count(*) FROM rescind.signing_keys`); n != 1 {
+		t.Errorf("%d signing keys, want the one that was there", n)
+	}
+	pool.Close()
+	if _, err := v.Issuer(resident(1, revocation.SuperTenant, iss)).Keys.Key(t.Context(), "k", "ES256"); !errors.Is(err, token.ErrKeysUnavailable) {
+		t.Errorf("without the database: %v, want %v", err, token.ErrKeysUnavailable)
 	}
 }
 

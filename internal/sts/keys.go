@@ -22,7 +22,7 @@ type KeyState string
 // The states of a signing key, in their order.
 const (
 	KeyNext    KeyState = "next"    // published, not used yet
-	KeyActive  KeyState = "active"  // signs new tokens
+	KeyActive  KeyState = "active"  // may sign: of several, the newest of the service's algorithm does
 	KeyRetired KeyState = "retired" // signs no more, published until its last token has ended
 	KeyEnded   KeyState = "ended"   // retired, and no longer published
 	KeyRevoked KeyState = "revoked" // withdrawn: its tokens are dead
@@ -41,7 +41,8 @@ type KeyInfo struct {
 	RetiredAt time.Time
 	// PublishedUntil is when others need it no longer; zero while it is not retired.
 	PublishedUntil time.Time
-	RevokedAt      time.Time // zero if it was not withdrawn
+	// RevokedAt is when it was withdrawn or its tokens were revoked, which is the same; else zero.
+	RevokedAt time.Time
 }
 
 // Errors of [Keys].
@@ -111,7 +112,7 @@ func (row keyRow) info() KeyInfo {
 	return k
 }
 
-// AllKeys is the [Rotation.Compromised] that means every key.
+// AllKeys is the [Rotation.Compromised] that means every key that has not ended.
 const AllKeys = "all"
 
 // Rotation asks for a new signing key of Iss.
@@ -120,11 +121,13 @@ type Rotation struct {
 	// Algorithm is RS256 or ES256; empty is that of the key in use. A service that is told to
 	// use the other one makes a key of that when it starts again.
 	Algorithm string
-	// Compromised withdraws the issuer's key of this kid, or all that there are with [AllKeys]:
-	// they are published no longer, a revocation of each ends its tokens, and the new key is
-	// used at once. Empty: the keys in use go on until others know the new one, and are
-	// published until their last tokens have ended. If none of them can be opened with the
-	// master keys that there are, the new one is used at once all the same.
+	// Compromised withdraws the issuer's key of this kid, or with [AllKeys] all that have not
+	// ended: they are published no longer, and a revocation of each ends its tokens. If none is
+	// left that can sign now, the new key is used at once. Else no key is made: what others have
+	// in their caches goes on, and so does a key that the withdrawn one was to replace.
+	// Empty: the keys in use go on until others know the new one, and are published until their
+	// last tokens have ended. If all of them are revoked, or none can be opened with the master
+	// keys that there are, the new one is used at once all the same.
 	Compromised string
 	// Reason is for the audit and for the revocation.
 	Reason string
@@ -137,15 +140,20 @@ const keyRevocation = revocation.MaxExpiryAhead - 24*time.Hour
 const withdrawKeysSQL = `
 UPDATE rescind.signing_keys SET revoked_at = $2, retired_at = least(retired_at, $2) WHERE kid = ANY($1)`
 
+// retireOthersSQL also lets go on until then what a key was to replace that was revoked since.
 const retireOthersSQL = `
 UPDATE rescind.signing_keys SET retired_at = $3
-WHERE key_manager_id = $1 AND kid <> $2 AND revoked_at IS NULL AND (retired_at IS NULL OR retired_at > $3)
+WHERE key_manager_id = $1 AND kid <> $2 AND revoked_at IS NULL AND (retired_at IS NULL OR retired_at > $4)
 RETURNING kid`
 
 // Rotate makes a new key, and retires or withdraws others, in one transaction with its audit
-// records. It returns the keys that it made or changed, the new one first. Errors: [ErrNoIssuer],
-// [ErrNoKey], [ErrNextKey] while the last rotation's key is not used yet and none is
-// compromised, those of the ledger.
+// records. It returns the keys that it made or changed, a new one first. Errors: [ErrNoIssuer],
+// [ErrNoKey], also for a key that is withdrawn or revoked already, [ErrNextKey] while the last
+// rotation's key is not used yet and none is compromised, those of the ledger.
+//
+// Services of the database's schema 2 sign with no key that has a time to be retired, be it in
+// the future. While there still are some, a rotation that is not at once leaves these without
+// any for the ten minutes until the new key is used: rotate when all have been replaced.
 func (k *Keys) Rotate(ctx context.Context, by ledger.Actor, r Rotation) ([]KeyInfo, error) {
 	made, err := k.make(ctx, r)
 	if err != nil {
@@ -164,15 +172,15 @@ func (k *Keys) Rotate(ctx context.Context, by ledger.Actor, r Rotation) ([]KeyIn
 
 // make makes the key that r wants. It takes long, so nothing is locked.
 func (k *Keys) make(ctx context.Context, r Rotation) (keyRow, error) {
-	keys, err := readKeys(ctx, k.store.pool, publishedSQL, r.Iss, publishedAfter.Seconds())
+	keys, err := readKeys(ctx, k.store.pool, listKeysSQL, r.Iss)
 	if err != nil {
 		return keyRow{}, err
 	}
 	alg := r.Algorithm
-	for _, row := range keys {
-		if alg == "" && row.state() == KeyActive {
-			alg = row.Alg
-		}
+	if i := slices.IndexFunc(keys, func(row keyRow) bool { return row.state() == KeyActive }); alg == "" && i >= 0 {
+		alg = keys[i].Alg
+	} else if alg == "" && len(keys) > 0 { // none is in use: the newest was
+		alg = keys[0].Alg
 	}
 	alg = cmp.Or(alg, algorithms[0])
 	if !slices.Contains(algorithms, alg) {
@@ -196,7 +204,7 @@ func (k *Keys) rotate(ctx context.Context, tx *ledger.Tx, by ledger.Actor, r Rot
 		if withdrawn, err = compromised(keys, r.Compromised); err != nil {
 			return nil, err
 		}
-	} else if k.canSign(keys, "") {
+	} else if k.canSign(keys) {
 		if i := slices.IndexFunc(keys, func(row keyRow) bool { return row.state() == KeyNext }); i >= 0 {
 			return nil, fmt.Errorf("%w: %s, which signs from %s; to have another in its place, retire it first",
 				ErrNextKey, keys[i].KID, keys[i].UseFrom.UTC().Format(time.RFC3339))
@@ -207,10 +215,6 @@ func (k *Keys) rotate(ctx context.Context, tx *ledger.Tx, by ledger.Actor, r Rot
 	audit := func(action, kid string) {
 		tx.Audit(ledger.AuditEntry{Tenant: o.tenant, Action: action, Iss: r.Iss, Subject: kid, Reason: r.Reason, Actor: by})
 	}
-	if err := insertKey(ctx, tx, o, made, useFrom); err != nil {
-		return nil, err
-	}
-	audit(actionMake, made.KID)
 	if _, err := tx.Exec(ctx, withdrawKeysSQL, withdrawn, o.now); err != nil {
 		return nil, fmt.Errorf("withdraw signing keys: %w", err)
 	}
@@ -221,11 +225,22 @@ func (k *Keys) rotate(ctx context.Context, tx *ledger.Tx, by ledger.Actor, r Rot
 			Exp: o.now.Add(keyRevocation).Unix(), Reason: r.Reason, Action: actionRevoke, Actor: by,
 		})
 	}
-	rows, err := tx.Query(ctx, retireOthersSQL, o.keyManagerID, made.KID, useFrom)
-	if err != nil {
-		return nil, fmt.Errorf("retire signing keys: %w", err)
+	withdrawn = append(withdrawn, o.withdrawn...)
+	if r.Compromised != "" && k.canSign(keys, withdrawn...) {
+		kept, err := queryKIDs(ctx, tx, keepOthersSQL, o.keyManagerID, o.now)
+		if err != nil {
+			return nil, fmt.Errorf("keep signing keys: %w", err)
+		}
+		for _, kid := range kept {
+			audit(actionKeep, kid)
+		}
+		return infos(ctx, tx, r.Iss, append(withdrawn, kept...))
 	}
-	retired, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err := insertKey(ctx, tx, o, made, useFrom); err != nil {
+		return nil, err
+	}
+	audit(actionMake, made.KID)
+	retired, err := queryKIDs(ctx, tx, retireOthersSQL, o.keyManagerID, made.KID, useFrom, o.now)
 	if err != nil {
 		return nil, fmt.Errorf("retire signing keys: %w", err)
 	}
@@ -247,7 +262,7 @@ const (
 // compromised are the kids of those of an issuer's keys that which names.
 func compromised(keys []keyRow, which string) (kids []string, err error) {
 	for _, row := range keys {
-		if row.RevokedAt == nil && (which == AllKeys || row.KID == which) {
+		if state := row.state(); state != KeyRevoked && (row.KID == which || which == AllKeys && state != KeyEnded) {
 			kids = append(kids, row.KID)
 		}
 		if row.RevokedAt != nil && row.KID == which {
@@ -260,10 +275,10 @@ func compromised(keys []keyRow, which string) (kids []string, err error) {
 	return kids, nil
 }
 
-// canSign reports whether one of an issuer's keys, other than that of the kid but, signs now.
-func (k *Keys) canSign(keys []keyRow, but string) bool {
+// canSign reports whether one of an issuer's keys, other than those of the kids but, can sign now.
+func (k *Keys) canSign(keys []keyRow, but ...string) bool {
 	return slices.ContainsFunc(keys, func(row keyRow) bool {
-		if row.KID == but || row.state() != KeyActive {
+		if slices.Contains(but, row.KID) || row.state() != KeyActive {
 			return false
 		}
 		_, err := k.store.open(row)
@@ -291,8 +306,8 @@ SELECT k.iss FROM rescind.signing_keys s JOIN rescind.key_managers k ON k.id = s
 
 const retireKeySQL = `UPDATE rescind.signing_keys SET retired_at = $2 WHERE kid = $1`
 
-// keepOthersSQL takes a rotation back whose new key was retired before it was used: else no key
-// would be left when the others are retired.
+// keepOthersSQL takes a rotation back whose new key was retired or withdrawn before it was used:
+// else no key would be left when the others are retired.
 const keepOthersSQL = `
 UPDATE rescind.signing_keys SET retired_at = NULL
 WHERE key_manager_id = $1 AND revoked_at IS NULL AND retired_at > $2 AND NOT EXISTS (
@@ -348,11 +363,7 @@ func (k *Keys) retire(ctx context.Context, tx *ledger.Tx, by ledger.Actor, kid, 
 	if _, err := tx.Exec(ctx, retireKeySQL, kid, o.now); err != nil {
 		return KeyInfo{}, fmt.Errorf("store when it was retired: %w", err)
 	}
-	rows, err := tx.Query(ctx, keepOthersSQL, o.keyManagerID, o.now)
-	if err != nil {
-		return KeyInfo{}, fmt.Errorf("keep others: %w", err)
-	}
-	kept, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	kept, err := queryKIDs(ctx, tx, keepOthersSQL, o.keyManagerID, o.now)
 	if err != nil {
 		return KeyInfo{}, fmt.Errorf("keep others: %w", err)
 	}

@@ -1,6 +1,7 @@
 package sts
 
 import (
+	"context"
 	"errors"
 	"log/slog"
 	"slices"
@@ -113,7 +114,7 @@ func TestLifeOfAKey(t *testing.T) {
 	if len(changed) != 2 || changed[1].KID != first || changed[0].Algorithm != "ES256" || changed[0].Tenant != revocation.SuperTenant {
 		t.Fatalf("Rotate = %+v", changed)
 	}
-	if !changed[1].RetiredAt.Equal(changed[0].UseFrom) || !changed[1].PublishedUntil.Equal(changed[1].RetiredAt.Add(publishedAfter)) ||
+	if !changed[1].RetiredAt.Equal(changed[0].UseFrom) || changed[1].PublishedUntil.Sub(changed[1].RetiredAt) != 66*time.Minute+30*time.Second ||
 		changed[0].UseFrom.Sub(changed[0].CreatedAt) != 10*time.Minute {
 		t.Errorf("Rotate = %+v, want one key to follow the other ten minutes later", changed)
 	}
@@ -127,8 +128,8 @@ func TestLifeOfAKey(t *testing.T) {
 		{0, [2]KeyState{KeyActive, KeyNext}, first, both},
 		{publishedBefore - 5*time.Second, [2]KeyState{KeyActive, KeyNext}, first, both},
 		{10 * time.Second, [2]KeyState{KeyRetired, KeyActive}, next, both},
-		// The last token under it, of a process that read the keys half a minute before, has an hour
-		// and the leeway to go.
+		// The last token under it is signed half a minute later, by a process that read the keys just
+		// before, is stamped three minutes ahead, and has an hour and the leeway to go.
 		{publishedAfter - 10*time.Second, [2]KeyState{KeyRetired, KeyActive}, next, both},
 		{10 * time.Second, [2]KeyState{KeyEnded, KeyActive}, next, []string{next}},
 	} {
@@ -337,6 +338,150 @@ func TestCompromised(t *testing.T) {
 		if !slices.Contains(lines, want) {
 			t.Errorf("audit lacks %q: %q", want, lines)
 		}
+	}
+}
+
+// revokeKey revokes a key by itself, as the API does.
+func revokeKey(t testing.TB, pool *pgxpool.Pool, iss, kid string) {
+	t.Helper()
+	_, err := newLedger(t, pool).Change(t.Context(), func(_ context.Context, tx *ledger.Tx) error {
+		tx.Revoke(ledger.Request{
+			Target: revocation.Target{Kind: revocation.KindKey, Iss: iss, ID: kid}, Tenant: revocation.SuperTenant,
+			Exp: time.Now().Add(keyRevocation).Unix(), Action: "revoke_key", Actor: operator,
+		})
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A key that is revoked by itself counts as withdrawn, for ever.
+func TestKeyRevokedByItself(t *testing.T) {
+	t.Parallel()
+	w := newKeyWorld(t)
+	first := signing(t, w.s)
+	revokeKey(t, w.pool, "https://far.example", first) // another issuer's key of this name
+	if got := signing(t, w.s); got != first {
+		t.Errorf("%s signs, want %s, which is not revoked", got, first)
+	}
+	revokeKey(t, w.pool, iss, first)
+	list, err := w.keys.List(t.Context(), iss)
+	if err != nil || len(list) != 1 || list[0].State != KeyRevoked || list[0].RevokedAt.IsZero() || !list[0].PublishedUntil.Equal(list[0].RevokedAt) {
+		t.Errorf("List = %+v, %v, want a revoked key", list, err)
+	}
+	if _, err := w.keys.Retire(t.Context(), operator, first, ""); !errors.Is(err, ErrNoKey) {
+		t.Errorf("Retire = %v, want %v", err, ErrNoKey)
+	}
+	if _, err := w.keys.Rotate(t.Context(), operator, Rotation{Iss: iss, Compromised: first}); !errors.Is(err, ErrNoKey) {
+		t.Errorf("Rotate = %v, want %v", err, ErrNoKey)
+	}
+
+	// A plain rotation then is at once, with the same algorithm.
+	changed := w.rotate(Rotation{})
+	if len(changed) != 2 || changed[0].State != KeyActive || changed[0].Algorithm != "ES256" || changed[1].KID != first || changed[1].State != KeyRevoked {
+		t.Fatalf("Rotate = %+v, want a key that signs and one that is revoked", changed)
+	}
+	second := changed[0].KID
+	if got := signing(t, w.s); got != second {
+		t.Errorf("%s signs, want %s", got, second)
+	}
+	if diff := cmp.Diff([]string{second}, w.published()); diff != "" {
+		t.Errorf("published (-want +got):\n%s", diff)
+	}
+
+	// One that is to take over is revoked: what it was to replace goes on until the next one does.
+	third := w.rotate(Rotation{})[0].KID
+	revokeKey(t, w.pool, iss, third)
+	later(t, w.pool, time.Minute)
+	fourth := w.rotate(Rotation{})[0]
+	list, err = w.keys.List(t.Context(), iss)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, k := range list {
+		if k.KID == second && !k.RetiredAt.Equal(fourth.UseFrom) {
+			t.Errorf("%s signs until %s, want until %s", second, k.RetiredAt, fourth.UseFrom)
+		}
+	}
+
+	// The revocation ends some day, the withdrawal does not.
+	exec(t, w.pool, `UPDATE rescind.revocations SET exp = 1`)
+	want := map[string]KeyState{first: KeyRevoked, second: KeyActive, third: KeyRevoked, fourth.KID: KeyNext}
+	if diff := cmp.Diff(want, w.states()); diff != "" {
+		t.Errorf("without the revocations (-want +got):\n%s", diff)
+	}
+}
+
+// A service whose only key is revoked makes another at once, also beside one that is to be used later.
+func TestOnlyKeyRevoked(t *testing.T) {
+	t.Parallel()
+	for _, next := range []bool{false, true} {
+		w := newKeyWorld(t)
+		first := signing(t, w.s)
+		kids := []string{first}
+		if next {
+			kids = append(kids, w.rotate(Rotation{})[0].KID)
+		}
+		revokeKey(t, w.pool, iss, first)
+		now := signing(t, w.s)
+		if slices.Contains(kids, now) {
+			t.Errorf("%s signs, want a new key", now)
+		}
+		want := slices.Sorted(slices.Values(append(kids[1:], now)))
+		if diff := cmp.Diff(want, w.published()); diff != "" {
+			t.Errorf("published (-want +got):\n%s", diff)
+		}
+		start(t, w.pool, Config{})
+		if n := count(t, w.pool, `SELECT count(*) FROM rescind.signing_keys WHERE revoked_at IS NULL`); n != len(want) {
+			t.Errorf("%d keys are not withdrawn, want %d", n, len(want))
+		}
+	}
+}
+
+// Whoever withdraws a key without which others can sign leaves these alone.
+func TestCompromisedKeyThatDoesNotSign(t *testing.T) {
+	t.Parallel()
+	w := newKeyWorld(t)
+	first := signing(t, w.s)
+	second := w.rotate(Rotation{})[0].KID
+
+	// It is to take over: then it does not, and the one that it was to replace goes on.
+	changed := w.rotate(Rotation{Compromised: second, Reason: "next"})
+	if len(changed) != 2 || changed[0].KID != second || changed[0].State != KeyRevoked || changed[1].KID != first || !changed[1].RetiredAt.IsZero() {
+		t.Errorf("Rotate for a next key = %+v, want it withdrawn and %s kept", changed, first)
+	}
+	third := w.rotate(Rotation{})[0].KID
+	later(t, w.pool, 2*publishedBefore)
+
+	// It signs no more.
+	changed = w.rotate(Rotation{Compromised: first, Reason: "retired"})
+	if len(changed) != 1 || changed[0].KID != first || changed[0].State != KeyRevoked {
+		t.Errorf("Rotate for a retired key = %+v, want it withdrawn", changed)
+	}
+	want := map[string]KeyState{first: KeyRevoked, second: KeyRevoked, third: KeyActive}
+	if diff := cmp.Diff(want, w.states()); diff != "" {
+		t.Errorf("states (-want +got):\n%s", diff)
+	}
+	if got := signing(t, w.s); got != third {
+		t.Errorf("%s signs, want %s", got, third)
+	}
+	if n := count(t, w.pool, `SELECT count(*) FROM rescind.revocations WHERE kind = 'key' AND ident = ANY($1)`, []string{first, second}); n != 2 {
+		t.Errorf("%d keys are revoked, want 2", n)
+	}
+
+	// All are all that can matter: of one that ended long ago no token lives.
+	fourth := w.rotate(Rotation{})[0].KID
+	later(t, w.pool, publishedBefore+publishedAfter)
+	changed = w.rotate(Rotation{Compromised: AllKeys})
+	if len(changed) != 2 || changed[0].State != KeyActive || changed[1].KID != fourth {
+		t.Errorf("Rotate for all = %+v, want a new key, and %s withdrawn", changed, fourth)
+	}
+	if got := w.states()[third]; got != KeyEnded {
+		t.Errorf("a key that ended is %s after all others were withdrawn", got)
+	}
+	if !slices.Contains(audited(t, w.pool), "keep_signing_key "+first+" next") {
+		t.Errorf("audit is %q, want %s kept", audited(t, w.pool), first)
 	}
 }
 

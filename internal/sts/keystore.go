@@ -30,9 +30,10 @@ const (
 	keySetMaxAge = 5 * time.Minute
 	// publishedBefore is how long a further key is published before it is used.
 	publishedBefore = 2 * keySetMaxAge
-	// publishedAfter is how long a key is published after it was retired: until
-	// nobody accepts what was signed last, by a process that learned of it late.
-	publishedAfter = MaxTokenLifetime + revocation.MaxLeeway + time.Minute
+	// publishedAfter is how long a key is published after it was retired: until nobody accepts
+	// what was signed last. That is by a process that read the keys just before, and for a token
+	// that is stamped as far ahead as can be, with the longest life. Clocks may differ by a minute.
+	publishedAfter = maxRingAge + maxAhead*time.Second + MaxTokenLifetime + revocation.MaxLeeway + time.Minute
 
 	sealPurpose = "rescind signing keys"
 )
@@ -46,6 +47,7 @@ type keyStore struct {
 
 // ring is what the database had of an issuer at one time. It is not changed after it was made.
 type ring struct {
+	iss       string
 	at        time.Time           // when it was read, by this process's clock
 	keys      *token.StaticKeySet // nil if there are none
 	documents []document          // the JWK set, for each media type
@@ -67,7 +69,7 @@ func (r *ring) signer(alg string, revoked func(kid string) bool) (signer, error)
 	for _, s := range r.signers {
 		switch {
 		case revoked(s.kid):
-			errs = append(errs, fmt.Errorf("signing key %s is revoked: run rescind keys rotate --compromised %s", s.kid, s.kid))
+			errs = append(errs, fmt.Errorf("signing key %s is revoked: run rescind keys rotate --iss %s", s.kid, r.iss))
 		case s.alg == alg:
 			return s, nil
 		case other.kid == "":
@@ -109,16 +111,22 @@ func (row keyRow) state() KeyState {
 	return KeyActive
 }
 
+// revocationOfKeySQL is r, the revocation of the key s of k: whoever ends a key's tokens, by
+// whatever way, withdraws it.
+const revocationOfKeySQL = `r.iss = k.iss AND r.ident = s.kid AND r.kind = 'key' AND NOT r.digest
+    AND r.exp > extract(epoch FROM clock_timestamp())`
+
 const keysSQL = `
-SELECT s.kid, s.alg, s.public_jwk::text, s.private_sealed, s.master_key_id, s.created_at, s.use_from, s.retired_at, s.revoked_at,
-       k.iss, t.id, t.domain, clock_timestamp()
+SELECT s.kid, s.alg, s.public_jwk::text, s.private_sealed, s.master_key_id, s.created_at, s.use_from, s.retired_at,
+       least(s.revoked_at, r.revoked_at), k.iss, t.id, t.domain, clock_timestamp()
 FROM rescind.signing_keys s
 JOIN rescind.key_managers k ON k.id = s.key_manager_id AND k.resident
-JOIN rescind.tenants t ON t.id = k.tenant_id`
+JOIN rescind.tenants t ON t.id = k.tenant_id
+LEFT JOIN rescind.revocations r ON ` + revocationOfKeySQL + ` `
 
 // publishedSQL are an issuer's keys that others see, the newest first.
 const publishedSQL = keysSQL + `
-WHERE k.iss = $1 AND s.revoked_at IS NULL AND (s.retired_at IS NULL OR s.retired_at > now() - make_interval(secs => $2))
+WHERE k.iss = $1 AND s.revoked_at IS NULL AND r.id IS NULL AND (s.retired_at IS NULL OR s.retired_at > now() - make_interval(secs => $2))
 ORDER BY s.use_from DESC, s.kid`
 
 type querier interface {
@@ -137,25 +145,35 @@ func readKeys(ctx context.Context, db querier, sql string, args ...any) ([]keyRo
 	return keys, nil
 }
 
+// published reads the keys of iss that others see, and their JWK set in the same order.
+func (s *keyStore) published(ctx context.Context, iss string) (rows []keyRow, set jose.JSONWebKeySet, err error) {
+	rows, err = readKeys(ctx, s.pool, publishedSQL, iss, publishedAfter.Seconds())
+	if err != nil {
+		return nil, set, err
+	}
+	for _, row := range rows {
+		public, err := row.public()
+		if err != nil {
+			return nil, set, fmt.Errorf("read signing key %s: %w", row.KID, err)
+		}
+		set.Keys = append(set.Keys, public)
+	}
+	return rows, set, nil
+}
+
 // load reads the keys of iss. Opening one costs milliseconds, so those that
 // are open in last stay so.
 func (s *keyStore) load(ctx context.Context, iss string, last *ring) (*ring, error) {
-	r := &ring{at: time.Now()}
-	keys, err := readKeys(ctx, s.pool, publishedSQL, iss, publishedAfter.Seconds())
-	if err != nil || len(keys) == 0 {
+	r := &ring{iss: iss, at: time.Now()}
+	rows, set, err := s.published(ctx, iss)
+	if err != nil || len(rows) == 0 {
 		return r, err
 	}
-	var set jose.JSONWebKeySet
-	for _, row := range keys {
-		public, err := row.public()
-		if err != nil {
-			return nil, fmt.Errorf("read signing key %s: %w", row.KID, err)
-		}
-		set.Keys = append(set.Keys, public)
+	for i, row := range rows {
 		if row.state() != KeyActive {
 			continue
 		}
-		signer, err := s.signerOf(row, public, last)
+		signer, err := s.signerOf(row, set.Keys[i], last)
 		if err != nil {
 			r.sealed = append(r.sealed, err)
 			continue
@@ -266,17 +284,29 @@ func sealer(master authn.MasterKey) cipher.AEAD {
 	return aead
 }
 
-// A key that is to be retired has its successor.
-const hasKeySQL = `
-SELECT EXISTS (
-    SELECT FROM rescind.signing_keys s JOIN rescind.key_managers k ON k.id = s.key_manager_id
-    WHERE k.iss = $1 AND s.alg = $2 AND s.retired_at IS NULL AND s.revoked_at IS NULL)`
-
-func (s *keyStore) hasKey(ctx context.Context, iss, alg string) (has bool, err error) {
-	if err := s.pool.QueryRow(ctx, hasKeySQL, iss, alg).Scan(&has); err != nil {
-		return false, fmt.Errorf("look for a signing key of %s: %w", iss, err)
+// needsKey reports whether an issuer needs one of alg, if the keys that others see are these,
+// and whether at once, because none of them is in use.
+func needsKey(keys []keyRow, alg string) (needed, atOnce bool) {
+	needed, atOnce = true, true
+	for _, row := range keys {
+		if row.Alg == alg && row.RetiredAt == nil { // one that is to be retired has its successor
+			needed = false
+		}
+		if row.state() == KeyActive {
+			atOnce = false
+		}
 	}
-	return has, nil
+	return needed || atOnce, atOnce
+}
+
+// hasKey reports whether iss needs no key of alg.
+func (s *keyStore) hasKey(ctx context.Context, iss, alg string) (bool, error) {
+	keys, err := readKeys(ctx, s.pool, publishedSQL, iss, publishedAfter.Seconds())
+	if err != nil {
+		return false, err
+	}
+	needed, _ := needsKey(keys, alg)
+	return !needed, nil
 }
 
 // owner is the issuer that keys belong to.
@@ -285,6 +315,8 @@ type owner struct {
 	tenant       revocation.Tenant
 	// now is the database's clock once the issuer was locked: no change of its keys is later.
 	now time.Time
+	// withdrawn are the kids of those of its keys that were found to be revoked.
+	withdrawn []string
 }
 
 // lockIssuerSQL lets one process at a time decide about an issuer's keys.
@@ -293,6 +325,15 @@ SELECT k.id, t.id, t.domain
 FROM rescind.key_managers k JOIN rescind.tenants t ON t.id = k.tenant_id
 WHERE k.iss = $1 AND k.resident FOR UPDATE OF k`
 
+// withdrawRevokedSQL keeps what a revocation has done for longer than the revocation is there.
+const withdrawRevokedSQL = `
+UPDATE rescind.signing_keys s SET revoked_at = r.revoked_at, retired_at = least(s.retired_at, r.revoked_at)
+FROM rescind.key_managers k, rescind.revocations r
+WHERE k.id = s.key_manager_id AND k.id = $1 AND s.revoked_at IS NULL AND ` + revocationOfKeySQL + `
+RETURNING s.kid`
+
+// lockIssuer also withdraws the keys of iss that were revoked by themselves. Their revocations
+// are in the audit.
 func lockIssuer(ctx context.Context, tx pgx.Tx, iss string) (o owner, err error) {
 	err = tx.QueryRow(ctx, lockIssuerSQL, iss).Scan(&o.keyManagerID, &o.tenant.ID, &o.tenant.Domain)
 	if errors.Is(err, pgx.ErrNoRows) {
@@ -304,7 +345,19 @@ func lockIssuer(ctx context.Context, tx pgx.Tx, iss string) (o owner, err error)
 	if err != nil {
 		return o, fmt.Errorf("lock issuer: %w", err)
 	}
+	if o.withdrawn, err = queryKIDs(ctx, tx, withdrawRevokedSQL, o.keyManagerID); err != nil {
+		return o, fmt.Errorf("withdraw revoked signing keys: %w", err)
+	}
 	return o, nil
+}
+
+// queryKIDs are the kids that a statement returns.
+func queryKIDs(ctx context.Context, tx pgx.Tx, sql string, args ...any) ([]string, error) {
+	rows, err := tx.Query(ctx, sql, args...)
+	if err != nil {
+		return nil, err
+	}
+	return pgx.CollectRows(rows, pgx.RowTo[string])
 }
 
 const insertKeySQL = `
@@ -319,16 +372,16 @@ func insertKey(ctx context.Context, tx pgx.Tx, o owner, row keyRow, useFrom time
 	return nil
 }
 
-// ensureKey makes a key of iss for alg unless it has one, and returns its kid if it did. The
-// first key of an issuer is used at once, a further one when others have had the time to learn
-// of it.
-func (s *keyStore) ensureKey(ctx context.Context, iss, alg string) (made string, err error) {
+// ensureKey makes a key of iss if it needs one of alg, and returns its kid if it did, and
+// those of keys that it found to be revoked. The key is used at once if no other can be: it is
+// the first, or all others are revoked. Else it is when others have had the time to learn of it.
+func (s *keyStore) ensureKey(ctx context.Context, iss, alg string) (made string, revoked []string, err error) {
 	if has, err := s.hasKey(ctx, iss, alg); err != nil || has {
-		return "", err
+		return "", nil, err
 	}
 	row, err := s.newKey(iss, alg) // takes long: not while others wait for the lock
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
 	err = pgx.BeginFunc(ctx, s.pool, func(tx pgx.Tx) error {
 		o, err := lockIssuer(ctx, tx, iss)
@@ -339,22 +392,22 @@ func (s *keyStore) ensureKey(ctx context.Context, iss, alg string) (made string,
 		if err != nil {
 			return err
 		}
+		revoked = o.withdrawn
+		needed, atOnce := needsKey(keys, alg)
+		if !needed {
+			return nil
+		}
 		useFrom := o.now
-		for _, k := range keys {
-			if k.Alg == alg && k.RetiredAt == nil {
-				return nil
-			}
-			if k.state() == KeyActive {
-				useFrom = o.now.Add(publishedBefore)
-			}
+		if !atOnce {
+			useFrom = o.now.Add(publishedBefore)
 		}
 		made = row.KID
 		return insertKey(ctx, tx, o, row, useFrom)
 	})
 	if err != nil {
-		return "", err
+		return "", nil, err
 	}
-	return made, nil
+	return made, revoked, nil
 }
 
 // newKey makes a key of iss that is not in the database yet.

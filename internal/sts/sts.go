@@ -18,18 +18,21 @@
 // and so missed, its time is not before the request's, which is what the token bears. Two
 // things keep a token from its reach: a commit that takes longer than the clock skew, and
 // another revocation of the client so short before that the token is stamped past both.
-// The events of the block or the deletion still stop such a token at the gateways.
+// The events of the block or the deletion still stop such a token at the gateways. The log
+// has the change before its revocation: who sees the revocation, and stamps a token past it,
+// sees the change too, and if he sees the change alone, the revocation ends the token.
 //
 // Gateways that know no revocations of more than one token are told of each token by its
 // jti: those that were remembered when the revocation was committed, see [Memory]. So a
-// token is remembered first, and then the state is looked at once more. A revocation that
-// was committed before the token was remembered, and so will not name it, is in that state:
-// if it ends the token, another is begun, with another jti and a later time. One that is
-// committed afterwards finds the token among those that it names.
+// token is remembered once it is signed, and then the state is looked at once more. A
+// revocation that was committed before the token was remembered, and so will not name it, is
+// in that state: if it ends the token, another is begun, with another jti and a later time.
+// One that is committed afterwards finds the token among those that it names.
 //
-// A token is handed out only if the replica has no revocation of its key. Whoever withdraws
-// a key revokes it in the same transaction, so a process that has the one has the other, and
-// reads its keys anew.
+// A token is handed out only if the replica has no revocation of it or of its key. Whoever
+// withdraws a key revokes it in the same transaction, and whoever revokes one has withdrawn
+// it. So a process that learns of the revocation reads its keys anew, and makes another if
+// none is left: to revoke the only key must not stop the issuer.
 //
 // # Decisions
 //
@@ -46,6 +49,9 @@
 //
 // The first key of a tenant's issuer is made when somebody first asks for its tokens or
 // its key set: most tenants never do. As anybody may ask, one key is made at a time.
+//
+// An application without a subscription gets no self-contained token: to Microgateway 3.0
+// one that names no APIs is good for all.
 package sts
 
 import (
@@ -93,9 +99,9 @@ type Config struct {
 	// the first start with it, or the first use of a tenant's issuer after that: when all
 	// have the new key.
 	Algorithm string
-	// MaxQueue is how many tokens may be waiting for their signature; past that
-	// callers are told to come back. As many as there are CPUs are signed at a time,
-	// at about 1 ms each. Default 128, 1 to 10000.
+	// MaxQueue is how many tokens may be in the making, most of them waiting for their
+	// signature; past that callers are told to come back. As many as there are CPUs are
+	// signed at a time, at about 1 ms each. Default 128, 1 to 10000.
 	MaxQueue int
 }
 
@@ -163,7 +169,7 @@ type Server struct {
 	now   func() time.Time
 	store *keyStore
 
-	queue   chan struct{} // a place for each token that waits or is being signed
+	queue   chan struct{} // a place for each token that is being made
 	signing chan struct{} // a place for each that is being signed
 	making  chan struct{} // the one place for a key that is being made
 
@@ -202,7 +208,7 @@ func New(ctx context.Context, cfg Config, pool *pgxpool.Pool, masterKeys []authn
 	if err := s.ensureKey(ctx, cfg.Issuer); err != nil {
 		return nil, err
 	}
-	keys, err := s.issuer(cfg.Issuer).current(ctx)
+	keys, err := s.issuer(cfg.Issuer, "").current(ctx)
 	if err != nil {
 		return nil, fmt.Errorf("load signing keys of %s: %w", cfg.Issuer, err)
 	}

@@ -164,7 +164,7 @@ func start(t testing.TB, pool *pgxpool.Pool, cfg Config, masterKeys ...authn.Mas
 }
 
 // own is the super tenant's issuer.
-func (s *Server) own() *issuer { return s.issuer(s.cfg.Issuer) }
+func (s *Server) own() *issuer { return s.issuer(s.cfg.Issuer, "") }
 
 // signing is the kid that s signs with now.
 func signing(t testing.TB, s *Server) string {
@@ -183,7 +183,7 @@ func signing(t testing.TB, s *Server) string {
 func mint(t testing.TB, s *Server) string {
 	t.Helper()
 	now := time.Now().Unix()
-	compact, err := s.sign(t.Context(), s.own(), tokenClaims{
+	compact, _, err := s.sign(t.Context(), s.own(), &tokenClaims{
 		Issuer: s.cfg.Issuer, Expiry: now + 900, IssuedAt: now, Audience: audience{"https://api.example.com"},
 		Subject: "c", ClientID: "c", AuthorizedParty: "c", ID: newUUID(),
 	}, typAccessToken)

@@ -48,6 +48,7 @@ var (
 	errForeign     = refusal("unauthorized_client", "The tokens of this client are issued elsewhere.")
 	errDisabled    = refusal("unauthorized_client", "The issuer is disabled.")
 	errBlocked     = refusal("unauthorized_client", "The application is blocked.")
+	errNoAPI       = refusal("unauthorized_client", "The application has no subscription that this key may use.")
 	errScope       = refusal("invalid_scope", "A scope is malformed or not one of the client.")
 	errTarget      = refusal("invalid_target", "A resource is malformed or not one of the client.")
 
@@ -62,8 +63,7 @@ var (
 
 	errQueueFull = errors.New("too many tokens wait to be signed")
 	errAllDead   = fmt.Errorf("revocations reach more than %d s ahead", maxAhead)
-	errKilled    = fmt.Errorf("revocations ended %d tokens while they were remembered", maxTries)
-	errWithdrawn = fmt.Errorf("signing keys were revoked during %d signatures", maxTries)
+	errKilled    = fmt.Errorf("revocations ended %d tokens, or their keys, while they were made", maxTries)
 	errOldKeys   = fmt.Errorf("the signing keys could not be read for more than %s", maxRingAge)
 )
 
@@ -146,51 +146,62 @@ func (s *Server) grant(w http.ResponseWriter, r *http.Request, is *issuer, tenan
 		Issuer: is.iss, Audience: audience, Subject: client.ID, ClientID: client.ID, AuthorizedParty: client.ID,
 		EntityID: client.ID, GrantClass: "APPLICATION", Scope: strings.Join(scopes, " "),
 	}
-	if err := s.begin(r.Context(), &c, tenant, lifetime); err != nil {
-		return tokenResponse{}, err
-	}
-	access, err := s.sign(r.Context(), is, c, cmp.Or(client.TokenTyp, typAccessToken))
+	access, err := s.issue(r.Context(), is, &c, tenant, cmp.Or(client.TokenTyp, typAccessToken), lifetime)
 	if err != nil {
 		return tokenResponse{}, err
-	}
-	switch {
-	case len(access) <= maxTokenBytes:
-	case c.SelfContained != nil:
-		return tokenResponse{}, errSubscriptions
-	default:
-		return tokenResponse{}, errLarge
 	}
 	return tokenResponse{
 		AccessToken: access, TokenType: "Bearer", ExpiresIn: c.Expiry - c.IssuedAt, Scope: c.Scope,
 	}, nil
 }
 
-// begin sets what of a token is new each time, and remembers it. See the package's comment.
-func (s *Server) begin(ctx context.Context, c *tokenClaims, tenant string, lifetime time.Duration) error {
+// issue makes a JWT of c with this typ, when there is a place for it. It sets what of c is new
+// for each token. What is refused is not remembered. See the package's comment.
+func (s *Server) issue(ctx context.Context, is *issuer, c *tokenClaims, tenant, typ string, lifetime time.Duration) (string, error) {
+	select {
+	case s.queue <- struct{}{}:
+		defer func() { <-s.queue }()
+	default:
+		return "", authn.Unavailable(queueRetry, errQueueFull)
+	}
 	for range maxTries {
 		c.ID = newUUID()
 		if err := s.entitle(ctx, c, tenant); err != nil {
-			return err
+			return "", err
 		}
 		c.Expiry = c.IssuedAt + int64(lifetime/time.Second)
-		if s.cfg.Memory == nil {
-			return nil
+		access, kid, err := s.sign(ctx, is, c, typ)
+		if err != nil {
+			return "", err
 		}
-		err := s.cfg.Memory.Remember(ctx, ledger.Issued{JTI: c.ID, ClientID: c.ClientID, Subject: c.Subject, Exp: c.Expiry})
-		switch {
-		case errors.Is(err, ledger.ErrBusy):
-			return authn.Unavailable(queueRetry, err)
-		case err != nil:
-			return authn.Unavailable(storageRetry, err)
+		if err := s.remember(ctx, c); err != nil {
+			return "", err
 		}
-		if _, err := s.cfg.State.Fresh(ctx, 0); err != nil {
-			return authn.Unavailable(storageRetry, err)
-		}
-		if _, dead := s.cfg.State.Replica().Check(c.replicaToken(tenant), s.now().Unix()); !dead {
-			return nil
+		t := c.replicaToken(tenant)
+		t.KID = kid
+		if _, dead := s.cfg.State.Replica().Check(t, s.now().Unix()); !dead {
+			return access, nil
 		}
 	}
-	return authn.Unavailable(storageRetry, errKilled)
+	return "", authn.Unavailable(storageRetry, errKilled)
+}
+
+// remember returns when the token is remembered and the state has all that was committed before.
+func (s *Server) remember(ctx context.Context, c *tokenClaims) error {
+	if s.cfg.Memory == nil {
+		return nil
+	}
+	err := s.cfg.Memory.Remember(ctx, ledger.Issued{JTI: c.ID, Iss: c.Issuer, ClientID: c.ClientID, Subject: c.Subject, Exp: c.Expiry})
+	switch {
+	case errors.Is(err, ledger.ErrBusy):
+		return authn.Unavailable(queueRetry, err)
+	case err != nil:
+		return authn.Unavailable(storageRetry, err)
+	}
+	if _, err := s.cfg.State.Fresh(ctx, 0); err != nil {
+		return authn.Unavailable(storageRetry, err)
+	}
+	return nil
 }
 
 // entitle sets iat and what a self-contained token carries, if the client may have a token now.
@@ -220,8 +231,13 @@ func (s *Server) entitle(ctx context.Context, c *tokenClaims, tenant string) (er
 			err = errBlocked
 			return
 		}
+		c.SelfContained = nil // of the try before
 		if application.SelfContained {
 			carried := claims.Of(v, application, mappings[i].KeyType, c.ClientID)
+			if len(carried.SubscribedAPIs) == 0 {
+				err = errNoAPI
+				return
+			}
 			c.SelfContained = &carried
 		}
 		t := c.replicaToken(tenant)
@@ -299,7 +315,7 @@ type tokenClaims struct {
 	*claims.SelfContained // its members; nil for applications whose tokens are not
 }
 
-// replicaToken is the token as revocations are compared with it. The key is not chosen yet.
+// replicaToken is the token as revocations are compared with it, but for the key.
 func (c *tokenClaims) replicaToken(tenant string) replica.Token {
 	return replica.Token{
 		Iss: c.Issuer, Tenant: tenant, JTI: c.ID, ClientID: c.ClientID, Sub: c.Subject, IssuedAt: c.IssuedAt,
@@ -318,31 +334,25 @@ func (a audience) MarshalJSON() ([]byte, error) {
 }
 
 // sign makes a JWT of c, with this typ, when it is this caller's turn.
-func (s *Server) sign(ctx context.Context, is *issuer, c tokenClaims, typ string) (string, error) {
-	select {
-	case s.queue <- struct{}{}:
-		defer func() { <-s.queue }()
-	default:
-		return "", authn.Unavailable(queueRetry, errQueueFull)
-	}
+func (s *Server) sign(ctx context.Context, is *issuer, c *tokenClaims, typ string) (access, kid string, err error) {
 	payload, err := json.Marshal(c)
 	if err != nil {
-		return "", fmt.Errorf("encode claims: %w", err)
+		return "", "", fmt.Errorf("encode claims: %w", err)
 	}
-	for range maxTries {
-		key, err := s.signer(ctx, is)
-		if err != nil {
-			return "", authn.Unavailable(storageRetry, err)
-		}
-		access, err := s.signWith(ctx, key, typ, payload)
-		if err != nil {
-			return "", err
-		}
-		if !s.revokedKey(is.iss, key.kid) { // it may have waited
-			return access, nil
-		}
+	key, err := s.signer(ctx, is) // may wait for a key to be made
+	if err != nil {
+		return "", "", authn.Unavailable(storageRetry, err)
 	}
-	return "", authn.Unavailable(storageRetry, errWithdrawn)
+	access, err = s.signWith(ctx, key, typ, payload)
+	switch {
+	case err != nil:
+		return "", "", err
+	case len(access) <= maxTokenBytes:
+		return access, key.kid, nil
+	case c.SelfContained != nil:
+		return "", "", errSubscriptions
+	}
+	return "", "", errLarge
 }
 
 func (s *Server) signWith(ctx context.Context, key signer, typ string, payload []byte) (string, error) {

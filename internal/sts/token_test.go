@@ -118,6 +118,30 @@ func TestSelfContained(t *testing.T) {
 	}
 }
 
+// Microgateway 3.0 takes a token without subscriptions for one that opens every API.
+func TestSelfContainedWithoutSubscriptions(t *testing.T) {
+	t.Parallel()
+	state := stateOf(t, iss, "c")
+	manyAPIs(t, state, 0)
+	memory := &fakeMemory{}
+	s := start(t, pgtest.New(t), Config{State: state, Memory: memory})
+	const want = `{"error":"unauthorized_client","error_description":"The application has no subscription that this key may use."}` + "\n"
+	if got := post(t, s, tokenPath); got.status != 400 || got.body != want {
+		t.Errorf("without subscriptions the answer is %+v, want 400 %s", got, want)
+	}
+	manyAPIs(t, state, 1)
+	subscription := *state.content[len(state.content)-2].(*catalog.Subscription)
+	subscription.State = catalog.ProdOnlyBlocked
+	state.content[len(state.content)-2] = &subscription
+	state.load(t)
+	if got := post(t, s, tokenPath); got.status != 400 || got.body != want {
+		t.Errorf("with one that is not for this key the answer is %+v, want 400 %s", got, want)
+	}
+	if len(memory.remembered) != 0 {
+		t.Errorf("remembered are %+v", memory.remembered)
+	}
+}
+
 func TestTokensThatAreTooLarge(t *testing.T) {
 	t.Parallel()
 	state := stateOf(t, iss, "c", "plain")
@@ -246,13 +270,69 @@ func TestRememberedTokens(t *testing.T) {
 			continue
 		}
 		_, minted := payload(t, got)
-		want := ledger.Issued{JTI: minted["jti"].(string), ClientID: "c", Subject: "c", Exp: int64(minted["exp"].(float64))}
+		want := ledger.Issued{JTI: minted["jti"].(string), Iss: iss, ClientID: "c", Subject: "c", Exp: int64(minted["exp"].(float64))}
 		if diff := cmp.Diff(want, memory.remembered[tt.tokens-1]); diff != "" {
 			t.Errorf("%s: remembered is not what was handed out:\n%s", name, diff)
 		}
 		if iat := int64(minted["iat"].(float64)) - now.Unix(); iat != tt.iat {
 			t.Errorf("%s: iat is %d s ahead, want %d", name, iat, tt.iat)
 		}
+	}
+}
+
+// What is refused for want of a place, of a key or of room leaves nothing that is remembered.
+func TestRefusedTokensAreNotRemembered(t *testing.T) {
+	t.Parallel()
+	memory := &fakeMemory{}
+	s := start(t, pgtest.New(t), Config{Memory: memory, MaxQueue: 1})
+	for name, tt := range map[string]struct {
+		refuse, end func()
+		status      int
+		wait        string
+	}{
+		"no place": {func() { s.queue <- struct{}{} }, func() { <-s.queue }, 503, "1"},
+		"no key": {func() {
+			old := *s.own().ring.Load()
+			old.at = time.Now().Add(-maxRingAge - time.Second)
+			s.own().ring.Store(&old)
+		}, func() { signing(t, s) }, 503, "5"},
+		"no room": {func() {
+			forms := asking(iss, "c")
+			forms.client.DefaultScopes = []string{strings.Repeat("x", maxTokenBytes)}
+			s.forms = forms
+		}, func() { s.forms = asking(iss, "c") }, 400, ""},
+	} {
+		tt.refuse()
+		if got := post(t, s, tokenPath); got.status != tt.status || got.header.Get("Retry-After") != tt.wait || len(memory.remembered) != 0 {
+			t.Errorf("%s: answer is %+v, and remembered are %+v, want %d", name, got, memory.remembered, tt.status)
+		}
+		tt.end()
+		if got := post(t, s, tokenPath); got.status != 200 || len(memory.remembered) != 1 {
+			t.Errorf("%s: afterwards the answer is %+v, and remembered are %+v", name, got, memory.remembered)
+		}
+		memory.remembered = nil
+	}
+}
+
+// A key that is revoked while a token is made is not the token's.
+func TestKeyRevokedWhileATokenIsMade(t *testing.T) {
+	t.Parallel()
+	pool := pgtest.New(t)
+	state, memory := stateOf(t, iss, "c"), &fakeMemory{}
+	s := start(t, pool, Config{State: state, Memory: memory})
+	first := signing(t, s)
+	memory.before = func(ledger.Issued) {
+		if len(memory.remembered) > 0 {
+			return
+		}
+		revokeKey(t, pool, iss, first)
+		state.revoked = append(state.revoked, replica.Record{
+			Target: revocation.Target{Kind: revocation.KindKey, Iss: iss, ID: first}, Tenant: revocation.SuperTenant, Exp: time.Now().Add(keyRevocation).Unix(),
+		})
+		state.load(t)
+	}
+	if header, _ := payload(t, post(t, s, tokenPath)); header.KeyID == first || len(memory.remembered) != 2 {
+		t.Errorf("the token is of key %s after %d were remembered, want a new key and 2", header.KeyID, len(memory.remembered))
 	}
 }
 
@@ -279,13 +359,21 @@ func TestRevokedSigningKey(t *testing.T) {
 		t.Errorf("the key is %s, want %s", header.KeyID, changed[0].KID)
 	}
 
-	// Revoked alone: there is no other, until somebody rotates.
+	// Revoked by itself: another is made.
+	revokeKey(t, pool, iss, changed[0].KID)
 	revoke(changed[0].KID)
+	header, _ := payload(t, post(t, s, tokenPath))
+	if header.KeyID == changed[0].KID {
+		t.Error("the key is one that is revoked")
+	}
+
+	// The replica alone says that it is.
+	revoke(header.KeyID)
 	if got := post(t, s, tokenPath); got.status != 503 || got.header.Get("Retry-After") != "5" {
 		t.Errorf("with all keys revoked the answer is %+v, want 503", got)
 	}
 	_, err = s.signer(t.Context(), s.own())
-	if want := "rescind keys rotate --compromised " + changed[0].KID; err == nil || !strings.Contains(err.Error(), want) {
+	if want := header.KeyID + " is revoked: run rescind keys rotate --iss " + iss; err == nil || !strings.Contains(err.Error(), want) {
 		t.Errorf("for the log: %v, want %q in it", err, want)
 	}
 

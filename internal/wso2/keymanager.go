@@ -2,8 +2,6 @@ package wso2
 
 import (
 	"cmp"
-	"maps"
-	"strings"
 
 	"github.com/rescindhq/rescind/api/catalog"
 )
@@ -67,14 +65,15 @@ type claimMapping struct {
 
 // KeyManagerProperties are what WSO2 calls the additional properties, or the
 // configuration, of a key manager (WSO2 contract, section 5): those that we have a
-// word for, and [catalog.KeyManager.Properties] that are none of these. The values
-// have the JSON types that gateways assert; none is null, at any depth.
+// word for, and [catalog.KeyManager.Properties], without those that are reserved: rows of
+// before may have them. A key manager without a JWKS has no certificate. The values have the
+// JSON types that gateways assert; none is null, at any depth.
 func KeyManagerProperties(k *catalog.KeyManager) map[string]any {
 	mappings := make([]claimMapping, len(k.ClaimMappings))
 	for i, m := range k.ClaimMappings {
 		mappings[i] = claimMapping{RemoteClaim: m.Remote, LocalClaim: m.Local}
 	}
-	own := map[string]any{
+	all := map[string]any{
 		"self_validate_jwt":  true,
 		"issuer":             k.Iss,
 		"consumer_key_claim": cmp.Or(k.ConsumerKeyClaim, "azp"),
@@ -86,11 +85,10 @@ func KeyManagerProperties(k *catalog.KeyManager) map[string]any {
 		jwks = k.Iss + residentJWKS
 	}
 	if jwks != "" {
-		own["certificate_type"], own["certificate_value"] = "JWKS", jwks
+		all["certificate_type"], all["certificate_value"] = "JWKS", jwks
 	}
-	all := maps.Clone(own)
 	for name, value := range k.Properties {
-		if value != nil && !hasFold(own, name) {
+		if value != nil && !catalog.IsReservedProperty(name) {
 			all[name] = withoutNull(value)
 		}
 	}
@@ -119,15 +117,4 @@ func withoutNull(v any) any {
 		return kept
 	}
 	return v
-}
-
-// hasFold reports whether a gateway in Go, which reads names without regard to their
-// case, would take name for one of m.
-func hasFold(m map[string]any, name string) bool {
-	for own := range m {
-		if strings.EqualFold(own, name) {
-			return true
-		}
-	}
-	return false
 }

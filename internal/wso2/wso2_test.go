@@ -708,9 +708,9 @@ func TestKeyManagerProperties(t *testing.T) {
 		{"resident", resident, `{"certificate_type":"JWKS","certificate_value":"https://km.example.com/t/org.example/oauth2/jwks",` +
 			`"claim_mappings":[],"consumer_key_claim":"azp","issuer":"https://km.example.com/t/org.example","scopes_claim":"scope",` +
 			`"self_validate_jwt":true}`},
-		{"keys by other means", catalog.KeyManager{Iss: "i", Properties: map[string]any{"certificate_type": "PEM", "certificate_value": "LS0t"}},
-			`{"certificate_type":"PEM","certificate_value":"LS0t","claim_mappings":[],"consumer_key_claim":"azp","issuer":"i",` +
-				`"scopes_claim":"scope","self_validate_jwt":true}`},
+		{"keys by other means", catalog.KeyManager{Iss: "i", Properties: map[string]any{
+			"certificate_type": "PEM", "Certificate_Value": "LS0t", "jwk\u017f_endpoint": "https://evil.example.com", "a": 1,
+		}}, `{"a":1,"claim_mappings":[],"consumer_key_claim":"azp","issuer":"i","scopes_claim":"scope","self_validate_jwt":true}`},
 	}
 	for _, tt := range tests {
 		got, err := marshal(KeyManagerProperties(&tt.km))
@@ -719,6 +719,14 @@ func TestKeyManagerProperties(t *testing.T) {
 		}
 		if diff := cmp.Diff(tt.want, string(got)); diff != "" {
 			t.Errorf("%s (-want +got):\n%s", tt.name, diff)
+		}
+		// What is ours cannot be the caller's.
+		km := tt.km
+		km.Properties = nil
+		for name := range KeyManagerProperties(&km) {
+			if !catalog.IsReservedProperty(name) {
+				t.Errorf("%s: property %s is not reserved", tt.name, name)
+			}
 		}
 	}
 	if _, ok := keyManager1.Properties["Self_Validate_JWT"]; !ok || len(keyManager1.Properties) != 7 || len(keyManager1.Properties["grant_types"].([]any)) != 3 {
