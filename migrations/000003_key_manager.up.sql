@@ -41,8 +41,8 @@ CREATE TABLE rescind.issued_tokens (
     subject        text COLLATE "C" NOT NULL,
     exp            bigint NOT NULL -- Unix seconds
 );
-CREATE INDEX issued_tokens_client ON rescind.issued_tokens (client_id, n);
-CREATE INDEX issued_tokens_subject ON rescind.issued_tokens (subject, n);
+CREATE INDEX issued_tokens_client ON rescind.issued_tokens (key_manager_id, client_id, n);
+CREATE INDEX issued_tokens_subject ON rescind.issued_tokens (key_manager_id, subject, n);
 CREATE INDEX issued_tokens_key_manager ON rescind.issued_tokens (key_manager_id, n);
 CREATE INDEX issued_tokens_exp ON rescind.issued_tokens (exp);
 

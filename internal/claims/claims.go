@@ -4,7 +4,7 @@
 // # Decisions
 //
 // A token carries what a gateway would find at the time that it is made. What changes later
-// is for later tokens; what takes something away revokes the token.
+// is for later tokens; what takes something from the application revokes the token.
 //
 // No member is null and none is left out but consumerKey: gateways assert the types of some,
 // and take a list that is not there for no check at all. Microgateway 3.0 takes an empty list

@@ -919,6 +919,8 @@ func TestReadsUseIndexes(t *testing.T) {
 		"lookup": {targetIndex, lookupSQL, []any{[]string{iss}, []string{"a"}, []string{"token"}, []bool{false}}},
 		"by id": {targetIndex, listByIDSQL, []any{pgx.NamedArgs{
 			"after": zeroUUID, "tenants": []string{"a.example"}, "kind": nil, "iss": nil, "ident": "a", "limit": 10}}},
+		"chunk of a tenant": {"issued_tokens_key_manager", chunkSQL(revocation.KindTenant), []any{pgx.NamedArgs{
+			"tenant": -1234, "last": 100, "exp": leap, "limit": 10}}},
 		"chunk of a subject": {"issued_tokens_subject", chunkSQL(revocation.KindSubject), []any{pgx.NamedArgs{
 			"ident": "a", "iss": iss, "last": 100, "exp": leap, "limit": 10}}},
 	} {
