@@ -100,9 +100,15 @@ func TestConformance(t *testing.T) {
 			if kind == revocation.KindTenant {
 				target.Iss = ""
 			}
-			if got, dead := g.refused(t, holding(t, target, frozen), nil); !dead || got != kind {
+			r := holding(t, target, frozen)
+			if got, dead := g.refused(t, r, nil); !dead || got != kind {
 				t.Errorf("under a revocation of its %s: refused for %q, %t", kind, got, dead)
 			}
+			r.View(func(v *View) {
+				if wide := v.Wide(); (wide == 1) != (kind != revocation.KindToken) {
+					t.Errorf("%d of kind %s are wide", wide, kind)
+				}
+			})
 			target.ID = ids.unrelated
 			if got, dead := g.refused(t, holding(t, target, frozen), nil); dead {
 				t.Errorf("under the revocation of another %s: refused for %q", kind, got)

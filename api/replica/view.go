@@ -32,6 +32,19 @@ func (v *View) Revocations() Revocations {
 	return v.state.archive.list()
 }
 
+// Wide is how many revocations of kinds other than token there are. It counts them.
+func (v *View) Wide() int {
+	n := 0
+	v.state.marks.each(func(_ string, s *set) {
+		switch s.class {
+		case uuids, jtis, digests:
+		default:
+			s.each(func(entry) { n++ })
+		}
+	})
+	return n
+}
+
 // Tenants returns all.
 func (v *View) Tenants() []*catalog.Tenant { return slices.Clone(v.state.shelves.tenants.sorted) }
 

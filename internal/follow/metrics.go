@@ -18,6 +18,13 @@ func newMetrics(reg prometheus.Registerer, r *replica.Replica) *metrics {
 		Name: "rescind_follow_seq",
 		Help: "The last event in this process's replica.",
 	}, func() float64 { return float64(r.At().Seq) })
+	f.NewGaugeFunc(prometheus.GaugeOpts{
+		Name: "rescind_follow_wide_revocations",
+		Help: "Revocations in this process's replica that may end more than one token.",
+	}, func() (n float64) {
+		r.View(func(v *replica.View) { n = float64(v.Wide()) })
+		return n
+	})
 	counter := func(name, help string) prometheus.Counter {
 		return f.NewCounter(prometheus.CounterOpts{Name: name, Help: help})
 	}
