@@ -223,7 +223,10 @@ func sweepAbandoned() {
 		if err != nil {
 			continue
 		}
-		_, base, _ := strings.Cut(string(owner), "\n")
+		_, base, written := strings.Cut(string(owner), "\n")
+		if !written { // somebody is at it
+			continue
+		}
 		if _, err := os.Stat(base); !errors.Is(err, os.ErrNotExist) || isRunning(dir) {
 			continue
 		}
