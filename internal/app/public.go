@@ -57,7 +57,7 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 	callers, err := authn.New(authn.Config{
 		Issuer: cfg.Issuer, LegacyAssertionAudience: cfg.LegacyAssertionAudience,
 		TrustedProxies: cfg.HTTP.TrustedProxies,
-		MaxLookups:     max(1, min(4, cfg.Database.MaxConns/4)), // commits use the same connections
+		MaxLookups:     max(1, min(2, cfg.Database.MaxConns/4)), // commits use the same connections
 	}, pool, keys, reg, log)
 	if err != nil {
 		return nil, err
