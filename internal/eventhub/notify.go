@@ -280,7 +280,7 @@ func (h *Hub) requests(n wso2.Notification, about subject, now time.Time) (reque
 		for _, k := range about.of(known) {
 			// No token of the issuer lives longer, whatever the sender says: it is known to
 			// tell the end of the refresh token.
-			exp := min(ceilSeconds(t.ExpiryMillis), now.Add(h.cfg.ClockSkew).Unix()+int64(k.MaxTokenLifetime)+clockAllowance)
+			exp := min(ceilSeconds(t.ExpiryMillis), now.Add(h.cfg.ClockSkew).Unix()+int64(k.MaxTokenLifetime)+ledger.MaxStampAhead)
 			if exp+maxLeeway <= now.Unix() {
 				continue
 			}
@@ -293,10 +293,6 @@ func (h *Hub) requests(n wso2.Notification, about subject, now time.Time) (reque
 	}
 	return requests, err
 }
-
-// clockAllowance is by how many seconds an issuer's clock may be ahead of ours, beside the
-// skew that is configured: a token that was issued just now must not outlive its entry.
-const clockAllowance = 60
 
 func ceilSeconds(millis int64) int64 {
 	s := millis / 1000

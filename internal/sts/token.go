@@ -69,7 +69,7 @@ var (
 
 // maxAhead is how many seconds after the present one a token may be stamped. The database's
 // clock may be ahead of ours, and a revocation reaches up to a minute ahead of that.
-const maxAhead = 180
+const maxAhead = ledger.MaxStampAhead
 
 // maxTries is how often a token is begun anew because of what was revoked meanwhile.
 const maxTries = 5
