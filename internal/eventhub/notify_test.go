@@ -203,7 +203,7 @@ func TestNotify(t *testing.T) {
 		},
 		{"part of a second", "notifier", "", token("JWT", "jti-4", soon*1000+1), []revocation.Revocation{one(byJTI(superISS, "jti-4"), soon+1)}},
 		{"without end", "notifier", "WSO2-IS", token("JWT", "jti-5", math.MaxInt64), []revocation.Revocation{one(byJTI(idpISS, "jti-5"), -662)}},
-		{"the end of a refresh token", "notifier", "", token("JWT", "jti-6", (now+86400)*1000), []revocation.Revocation{one(byJTI(superISS, "jti-6"), -3662)}},
+		{"the end of a refresh token", "notifier", "", token("JWT", "jti-6", (now+86400)*1000), []revocation.Revocation{one(byJTI(superISS, "jti-6"), -3782)}},
 		{"over, within the leeway", "notifier", "", token("JWT", "jti-7", (now-60)*1000), []revocation.Revocation{one(byJTI(superISS, "jti-7"), -0)}},
 		{"over", "notifier", "", token("JWT", "jti-8", (now-121)*1000), nil},
 		{"opaque", "notifier", "", token("Default", "opaque-token", soon*1000), []revocation.Revocation{one(revocation.DigestTarget(superISS, "opaque-token"), soon)}},
