@@ -202,7 +202,7 @@ func TestNotify(t *testing.T) {
 			[]revocation.Revocation{one(byJTI(idpISS, "jti-3"), soon), one(byJTI(superISS, "jti-3"), soon)},
 		},
 		{"part of a second", "notifier", "", token("JWT", "jti-4", soon*1000+1), []revocation.Revocation{one(byJTI(superISS, "jti-4"), soon+1)}},
-		{"without end", "notifier", "WSO2-IS", token("JWT", "jti-5", math.MaxInt64), []revocation.Revocation{one(byJTI(idpISS, "jti-5"), -662)}},
+		{"without end", "notifier", "WSO2-IS", token("JWT", "jti-5", math.MaxInt64), []revocation.Revocation{one(byJTI(idpISS, "jti-5"), -782)}},
 		{"the end of a refresh token", "notifier", "", token("JWT", "jti-6", (now+86400)*1000), []revocation.Revocation{one(byJTI(superISS, "jti-6"), -3782)}},
 		{"over, within the leeway", "notifier", "", token("JWT", "jti-7", (now-60)*1000), []revocation.Revocation{one(byJTI(superISS, "jti-7"), -0)}},
 		{"over", "notifier", "", token("JWT", "jti-8", (now-121)*1000), nil},
