@@ -496,6 +496,7 @@ func TestSnapshotBounds(t *testing.T) {
 	s.stuck(s.request("/v1/snapshots/revocations", "user", "gateway-all"))
 	await(t, "four read", func() bool { return s.metric("rescind_snapshot_readers") == 4 })
 	refused("/v1/snapshots/revocations", "gateway") // no place
+	await(t, "what they read is there", func() bool { return s.metric("rescind_snapshot_cached_bytes") > 6<<20 })
 	s.api.readers.mu.Lock()
 	s.api.readers.max = 20
 	s.api.readers.mu.Unlock()
