@@ -321,7 +321,7 @@ func (b *bench) signWith(ctx context.Context, cfg app.Config, iss, path, auth, a
 			if err != nil {
 				return err
 			}
-			_, err = keys.Rotate(ctx, sts.Rotation{Iss: iss, Algorithm: algorithm, Compromised: allKeys, Reason: "bench"})
+			_, err = keys.Rotate(ctx, sts.Rotation{Iss: iss, Algorithm: algorithm, Compromised: sts.AllKeys, Reason: "bench"})
 			keys.Close()
 			if err != nil {
 				return err

@@ -49,9 +49,6 @@ var keyFlags = map[string][]string{
 	"json":        {"list", "rotate", "retire"},
 }
 
-// allKeys is the Compromised of [sts.Rotation] that means every key.
-const allKeys = "all"
-
 func runKeys(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 	inv := newInvocation("rescind keys", usageKeys, aboutKeys, stdout, stderr)
 	var r sts.Rotation
@@ -168,9 +165,9 @@ func compromised(ctx context.Context, tools *app.KeyTools, r sts.Rotation) ([]st
 		return nil, err
 	}
 	lost := slices.DeleteFunc(keys, func(k sts.KeyInfo) bool {
-		return k.State == sts.KeyRevoked || r.Compromised == allKeys && k.State == sts.KeyEnded || r.Compromised != allKeys && k.KID != r.Compromised
+		return k.State == sts.KeyRevoked || r.Compromised == sts.AllKeys && k.State == sts.KeyEnded || r.Compromised != sts.AllKeys && k.KID != r.Compromised
 	})
-	if len(lost) == 0 && r.Compromised != allKeys {
+	if len(lost) == 0 && r.Compromised != sts.AllKeys {
 		return nil, fmt.Errorf("--compromised: %s has no key %s that is not revoked yet: see rescind keys list", r.Iss, printable(r.Compromised))
 	}
 	return lost, nil
