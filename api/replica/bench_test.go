@@ -12,7 +12,7 @@ import (
 const million = 1_000_000
 
 // full returns a replica with a million revoked tokens, and a few of every other kind.
-func full(b *testing.B, records bool) *Replica {
+func full(b *testing.B, records bool) *State {
 	b.Helper()
 	r := newClock().newReplica(records)
 	load(b, r, revocation.Position{Epoch: epoch, Seq: 1}, func(l *Loader) {
@@ -24,7 +24,7 @@ func full(b *testing.B, records bool) *Replica {
 }
 
 // others revokes something of every kind that is found by a hash.
-func others(b *testing.B, r *Replica) {
+func others(b *testing.B, r *State) {
 	b.Helper()
 	m := newModel()
 	m.log = make([]revocation.Event, r.At().Seq)

@@ -50,7 +50,7 @@ func newTestGateway(t *testing.T) testGateway {
 }
 
 // refused reports what r refuses a token with these claims for. Others are those of T1.
-func (g testGateway) refused(t *testing.T, r *Replica, changes map[string]any) (revocation.Kind, bool) {
+func (g testGateway) refused(t *testing.T, r *State, changes map[string]any) (revocation.Kind, bool) {
 	t.Helper()
 	claims := map[string]any{
 		"iss": iss, "sub": "alice", "client_id": "app one", "aud": "https://api.example.com", "jti": "at-1", "sid": "s-1",
@@ -71,13 +71,13 @@ func (g testGateway) refused(t *testing.T, r *Replica, changes map[string]any) (
 }
 
 // holding is a replica in which nothing but this is revoked.
-func holding(t *testing.T, target revocation.Target, notAfter int64) *Replica {
+func holding(t *testing.T, target revocation.Target, notAfter int64) *State {
 	t.Helper()
 	rec := Record{Target: target, Tenant: revocation.SuperTenant, Exp: frozen + 3600}
 	if target.Kind.HasTime() {
 		rec.NotAfter = notAfter
 	}
-	r := New(Config{})
+	r := NewState(StateConfig{})
 	load(t, r, revocation.Position{Epoch: epoch, Seq: 1}, func(l *Loader) { l.Revocation(rec) })
 	return r
 }

@@ -1,366 +1,166 @@
-// Package replica is the state of the log in memory: what is revoked, and the catalog
-// that subscriptions are validated with. It hides how that is stored, so that a
-// gateway asks nobody on the path of a request. Feed it with a snapshot, then with
-// the events that follow.
-//
-// # Invariants
-//
-// The state is always that of one position of the log. An event that came before
-// changes nothing, one that comes too soon is refused, and one that cannot be read
-// leaves the state before it.
-//
-// A revocation matches until its end plus [revocation.MaxLeeway], whatever is cleaned
-// up, repeated or loaded meanwhile; only a snapshot of the same epoch that is no older
-// than the state can take it back.
-//
-// # Decisions
-//
-// [Replica.Check] takes no lock. What it reads are tables to which entries are only
-// ever added and whose ends only rise; all else, growing and forgetting, makes a new
-// table and swaps it in. No table is larger than a few thousand entries, so neither
-// takes long.
-//
-// Entries are 16 bytes of an identifier and their end: the collector has no pointers
-// to follow, and a million of them fit in 50 MB. Identifiers in full are kept only for
-// those who serve lists, see [Config.Records].
-//
-// What has ended is forgotten while events are applied, a little at a time, some
-// minutes later than it must be kept, and by the clock that is behind: this process's
-// or the log's, which the events tell. So a clock that is fast here un-revokes nothing,
-// and a snapshot is taken as it is.
 package replica
 
 import (
-	"errors"
-	"fmt"
-	"math"
-	"strings"
-	"sync"
-	"sync/atomic"
+	"context"
+	"log/slog"
 	"time"
 
-	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/revocation"
-	"github.com/rescindhq/rescind/api/token"
 )
 
-// ErrGap is returned by [Replica.Apply] for an event that does not follow the last
-// one: fetch those between, or load a snapshot. Nothing was changed.
-var ErrGap = errors.New("events are missing before this one")
-
-// ErrEpoch is returned by [Replica.Apply] for an event of another epoch: load a
-// snapshot. Nothing was changed.
-var ErrEpoch = errors.New("the event is of another epoch of the log")
-
-// Config tunes a replica. The zero value is for a gateway.
+// Config is what [New] makes a replica of. Source alone is enough.
 type Config struct {
-	// Records keeps identifiers, so that revocations can be listed, see
-	// [View.Revocations]. Only those who serve snapshots need it.
-	Records bool
+	// Source is where snapshots, and events that no feed delivered, come from.
+	Source Source
+	// Feeds tell what happens, side by side. None: Source, if it is a [Feed] too.
+	Feeds []Feed
+	// Folder is where the state is kept for a start without Source, in files of its own.
+	// It is made if it is not there. No two replicas may share one. Empty: nowhere.
+	Folder string
+
+	// Staleness is what is done with what is not revoked as far as is known, past an age.
+	// The zero value is {300 s, Deny}.
+	Staleness Staleness
+	// Routes have another Staleness than that, by the longest Path that a request's path
+	// begins with, whole segments each.
+	Routes []Route
+	// Empty says what is done while nothing at all is known: after a first start without
+	// Source. Deny (the default) or Serve.
+	Empty OnStale
+
+	// Claims says whether Authorize believes what self-contained tokens carry. Default ClaimsFirst.
+	Claims ClaimsMode
+	// Environments are the gateway environments (labels) of this gateway: APIs that are deployed
+	// to none of them are not there. Empty: all are.
+	Environments []string
+
+	// Logger is told when feeds break and heal, snapshots are loaded, and the folder cannot
+	// be used. Default: nobody.
+	Logger *slog.Logger
 }
 
-// Record is a revocation as it is listed.
-type Record struct {
-	Target   revocation.Target
-	Tenant   revocation.Tenant
-	Exp      int64 // as in [revocation.Revocation]
-	NotAfter int64 // as there
-	// Signature is of JWTs without jti only.
-	Signature string
+// Staleness says what is done past an age.
+type Staleness struct {
+	// Max is the age of what is known past which Then is done. 1 s to 24 h. Default 300 s.
+	Max time.Duration
+	// Then is done with what is not revoked as far as is known. What is revoked is
+	// refused at any age.
+	Then OnStale
 }
 
-// Token is what a revocation is compared with. What is empty matches none.
-type Token struct {
-	Iss string
-	// Tenant is the domain of the tenant that Iss belongs to.
-	Tenant string
-	// JTI, or Digest in lower-case hexadecimal for a token without one. See
-	// [revocation.DigestTarget].
-	JTI, Digest string
-	ClientID    string
-	Sub         string
-	SID         string
-	KID         string
-	// IssuedAt is iat in Unix seconds.
-	IssuedAt int64
+// Route is a part of the paths that has a staleness of its own.
+type Route struct {
+	// Path is what paths begin with, for example "/payments".
+	Path string
+	Staleness
 }
 
-// TokenOf is what revocations are compared with of t, whose issuer belongs to the tenant of
-// this domain.
-func TokenOf(t *token.Token, tenant string) Token {
-	c := Token{
-		Iss: t.Issuer, Tenant: tenant, JTI: t.ID, ClientID: t.ClientID, Sub: t.Subject, SID: t.Session,
-		KID: t.KeyID, IssuedAt: t.IssuedAt,
-	}
-	if c.JTI == "" {
-		c.Digest = revocation.DigestTarget(t.Issuer, t.SigningInput).ID
-	}
-	return c
-}
+// OnStale says what becomes of a request when too little is known. Its text is "deny",
+// "serve" or "introspect".
+type OnStale uint8
 
-// Replica is the state. Its methods may be called from any goroutine.
-type Replica struct {
-	cfg Config
-	now func() time.Time // for forgetting only
-
-	at    atomic.Pointer[revocation.Position] // written under mu
-	marks atomic.Pointer[marks]               // state.marks, for Check
-
-	mu     sync.RWMutex
-	state  *state
-	loads  uint64 // states that there were
-	latest int64  // the greatest time of an event, in Unix seconds: the log's clock
-	swept  int64  // the second in which sweep last ran
-}
-
-// state is what a snapshot replaces. It belongs to whoever holds Replica.mu, but for
-// what Check reads of marks.
-type state struct {
-	marks   *marks
-	archive *archive // nil without Config.Records
-	shelves *shelves
-}
-
-func newState(cfg Config) *state {
-	s := &state{shelves: newShelves()}
-	if cfg.Records {
-		s.archive = newArchive()
-	}
-	s.marks = newMarks(cfg.Records)
-	return s
-}
-
-// New returns a replica that is at no position yet.
-func New(cfg Config) *Replica {
-	r := &Replica{cfg: cfg, now: time.Now, state: newState(cfg)}
-	r.state.shelves.sort()
-	r.marks.Store(r.state.marks)
-	r.at.Store(&revocation.Position{})
-	return r
-}
-
-// At is the position of the last event in the state. The zero value: nothing was loaded.
-func (r *Replica) At() revocation.Position { return *r.at.Load() }
-
-// Kept is how long after its end a revocation is part of the state: the leeway in which
-// it can match, and ten minutes more for clocks that differ.
-const Kept = revocation.MaxLeeway + 10*time.Minute
-
-// leeway and kept are seconds.
 const (
-	leeway = int64(revocation.MaxLeeway / time.Second)
-	kept   = int64(Kept / time.Second)
+	Deny       OnStale = iota // refuse it
+	Serve                     // let it through
+	Introspect                // ask the issuer (RFC 7662)
 )
 
-// cutoff is the end, in Unix seconds, before which entries are forgotten. Until there
-// was an event nothing is. It needs r.mu.
-func (r *Replica) cutoff(now time.Time) int64 { return min(now.Unix(), r.latest) - kept }
+// Replica is a [State] that is kept up to date. Make one with [New]. Its methods may be
+// called from any goroutine.
+type Replica struct{ state *State }
 
-// Load replaces the state by what fill adds, as it was at at; fill must not keep the
-// loader. Events can be applied while fill runs: if they have led past at in its epoch
-// by then, the state stays, for it has all of the snapshot. On a new epoch the
-// revocations there were stay until they end (a restored log may lack them). If fill
-// returns an error, or adds what is no revocation, the state stays as it was.
-func (r *Replica) Load(at revocation.Position, fill func(*Loader) error) error {
-	l := &Loader{state: newState(r.cfg)}
-	if err := fill(l); err != nil {
-		return err
-	}
-	if l.err != nil {
-		return l.err
-	}
-	l.state.shelves.sort()
+// New checks cfg and reads what cfg.Folder has, so that the replica that it returns can be
+// asked at once if there is something. It connects to nothing.
+func New(cfg Config) (*Replica, error) { panic("skeleton") }
 
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	was := r.At()
-	if was.Epoch == at.Epoch && at.Seq < was.Seq {
-		return nil
-	}
-	if was.Epoch != "" && was.Epoch != at.Epoch {
-		l.state.join(r.state, r.cutoff(r.now()))
-	}
-	r.state = l.state
-	r.loads++
-	r.marks.Store(l.state.marks)
-	r.at.Store(&at)
-	return nil
+// Run keeps the replica up to date until ctx ends, then returns nil. It is called once. What
+// fails is tried again, with growing waits of 5 s at most; it is logged and told by Status.
+func (r *Replica) Run(ctx context.Context) error { panic("skeleton") }
+
+// State is what is known. Only Run changes it.
+func (r *Replica) State() *State { return r.state }
+
+// Outcome is what [Replica.Check] says.
+type Outcome uint8
+
+const (
+	// Refused: too little is known to accept the token.
+	Refused Outcome = iota
+	// Revoked: a revocation matches it.
+	Revoked
+	// Valid: none does, and enough is known to say so, or the operator wants it served.
+	Valid
+	// Ask: none does as far as is known, and its issuer is to be asked.
+	Ask
+)
+
+// Decision is what is known of a token.
+type Decision struct {
+	Outcome Outcome
+	// Kind is of the revocation, if Outcome is Revoked.
+	Kind revocation.Kind
+	// Age is how old what is known is: everything that was committed longer ago is in it.
+	// [Never] while nothing is known.
+	Age time.Duration
 }
 
-// Loader takes a snapshot's content. It is for one goroutine, and for the length of
-// [Replica.Load]'s function.
-type Loader struct {
-	state *state
-	err   error
+// Never is the age of nothing.
+const Never = time.Duration(1<<63 - 1)
+
+// Check says whether t is revoked now, and past Config.Staleness what is to be done. It takes no
+// lock, allocates nothing and asks nobody. That t is genuine and has not expired is for the
+// caller to make sure of, see package token.
+func (r *Replica) Check(t Token) Decision { panic("skeleton") }
+
+// CheckWith is Check with another staleness, such as [Replica.StalenessOf] a path.
+func (r *Replica) CheckWith(t Token, s Staleness) Decision { panic("skeleton") }
+
+// StalenessOf is the staleness of requests for a path.
+func (r *Replica) StalenessOf(path string) Staleness { panic("skeleton") }
+
+// Age is that of [Decision].
+func (r *Replica) Age() time.Duration { panic("skeleton") }
+
+// Ready reports whether what a gateway needs is known: a state was loaded from the source or
+// from the folder, or Config.Empty is Serve; and what was loaded is not so stale that everything
+// would be refused.
+func (r *Replica) Ready() bool { panic("skeleton") }
+
+// Status is for operators. It has no secret.
+func (r *Replica) Status() Status { panic("skeleton") }
+
+// Status is how a replica does.
+type Status struct {
+	revocation.Position
+	// Age is that of [Decision], in nanoseconds.
+	Age   time.Duration `json:"age"`
+	Ready bool          `json:"ready"`
+	// From is where the state came from: "" (nothing yet), "folder" or "source".
+	From string `json:"from"`
+	// RevocationsOnly: Authorize cannot look at the catalog.
+	RevocationsOnly bool `json:"revocations_only"`
+	// Tenants are those that the state is about. None: all.
+	Tenants []string `json:"tenants,omitempty"`
+	// Revocations and Entities count what is held.
+	Revocations int `json:"revocations"`
+	Entities    int `json:"entities"`
+	// Snapshots counts those that were loaded, Deltas the times that missed events were
+	// fetched, since the start.
+	Snapshots uint64       `json:"snapshots"`
+	Deltas    uint64       `json:"deltas"`
+	Feeds     []FeedStatus `json:"feeds"`
+	// Error is the last thing that went wrong with the source or the folder, empty when it
+	// is over.
+	Error string `json:"error,omitempty"`
 }
 
-// Revocation adds a revocation. Of two with one target the later end counts.
-func (l *Loader) Revocation(rec Record) {
-	if l.err != nil {
-		return
-	}
-	if err := rec.Target.Validate(); err != nil {
-		l.err = fmt.Errorf("load revocation of kind %q: %w", rec.Target.Kind, err)
-		return
-	}
-	l.state.add(rec, dropNothing)
-}
-
-// dropNothing is the cutoff of a snapshot: whoever made it knows what is needed.
-const dropNothing = math.MinInt64
-
-// Entity adds an entity of the catalog, which must not be changed afterwards.
-func (l *Loader) Entity(e catalog.Entity) { l.state.shelves.change(e, false) }
-
-// Apply takes the event that follows the last one. One that was applied already
-// changes nothing. Errors: [ErrGap], [ErrEpoch], or one that says that the event
-// cannot be read; then the state stays before it. Events about what this version does
-// not know change the position only, but a revocation of a kind that it does not know
-// cannot be read: it must not be passed over in silence.
-func (r *Replica) Apply(e revocation.Event) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	switch at := r.At(); {
-	case e.Epoch != at.Epoch:
-		return fmt.Errorf("apply event %s at %s: %w", e.Position, at, ErrEpoch)
-	case e.Seq <= at.Seq:
-		return nil
-	case e.Seq != at.Seq+1:
-		return fmt.Errorf("apply event %s at %s: %w", e.Position, at, ErrGap)
-	}
-	now := r.now()
-	r.latest = max(r.latest, e.Time.Unix())
-	switch {
-	case strings.HasPrefix(e.Type, "revocation."):
-		rev, err := e.Revocation()
-		if err != nil {
-			return fmt.Errorf("apply event %s: %w", e.Position, err)
-		}
-		r.state.add(Record{
-			Target: rev.Target, Tenant: rev.Tenant, Exp: rev.Exp, NotAfter: rev.NotAfter, Signature: rev.Signature,
-		}, r.cutoff(now))
-	case catalog.IsChange(e.Type):
-		c, err := catalog.ParseChange(e)
-		if err != nil {
-			return fmt.Errorf("apply event %s: %w", e.Position, err)
-		}
-		r.state.shelves.change(c.Entity, c.Verb == catalog.Deleted)
-	}
-	at := e.Position // a pointer into e would keep its data
-	r.at.Store(&at)
-	r.tidy(now)
-	return nil
-}
-
-// tidy does a little of the cleaning up. It needs r.mu.
-func (r *Replica) tidy(now time.Time) {
-	if second := now.Unix(); second != r.swept {
-		r.swept = second
-		r.state.marks.sweep(r.cutoff(now), r.state.drop)
-	}
-	if r.state.archive != nil {
-		r.state.compact()
-	}
-}
-
-// Check reports whether a revocation matches t at now, Unix seconds, and of which kind.
-// It never waits, and sees every event that Apply has returned from.
-func (r *Replica) Check(t Token, now int64) (revocation.Kind, bool) {
-	m := r.marks.Load()
-	if iss := (*m.issuers.Load())[t.Iss]; iss != nil {
-		switch {
-		case iss.sets[signingKeys].matches(t.KID, t.IssuedAt, now):
-			return revocation.KindKey, true
-		case iss.matchesJTI(t.JTI, now), iss.sets[digests].matches(t.Digest, t.IssuedAt, now):
-			return revocation.KindToken, true
-		case iss.sets[sessions].matches(t.SID, t.IssuedAt, now):
-			return revocation.KindSession, true
-		case iss.sets[clients].matches(t.ClientID, t.IssuedAt, now):
-			return revocation.KindClient, true
-		case iss.sets[subjects].matches(t.Sub, t.IssuedAt, now):
-			return revocation.KindSubject, true
-		}
-	}
-	if m.tenants.matches(t.Tenant, t.IssuedAt, now) {
-		return revocation.KindTenant, true
-	}
-	return "", false
-}
-
-// add makes rec hold, or an earlier one of its target until rec's end.
-func (s *state) add(rec Record, cutoff int64) {
-	c, k := keyOf(rec.Target)
-	s.put(s.marks.set(c, rec.Target.Iss), k, rec, cutoff)
-}
-
-// put is add with the set and the key, which are all that a replica without records
-// needs of rec.Target.
-func (s *state) put(set *set, k key, rec Record, cutoff int64) {
-	if rec.Exp < cutoff || rec.Exp <= 0 {
-		return
-	}
-	e := set.find(k)
-	if e.ok() {
-		exp, notAfter := max(rec.Exp, e.exp()), max(rec.NotAfter, e.notAfter(set))
-		if exp == e.exp() && (notAfter == e.notAfter(set) || !set.timed) {
-			return
-		}
-		rec.Exp, rec.NotAfter = exp, notAfter
-	}
-	var at uint32
-	if s.archive != nil {
-		at = s.archive.append(set.class, rec)
-	}
-	if e.ok() {
-		if s.archive != nil {
-			s.archive.kill(e.record(set))
-		}
-		set.extend(e, rec.Exp, rec.NotAfter, at)
-		return
-	}
-	set.insert(k, rec.Exp, rec.NotAfter, at, cutoff, s.drop)
-}
-
-// drop is told of the record of each entry that is forgotten.
-func (s *state) drop(record uint32) {
-	if s.archive != nil {
-		s.archive.kill(record)
-	}
-}
-
-// compact gives back the memory of records that are dead, see [archive.worn].
-func (s *state) compact() {
-	s.archive.compact(func(t revocation.Target, moved uint32) {
-		c, k := keyOf(t)
-		set := s.marks.set(c, t.Iss)
-		set.move(set.find(k), moved)
-	})
-}
-
-// join adds the revocations of o.
-func (s *state) join(o *state, cutoff int64) {
-	if o.archive != nil {
-		for rec := range o.archive.list().All() {
-			s.add(rec, cutoff)
-		}
-		return
-	}
-	o.marks.each(func(iss string, from *set) {
-		var to *set // made only if it is needed
-		from.each(func(e entry) {
-			if to == nil {
-				to = s.marks.set(from.class, iss)
-			}
-			s.put(to, e.key(), Record{Exp: e.exp(), NotAfter: e.notAfter(from)}, cutoff)
-		})
-	})
-}
-
-// View calls f with the state at one position. Events wait while f runs: it should
-// take what it needs and leave, and call no other method of the replica but At and
-// Check. What it took stays as it was.
-func (r *Replica) View(f func(v *View)) {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
-	f(&View{at: r.At(), loads: r.loads, state: r.state})
+// FeedStatus is how a feed does.
+type FeedStatus struct {
+	Name      string `json:"name"`
+	Connected bool   `json:"connected"`
+	// Heard is when something last came, in Unix milliseconds. 0: never.
+	Heard int64 `json:"heard"`
+	// Events counts what came since the start.
+	Events uint64 `json:"events"`
+	Error  string `json:"error,omitempty"`
 }

@@ -43,7 +43,7 @@ import (
 // State is the service's replica. [follow.Follower] is one.
 type State interface {
 	Fresh(ctx context.Context, maxAge time.Duration) (revocation.Position, error)
-	Replica() *replica.Replica
+	Replica() *replica.State
 }
 
 // Audit reads who did what to what. [ledger.Ledger] is one.

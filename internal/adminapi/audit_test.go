@@ -166,7 +166,7 @@ func TestFewReadTheAudit(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
 		api, err := New(Deps{
-			Catalog: new(store.Store), State: &state{replica: replica.New(replica.Config{})}, Audit: endless{},
+			Catalog: new(store.Store), State: &state{replica: replica.NewState(replica.StateConfig{})}, Audit: endless{},
 			Accounts: one{Role: rest.Admin}, Idempotency: new(rest.Answers),
 		})
 		if err != nil {
@@ -212,7 +212,7 @@ func TestAuditIsNotReadForEver(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		audit := &asked{}
 		api, err := New(Deps{
-			Catalog: new(store.Store), State: &state{replica: replica.New(replica.Config{})}, Audit: audit,
+			Catalog: new(store.Store), State: &state{replica: replica.NewState(replica.StateConfig{})}, Audit: audit,
 			Accounts: one{Role: rest.Admin}, Idempotency: new(rest.Answers),
 		})
 		if err != nil {

@@ -97,7 +97,7 @@ func newWorld(t *testing.T) *world {
 	if _, err := l.Start(t.Context(), nil); err != nil {
 		t.Fatal(err)
 	}
-	w.fresh = &state{pool: pool, replica: replica.New(replica.Config{})}
+	w.fresh = &state{pool: pool, replica: replica.NewState(replica.StateConfig{})}
 	entities := store.New(store.Config{}, pool, l, w.authn, log)
 	_, err = entities.EnsureKeyManager(t.Context(), catalog.KeyManager{
 		Meta: catalog.Meta{Tenant: revocation.SuperTenant}, Name: "Resident Key Manager", Type: "default", Enabled: true, Resident: true,
@@ -131,13 +131,13 @@ func newWorld(t *testing.T) *world {
 // state is a replica of the catalog that is read whole whenever it is to be fresh.
 type state struct {
 	pool    *pgxpool.Pool
-	replica *replica.Replica
+	replica *replica.State
 
 	mu  sync.Mutex
 	err error // of Fresh
 }
 
-func (s *state) Replica() *replica.Replica { return s.replica }
+func (s *state) Replica() *replica.State { return s.replica }
 
 func (s *state) Fresh(ctx context.Context, maxAge time.Duration) (revocation.Position, error) {
 	s.mu.Lock()

@@ -388,7 +388,7 @@ func TestSnapshotIsTheFoldOfTheEvents(t *testing.T) {
 		return at.Seq >= last
 	})
 
-	folded := replica.New(replica.Config{Records: true})
+	folded := replica.NewState(replica.StateConfig{Records: true})
 	if err := folded.Load(revocation.Position{Epoch: at.Epoch}, func(*replica.Loader) error { return nil }); err != nil {
 		t.Fatal(err)
 	}

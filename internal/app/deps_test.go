@@ -24,20 +24,22 @@ type layer struct {
 }
 
 const (
-	fromPgx        = "github.com/jackc/pgx/v5"
-	fromMigrate    = "github.com/golang-migrate/migrate/v4"
-	fromPrometheus = "github.com/prometheus/client_golang"
-	fromAMQP       = "github.com/rabbitmq/amqp091-go"
-	fromEtcd       = "go.etcd.io/etcd/client/v3"
-	fromEtcdAPI    = "go.etcd.io/etcd/api/v3"
-	fromChi        = "github.com/go-chi/chi/v5"
-	fromJOSE       = "github.com/go-jose/go-jose/v4"
-	fromUUID       = "github.com/google/uuid"
-	fromSync       = "golang.org/x/sync"
-	fromCompress   = "github.com/klauspost/compress"
-	fromYAML       = "go.yaml.in/yaml/v4"
-	fromZap        = "go.uber.org/zap"        // etcd's client takes no other logger
-	fromGRPC       = "google.golang.org/grpc" // how etcd's client is told to connect
+	fromPgx          = "github.com/jackc/pgx/v5"
+	fromMigrate      = "github.com/golang-migrate/migrate/v4"
+	fromPrometheus   = "github.com/prometheus/client_golang"
+	fromAMQP         = "github.com/rabbitmq/amqp091-go"
+	fromEtcd         = "go.etcd.io/etcd/client/v3"
+	fromEtcdAPI      = "go.etcd.io/etcd/api/v3"
+	fromChi          = "github.com/go-chi/chi/v5"
+	fromJOSE         = "github.com/go-jose/go-jose/v4"
+	fromUUID         = "github.com/google/uuid"
+	fromSync         = "golang.org/x/sync"
+	fromCompress     = "github.com/klauspost/compress"
+	fromYAML         = "go.yaml.in/yaml/v4"
+	fromZap          = "go.uber.org/zap"        // etcd's client takes no other logger
+	fromGRPC         = "google.golang.org/grpc" // how etcd's client is told to connect
+	fromControlPlane = "github.com/envoyproxy/go-control-plane/envoy"
+	fromGenproto     = "google.golang.org/genproto/googleapis/rpc"
 )
 
 // layers has every package. What a package may import from outside is kept short
@@ -64,6 +66,10 @@ var layers = map[string]layer{
 		"github.com/hashicorp/golang-lru/v2/simplelru"}},
 	"internal/obs": {level: 2, outside: []string{fromPrometheus}},
 
+	"api/replica/amqpfeed": {level: 3, outside: []string{fromAMQP}},
+	"api/replica/etcdfeed": {level: 3, outside: []string{fromEtcd, fromEtcdAPI, fromZap, fromGRPC}},
+	"api/gateway":          {level: 3},
+
 	"internal/rest":      {level: 3, outside: []string{fromPgx}},
 	"internal/claims":    {level: 3},
 	"internal/revoke":    {level: 3},
@@ -82,10 +88,13 @@ var layers = map[string]layer{
 	"internal/sts":         {level: 4, outside: []string{fromChi, fromJOSE, fromPgx}},
 	"internal/httpapi":     {level: 4, outside: []string{fromChi, fromPrometheus}},
 
+	"internal/sidecar": {level: 4, outside: []string{fromPrometheus, fromSync, fromYAML, fromGRPC, fromControlPlane, fromGenproto}},
+
 	"internal/app": {level: 5, outside: []string{fromPgx, fromMigrate, fromPrometheus, fromChi, fromUUID}},
 
-	"cmd/rescind":     {level: 6, outside: []string{fromPgx, fromPrometheus, fromAMQP, fromEtcd, fromEtcdAPI, fromZap, fromUUID}},
-	"cmd/rescind-dev": {level: 6, outside: []string{fromPgx}},
+	"cmd/rescind":         {level: 6, outside: []string{fromPgx, fromPrometheus, fromAMQP, fromEtcd, fromEtcdAPI, fromZap, fromUUID}},
+	"cmd/rescind-gateway": {level: 6},
+	"cmd/rescind-dev":     {level: 6, outside: []string{fromPgx}},
 }
 
 // goPackage is what go list says of a package.

@@ -42,7 +42,7 @@ var _ httpapi.Verifier = (*issuers)(nil)
 // state is the state of the log. [follow.Follower] is one.
 type state interface {
 	Fresh(ctx context.Context, maxAge time.Duration) (revocation.Position, error)
-	Replica() *replica.Replica
+	Replica() *replica.State
 }
 
 // ownIssuers knows the keys of key managers of our own. [sts.Server] is one.

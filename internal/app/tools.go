@@ -98,9 +98,9 @@ func newRevoker(cfg Config, l *ledger.Ledger, state revoke.State, v *issuers) *r
 }
 
 // loadedState is as new as it gets in a command that has just begun.
-type loadedState struct{ replica *replica.Replica }
+type loadedState struct{ replica *replica.State }
 
-func (s loadedState) Replica() *replica.Replica { return s.replica }
+func (s loadedState) Replica() *replica.State { return s.replica }
 
 func (s loadedState) Fresh(context.Context, time.Duration) (revocation.Position, error) {
 	return s.replica.At(), nil

@@ -85,7 +85,7 @@ func entities() []catalog.Entity {
 // The claims are those of the WSO2 contract, section 10.3, letter for letter.
 func TestOf(t *testing.T) {
 	t.Parallel()
-	r := replica.New(replica.Config{})
+	r := replica.NewState(replica.StateConfig{})
 	at := revocation.Position{Epoch: "3b0d7c52-5d0e-4a2f-9a61-6c1f0a7f9d10", Seq: 1}
 	if err := r.Load(at, func(l *replica.Loader) error {
 		for _, e := range entities() {
@@ -139,7 +139,7 @@ func TestOf(t *testing.T) {
 func TestOfWhatIsIncomplete(t *testing.T) {
 	t.Parallel()
 	app := &catalog.Application{Meta: meta(mobile), Name: "Mobile", Owner: "bob", Policy: "Gold", TokenType: "JWT"}
-	r := replica.New(replica.Config{})
+	r := replica.NewState(replica.StateConfig{})
 	if err := r.Load(revocation.Position{Epoch: "3b0d7c52-5d0e-4a2f-9a61-6c1f0a7f9d10", Seq: 1}, func(l *replica.Loader) error {
 		l.Entity(app)
 		l.Entity(api(31, "pizza", "1", catalog.APIPublished))

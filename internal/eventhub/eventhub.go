@@ -125,7 +125,7 @@ type State interface {
 	// Fresh waits until the replica has everything up to a head that was read at most
 	// maxAge before the call, or after it with 0, and returns that head.
 	Fresh(ctx context.Context, maxAge time.Duration) (revocation.Position, error)
-	Replica() *replica.Replica
+	Replica() *replica.State
 }
 
 // Ledger makes revocations durable. [ledger.Ledger] is one.
@@ -135,7 +135,7 @@ type Ledger interface {
 
 // Deps are the parts of the service that requests reach.
 type Deps struct {
-	// State's replica keeps records, see [replica.Config].
+	// State's replica keeps records, see [replica.StateConfig].
 	State    State
 	Accounts rest.Accounts
 	Ledger   Ledger

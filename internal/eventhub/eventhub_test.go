@@ -181,13 +181,13 @@ func testRevocations(now time.Time) []replica.Record {
 
 // fakeState is a replica that nobody feeds.
 type fakeState struct {
-	replica *replica.Replica
+	replica *replica.State
 	err     error // of Fresh
 }
 
 func newState(t testing.TB) *fakeState {
 	t.Helper()
-	s := &fakeState{replica: replica.New(replica.Config{Records: true})}
+	s := &fakeState{replica: replica.NewState(replica.StateConfig{Records: true})}
 	s.load(t, 41, testCatalog(), testRevocations(time.Now()))
 	return s
 }
@@ -212,7 +212,7 @@ func (s *fakeState) Fresh(context.Context, time.Duration) (revocation.Position, 
 	return s.replica.At(), s.err
 }
 
-func (s *fakeState) Replica() *replica.Replica { return s.replica }
+func (s *fakeState) Replica() *replica.State { return s.replica }
 
 // fakeAccounts knows who calls by the user name alone. Password "wrong" is.
 type fakeAccounts map[string]authn.Account

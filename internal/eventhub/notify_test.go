@@ -35,10 +35,10 @@ import (
 type follower struct {
 	mu      sync.Mutex
 	ledger  *ledger.Ledger
-	replica *replica.Replica
+	replica *replica.State
 }
 
-func (f *follower) Replica() *replica.Replica { return f.replica }
+func (f *follower) Replica() *replica.State { return f.replica }
 
 func (f *follower) Fresh(ctx context.Context, _ time.Duration) (revocation.Position, error) {
 	f.mu.Lock()
@@ -95,7 +95,7 @@ func newNotifyWorld(t *testing.T) *notifyWorld {
 			t.Errorf("run the ledger: %v", err)
 		}
 	})
-	state := &follower{ledger: l, replica: replica.New(replica.Config{Records: true})}
+	state := &follower{ledger: l, replica: replica.NewState(replica.StateConfig{Records: true})}
 	err = state.replica.Load(head, func(loader *replica.Loader) error {
 		for _, e := range testCatalog() {
 			loader.Entity(e)

@@ -44,7 +44,7 @@ func many(n int, now time.Time) []replica.Record {
 func TestStreams(t *testing.T) {
 	t.Parallel()
 	const n = 9000
-	state := &fakeState{replica: replica.New(replica.Config{Records: true})}
+	state := &fakeState{replica: replica.NewState(replica.StateConfig{Records: true})}
 	state.load(t, 1, testCatalog(), many(n, time.Now()))
 	w := newWorld(t, Config{}, state, noLedger{}, nil)
 	count := func(list []json.RawMessage, member string) {
@@ -509,7 +509,7 @@ func application(id int32, ts int64) *catalog.Application {
 	return &catalog.Application{Meta: m, Name: fmt.Sprintf("at-%d", ts), Owner: "ann", Policy: "Unlimited", TokenType: "JWT"}
 }
 
-func change(t testing.TB, r *replica.Replica, verb catalog.Verb, e catalog.Entity) {
+func change(t testing.TB, r *replica.State, verb catalog.Verb, e catalog.Entity) {
 	t.Helper()
 	event, err := catalog.NewEvent(catalog.Change{Verb: verb, Entity: e})
 	if err != nil {
@@ -518,7 +518,7 @@ func change(t testing.TB, r *replica.Replica, verb catalog.Verb, e catalog.Entit
 	apply(t, r, event)
 }
 
-func apply(t testing.TB, r *replica.Replica, event revocation.Event) {
+func apply(t testing.TB, r *replica.State, event revocation.Event) {
 	t.Helper()
 	at := r.At()
 	event.Position, event.Time, event.Source = revocation.Position{Epoch: at.Epoch, Seq: at.Seq + 1}, time.Now(), superISS
@@ -612,7 +612,7 @@ func TestListsAreBounded(t *testing.T) {
 // While the catalog changes, every answer has all that there was when it was asked for.
 func TestListsAreFresh(t *testing.T) {
 	t.Parallel()
-	state := &fakeState{replica: replica.New(replica.Config{Records: true})}
+	state := &fakeState{replica: replica.NewState(replica.StateConfig{Records: true})}
 	state.load(t, 1, []catalog.Entity{application(1, 1)}, nil)
 	free := func(context.Context) (func(), error) { return func() {}, nil }
 	c := newLists(1<<20, free, newMetrics(prometheus.NewRegistry()))
@@ -687,7 +687,7 @@ func FuzzKeys(f *testing.F) {
 		if rec.Target.Validate() != nil {
 			return // no such revocation is ever made
 		}
-		state := &fakeState{replica: replica.New(replica.Config{Records: true})}
+		state := &fakeState{replica: replica.NewState(replica.StateConfig{Records: true})}
 		state.load(t, 1, nil, []replica.Record{rec})
 		w := newWorld(t, Config{}, state, noLedger{}, nil)
 		var listed struct {
@@ -707,7 +707,7 @@ func FuzzKeys(f *testing.F) {
 
 // The goal: 1,000,000 revocations to localhost in less than 3 s.
 func BenchmarkRevokedJWT(b *testing.B) {
-	state := &fakeState{replica: replica.New(replica.Config{Records: true})}
+	state := &fakeState{replica: replica.NewState(replica.StateConfig{Records: true})}
 	all := many(1_000_000, time.Now())
 	for i := range all {
 		all[i].Target.Kind = revocation.KindToken

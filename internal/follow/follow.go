@@ -98,7 +98,7 @@ type Follower struct {
 	source  Source
 	log     *slog.Logger
 	metrics *metrics
-	replica *replica.Replica
+	replica *replica.State
 	heads   *heads
 	behind  chan struct{} // tells follow that the head is not where the replica is
 	pages   *pages
@@ -123,7 +123,7 @@ func New(cfg Config, source Source, reg prometheus.Registerer, log *slog.Logger)
 		cfg:     cfg,
 		source:  source,
 		log:     log.With("component", "follow"),
-		replica: replica.New(replica.Config{Records: true}),
+		replica: replica.NewState(replica.StateConfig{Records: true}),
 		heads:   newHeads(),
 		behind:  make(chan struct{}, 1),
 		pages:   newPages(),
@@ -136,7 +136,7 @@ func New(cfg Config, source Source, reg prometheus.Registerer, log *slog.Logger)
 }
 
 // Replica is the state, which Run keeps up to date.
-func (f *Follower) Replica() *replica.Replica { return f.replica }
+func (f *Follower) Replica() *replica.State { return f.replica }
 
 // Load fills the replica, within two minutes. It must have returned nil before anything
 // else is called.

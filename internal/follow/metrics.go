@@ -12,7 +12,7 @@ type metrics struct {
 	headReads                 *prometheus.CounterVec
 }
 
-func newMetrics(reg prometheus.Registerer, r *replica.Replica) *metrics {
+func newMetrics(reg prometheus.Registerer, r *replica.State) *metrics {
 	f := promauto.With(reg)
 	f.NewGaugeFunc(prometheus.GaugeOpts{
 		Name: "rescind_follow_seq",

@@ -72,7 +72,7 @@ type Verifier interface {
 
 // State is the state of the log in this process. [follow.Follower] is one.
 type State interface {
-	Replica() *replica.Replica
+	Replica() *replica.State
 	// Reach waits until the replica is at p of its epoch, or past it.
 	Reach(ctx context.Context, p revocation.Position) error
 }

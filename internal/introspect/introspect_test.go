@@ -109,13 +109,13 @@ func (c fakeCallers) BearerFailed(*http.Request) {
 
 // fakeState is a replica that gets to the end of a log when it is told to reach it.
 type fakeState struct {
-	replica *replica.Replica
+	replica *replica.State
 	log     []revocation.Event
 	err     error
 	stuck   bool // it is never reached
 }
 
-func (s *fakeState) Replica() *replica.Replica { return s.replica }
+func (s *fakeState) Replica() *replica.State { return s.replica }
 
 func (s *fakeState) Reach(ctx context.Context, p revocation.Position) error {
 	if s.stuck {
@@ -199,7 +199,7 @@ func newWorld(t testing.TB, callers fakeCallers, more ...jose.JSONWebKey) *world
 	if err != nil {
 		t.Fatal(err)
 	}
-	w := &world{state: &fakeState{replica: replica.New(replica.Config{})}, reg: prometheus.NewRegistry()}
+	w := &world{state: &fakeState{replica: replica.NewState(replica.StateConfig{})}, reg: prometheus.NewRegistry()}
 	var issuers []token.Issuer
 	at := revocation.Position{Epoch: epoch}
 	err = w.state.replica.Load(at, func(l *replica.Loader) error {

@@ -123,7 +123,7 @@ type State interface {
 	// Fresh waits until the replica has everything up to a head of the log that was read
 	// at most maxAge before the call, or after it with 0.
 	Fresh(ctx context.Context, maxAge time.Duration) (revocation.Position, error)
-	Replica() *replica.Replica
+	Replica() *replica.State
 }
 
 // Verifier tells genuine tokens from others. [token.Verifier] is one.

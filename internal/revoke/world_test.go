@@ -62,11 +62,11 @@ type world struct {
 // state is the replica, which is fed when it has to be fresh.
 type state struct {
 	ledger  *ledger.Ledger
-	replica *replica.Replica
+	replica *replica.State
 	err     error
 }
 
-func (s *state) Replica() *replica.Replica { return s.replica }
+func (s *state) Replica() *replica.State { return s.replica }
 
 func (s *state) Fresh(ctx context.Context, maxAge time.Duration) (revocation.Position, error) {
 	if s.err != nil || maxAge != 0 {
@@ -141,7 +141,7 @@ func newWorld(t testing.TB) *world {
 		superOver:  {JTI: superOver, Iss: ours, ClientID: "key-1", Exp: now - 500},
 		acmeKnown:  {JTI: acmeKnown, Iss: acmeOurs, ClientID: "acme-1", Exp: now + 500},
 	}, living: make(map[revocation.Target]int64)}
-	w.state = &state{ledger: l, replica: replica.New(replica.Config{})}
+	w.state = &state{ledger: l, replica: replica.NewState(replica.StateConfig{})}
 	if err := w.state.replica.Load(head, fill); err != nil {
 		t.Fatal(err)
 	}

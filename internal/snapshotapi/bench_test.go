@@ -27,7 +27,7 @@ import (
 func manyRevocations(t testing.TB, n int) *fakeFollower {
 	f := newFakeFollower(t)
 	exp := time.Now().Add(time.Hour).Unix()
-	f.replica = replica.New(replica.Config{Records: true})
+	f.replica = replica.NewState(replica.StateConfig{Records: true})
 	f.load(revocation.Position{Epoch: epoch, Seq: revocation.Seq(n)}, func(l *replica.Loader) {
 		for i := range n {
 			sum := sha256.Sum256(fmt.Append(nil, i))

@@ -56,7 +56,7 @@ type content struct {
 }
 
 // contentOf copies out of r what a snapshot of kind k needs, without looking at it.
-func contentOf(r *replica.Replica, k kind) content {
+func contentOf(r *replica.State, k kind) content {
 	var c content
 	r.View(func(v *replica.View) {
 		c.at, c.loads = v.At(), v.Loads()

@@ -34,7 +34,7 @@ var pizza = revocation.Tenant{ID: 7, Domain: "pizza.example"}
 // fakeFollower is a log in memory and its replica.
 type fakeFollower struct {
 	t       testing.TB
-	replica *replica.Replica
+	replica *replica.State
 
 	mu      sync.Mutex
 	epoch   revocation.Epoch
@@ -46,7 +46,7 @@ type fakeFollower struct {
 }
 
 func newFakeFollower(t testing.TB) *fakeFollower {
-	f := &fakeFollower{t: t, replica: replica.New(replica.Config{Records: true}), epoch: epoch, changed: make(chan struct{})}
+	f := &fakeFollower{t: t, replica: replica.NewState(replica.StateConfig{Records: true}), epoch: epoch, changed: make(chan struct{})}
 	f.load(revocation.Position{Epoch: epoch}, nil)
 	return f
 }
@@ -146,7 +146,7 @@ func (f *fakeFollower) set(change func()) {
 	f.changed = make(chan struct{})
 }
 
-func (f *fakeFollower) Replica() *replica.Replica { return f.replica }
+func (f *fakeFollower) Replica() *replica.State { return f.replica }
 
 func (f *fakeFollower) Fresh(ctx context.Context, _ time.Duration) (revocation.Position, error) {
 	f.mu.Lock()

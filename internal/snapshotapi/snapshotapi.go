@@ -97,7 +97,7 @@ func (c Config) withDefaults() (Config, error) {
 
 // Follower is the service's replica and the newest of its events. [follow.Follower] is one.
 type Follower interface {
-	Replica() *replica.Replica
+	Replica() *replica.State
 	Fresh(ctx context.Context, maxAge time.Duration) (revocation.Position, error)
 	Changed() <-chan struct{}
 	Frames(ctx context.Context, after revocation.Position, limit int) ([]follow.Frame, error)

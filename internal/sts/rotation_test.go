@@ -20,7 +20,7 @@ import (
 // ledgerState is the state of a real log.
 type ledgerState struct {
 	ledger  *ledger.Ledger
-	replica *replica.Replica
+	replica *replica.State
 	mu      sync.Mutex
 }
 
@@ -40,7 +40,7 @@ func (s *ledgerState) Fresh(ctx context.Context, _ time.Duration) (revocation.Po
 	return head, err
 }
 
-func (s *ledgerState) Replica() *replica.Replica { return s.replica }
+func (s *ledgerState) Replica() *replica.State { return s.replica }
 
 // gateway verifies tokens with a copy of the key set that it keeps for as long as it may, and
 // never asks for another because of a kid that it does not know.
@@ -215,7 +215,7 @@ func (l *rotationLoad) rotate(r Rotation) (made KeyInfo) {
 func TestRotationUnderLoad(t *testing.T) {
 	t.Parallel()
 	pool := pgtest.New(t)
-	state := &ledgerState{ledger: newLedger(t, pool), replica: replica.New(replica.Config{})}
+	state := &ledgerState{ledger: newLedger(t, pool), replica: replica.NewState(replica.StateConfig{})}
 	head, err := state.ledger.Head(t.Context())
 	if err != nil {
 		t.Fatal(err)

@@ -67,7 +67,7 @@ func newIssuer(t testing.TB, pool *pgxpool.Pool, tenant revocation.Tenant, iss s
 
 // fakeState is a replica that is as fresh as a test says.
 type fakeState struct {
-	replica *replica.Replica
+	replica *replica.State
 	err     error
 	maxAge  time.Duration // that was asked for last
 	fresh   atomic.Int64  // how often Fresh was called
@@ -89,7 +89,7 @@ func (s *fakeState) Fresh(_ context.Context, maxAge time.Duration) (revocation.P
 	return s.replica.At(), s.err
 }
 
-func (s *fakeState) Replica() *replica.Replica { return s.replica }
+func (s *fakeState) Replica() *replica.State { return s.replica }
 
 // load makes the state what content and revoked are.
 func (s *fakeState) load(t testing.TB) {
@@ -112,7 +112,7 @@ func (s *fakeState) load(t testing.TB) {
 // stateOf has the super tenant's issuer, and an application with a key mapping at iss for each client.
 func stateOf(t testing.TB, iss string, clients ...string) *fakeState {
 	t.Helper()
-	s := &fakeState{replica: replica.New(replica.Config{}), maxAge: -1}
+	s := &fakeState{replica: replica.NewState(replica.StateConfig{}), maxAge: -1}
 	s.content = append(s.content, resident(1, revocation.SuperTenant, iss))
 	for i, id := range clients {
 		s.content = append(s.content, registered(i+1, iss, id)...)

@@ -41,8 +41,8 @@ func newClock() *clock {
 
 func (c *clock) now() int64 { return c.seconds.Load() }
 
-func (c *clock) newReplica(records bool) *Replica {
-	r := New(Config{Records: records})
+func (c *clock) newReplica(records bool) *State {
+	r := NewState(StateConfig{Records: records})
 	r.now = func() time.Time { return time.Unix(c.now(), 0) }
 	return r
 }
@@ -63,7 +63,7 @@ func must(t testing.TB, err error) {
 }
 
 // load gives r an empty state at seq 0, or what fill adds.
-func load(t testing.TB, r *Replica, at revocation.Position, fill ...func(*Loader)) {
+func load(t testing.TB, r *State, at revocation.Position, fill ...func(*Loader)) {
 	t.Helper()
 	must(t, r.Load(at, func(l *Loader) error {
 		for _, f := range fill {
@@ -153,7 +153,7 @@ func (m *model) fill(l *Loader) {
 }
 
 // apply does with an event what a reader does: events that are missing are fetched.
-func (m *model) apply(r *Replica, e revocation.Event) error {
+func (m *model) apply(r *State, e revocation.Event) error {
 	err := r.Apply(e)
 	if !errors.Is(err, ErrGap) {
 		return err
@@ -291,13 +291,13 @@ func runHistory(t *testing.T, data []byte) {
 			wire = append(wire, e)
 		}
 	}
-	deliver := func(r *Replica, e revocation.Event) {
+	deliver := func(r *State, e revocation.Event) {
 		t.Helper()
 		must(t, m.apply(r, e))
 	}
 	catchUp := func() {
 		t.Helper()
-		for _, r := range []*Replica{r, gateway} {
+		for _, r := range []*State{r, gateway} {
 			if n := len(m.log); n > 0 {
 				deliver(r, m.log[n-1])
 			}
@@ -389,13 +389,13 @@ func byTarget(t *testing.T, list Revocations) func(func(revocation.Target, Recor
 }
 
 // compare r, of records, and gateway with m.
-func compare(t *testing.T, r, gateway *Replica, m *model, c *choices, now int64) {
+func compare(t *testing.T, r, gateway *State, m *model, c *choices, now int64) {
 	t.Helper()
 	for range 20 {
 		tok := c.token(now)
 		for _, at := range []int64{now, now + 60, now + 500} {
 			want, revoked := m.check(tok, at)
-			for _, r := range []*Replica{r, gateway} {
+			for _, r := range []*State{r, gateway} {
 				if got, ok := r.Check(tok, at); ok != revoked || got != want {
 					t.Fatalf("Check(%+v, %d) = %q, %t, want %q, %t", tok, at, got, ok, want, revoked)
 				}
@@ -724,10 +724,10 @@ func TestOddEntities(t *testing.T) {
 }
 
 // entries is how many there are, ended ones included.
-func (r *Replica) entries() (n int) {
+func (r *State) entries() (n int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
-	r.state.marks.each(func(_ string, s *set) { n += s.n })
+	r.content.marks.each(func(_ string, s *set) { n += s.n })
 	return n
 }
 
@@ -1013,7 +1013,7 @@ func TestMemory(t *testing.T) {
 		limit   int
 	}{{false, 64}, {true, 200}} {
 		before := heap()
-		r := New(Config{Records: tt.records})
+		r := NewState(StateConfig{Records: tt.records})
 		load(t, r, revocation.Position{Epoch: epoch}, func(l *Loader) {
 			for i := range n {
 				l.Revocation(Record{Target: ofJTI(uuidOf(i)), Tenant: acme, Exp: math.MaxInt64})
