@@ -158,6 +158,7 @@ func TestParseRefuses(t *testing.T) {
 		{"too long", "/x/jti/" + strings.Repeat("a", 256), good},
 		{"no digest", "/x/digests/abc", good},
 		{"stream key", StreamKey("/x"), good},
+		{"heartbeat", HeartbeatKey("/x"), good},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -183,8 +184,10 @@ func TestFoldersHoldAllKeys(t *testing.T) {
 		}
 	}
 	for _, folder := range Folders("/x") {
-		if strings.HasPrefix(StreamKey("/x"), folder) {
-			t.Errorf("the stream key is in folder %s", folder)
+		for _, key := range []string{StreamKey("/x"), RebuildKey("/x"), HeartbeatKey("/x")} {
+			if strings.HasPrefix(key, folder) {
+				t.Errorf("%s, which is no entry, is in folder %s", key, folder)
+			}
 		}
 	}
 }
@@ -254,6 +257,57 @@ func FuzzParseStream(f *testing.F) {
 	f.Fuzz(func(t *testing.T, value []byte) {
 		if p, err := ParseStream(value); err == nil && (p.Epoch == "" || p.Seq < 0) {
 			t.Fatalf("ParseStream(%q) = %v", value, p)
+		}
+	})
+}
+
+func TestHeartbeat(t *testing.T) {
+	t.Parallel()
+	h := Heartbeat{
+		Epoch: "3b0d7c52-5d0e-4a2f-9a61-6c1f0a7f9d10", Head: 12, Through: 7, Source: "https://km.example.com/<a&b>",
+		Time: time.UnixMilli(1795256400123).UTC(),
+	}
+	const value = `{"epoch":"3b0d7c52-5d0e-4a2f-9a61-6c1f0a7f9d10","head":12,"through":7,"source":"https://km.example.com/<a&b>","time":1795256400123}`
+	if got := h.Value(); got != value {
+		t.Errorf("Value = %s, want %s", got, value)
+	}
+	got, err := ParseHeartbeat([]byte(strings.Replace(value, "{", `{"later":[1],`, 1)))
+	if err != nil {
+		t.Fatalf("ParseHeartbeat: %v", err)
+	}
+	if diff := cmp.Diff(h, got); diff != "" {
+		t.Errorf("ParseHeartbeat (-want +got):\n%s", diff)
+	}
+	for name, s := range map[string]string{
+		"nothing": "", "no object": "7", "more than one value": value + value,
+		"no epoch":        strings.Replace(value, "epoch", "epic", 1),
+		"negative seq":    strings.Replace(value, `"through":7`, `"through":-7`, 1),
+		"ahead of itself": strings.Replace(value, `"through":7`, `"through":13`, 1),
+		"no time":         strings.Replace(value, "time", "tide", 1),
+		"negative time":   strings.Replace(value, "17952", "-17952", 1),
+		"text for a seq":  strings.Replace(value, `"head":12`, `"head":"12"`, 1),
+	} {
+		if got, err := ParseHeartbeat([]byte(s)); err == nil {
+			t.Errorf("%s: ParseHeartbeat(%s) = %+v, want an error", name, s, got)
+		}
+	}
+}
+
+// What is parsed survives another turn.
+func FuzzParseHeartbeat(f *testing.F) {
+	f.Add([]byte(`{"epoch":"3b0d7c52-5d0e-4a2f-9a61-6c1f0a7f9d10","head":12,"through":7,"source":"https://km.example.com","time":1795256400123}`))
+	f.Add([]byte(`{"epoch":"e","head":0,"through":0,"time":1}`))
+	f.Fuzz(func(t *testing.T, value []byte) {
+		h, err := ParseHeartbeat(value)
+		if err != nil {
+			return
+		}
+		again, err := ParseHeartbeat([]byte(h.Value()))
+		if err != nil {
+			t.Fatalf("ParseHeartbeat of %s: %v", h.Value(), err)
+		}
+		if diff := cmp.Diff(h, again); diff != "" {
+			t.Fatalf("second turn (-first +second):\n%s", diff)
 		}
 	})
 }

@@ -1,16 +1,46 @@
 // Package gateway is the whole check of a gateway: the JWT, what is revoked, and what the
 // catalog says. It hides key sets and what is asked of whom when too little is known, so that a
 // gateway in Go is a few lines around [Gateway.Handler].
+//
+// # Invariants
+//
+// What is authorised is what is on the wire: a target that two readers could read as two is
+// refused, and nothing of it is decoded before. A token is looked for in the field Authorization
+// alone, and nothing that a client sends of [IdentityHeaders] reaches what is behind.
+//
+// Every request is checked against what the replica knows at that moment: nothing is decided
+// once and remembered. What is revoked is looked at last, after all waiting.
+//
+// A refused token is told no cause: status, challenge and body are the same for all.
+//
+// # Decisions
+//
+// A token that cannot be judged, because no keys of its issuer are here, is answered 503 with
+// WSO2's code 900912, where WSO2's gateways answer 401. A client throws its token away at 401, and
+// gets another one from a key manager that may be ill itself. One whose kid the keys that are
+// here lack is 401: anybody can invent a kid.
+//
+// An operation without authentication is for everybody. With a token that is no good it is as without
+// one, since whoever sent it could have left it out; with any token, the backend is told of nobody.
 package gateway
 
 import (
 	"context"
+	"crypto/x509"
+	"errors"
+	"fmt"
 	"log/slog"
 	"net/http"
 	"net/netip"
+	"net/url"
+	"os"
+	"slices"
+	"strings"
+	"sync"
 	"time"
 
 	"github.com/rescindhq/rescind/api/replica"
+	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/api/token"
 )
 
@@ -19,40 +49,49 @@ import (
 type Config struct {
 	// Replica is run by [Gateway.Run].
 	Replica *replica.Replica
-	// URL is the service's base URL: the keys of issuers of its own are fetched there.
+	// URL is the service's base URL: the keys of issuers of its own are fetched there, wherever
+	// its host lies. https, or http where the host is loopback.
 	URL string
 	// AllowHTTP permits http:// to other hosts than loopback.
 	AllowHTTP bool
-	// Issuers are trusted besides the key managers in the catalog, and before those with the
-	// same iss. Needed where the replica has revocations only.
+	// RootCAs verify the certificate of URL. Default: those of the system.
+	RootCAs *x509.CertPool
+	// Issuers are trusted besides the key managers in the catalog. Their keys, algorithms and
+	// types come before those of a key manager with the same iss, whose tenant counts, and which
+	// can be disabled. Of two lifetimes the shorter one counts; where there is none it is an hour.
+	// Needed where the replica has revocations only.
 	Issuers []token.Issuer
-	// Networks are ranges in which key sets may be fetched though they are not public.
+	// Networks are ranges in which key sets of key managers that are not the service's own
+	// may be fetched though they are not public, there by http:// too.
 	Networks []netip.Prefix
-	// Folder is where key sets are kept for a start without those who serve them. It may be
-	// the replica's. Empty: nowhere.
+	// Folder is where key sets are kept for a start without those who serve them. It is made
+	// if it is not there, and may be the replica's. Empty: nowhere.
 	Folder string
 
 	// Audiences are the identifiers of this gateway, one of which aud must have. AnyAudience
 	// in their place: aud is not looked at.
 	Audiences   []string
 	AnyAudience bool
-	// Leeway is for the clocks of issuers. 0 to 120 s, whole seconds. Default 30 s; negative: none.
+	// Leeway is for the clocks of issuers. Up to 120 s, whole seconds. Default 30 s; negative: none.
 	Leeway time.Duration
-	// Realm is in WWW-Authenticate. Default "api".
+	// Realm is in WWW-Authenticate: printable ASCII without " and \. Default "api".
 	Realm string
-	// Introspection is needed where a staleness is [replica.Introspect].
+	// Introspection is needed where a staleness is [replica.Introspect]: without it what is to be
+	// asked there is answered 503.
 	Introspection *Introspection
-	// Logger is told of keys that cannot be fetched, and of issuers that cannot be used. Default: nobody.
+	// Logger is told of keys that cannot be fetched, of issuers that cannot be used, and of
+	// introspection that fails. Default: nobody.
 	Logger *slog.Logger
 }
 
 // Introspection is whom to ask about tokens when too little is known (RFC 7662).
 type Introspection struct {
-	// URL is the introspection endpoint, https unless the host is loopback.
+	// URL is the introspection endpoint, without a query; https unless the host is loopback.
 	URL string
 	// ClientID and ClientSecret are of a client that is the resource server of the tokens' audience.
 	ClientID, ClientSecret string
-	// Client sends the requests. Default: one with timeouts.
+	// Client sends the requests. It follows no redirect, whatever its own policy. Default: one
+	// with timeouts, and the system's authorities.
 	Client *http.Client
 	// Timeout bounds one question. Default 2 s.
 	Timeout time.Duration
@@ -60,68 +99,124 @@ type Introspection struct {
 	MaxConcurrent int
 }
 
-// Gateway decides about requests. Its methods may be called from any goroutine.
-type Gateway struct{}
+// Gateway decides about requests. Make one with [New]. Its methods may be called from any goroutine.
+type Gateway struct {
+	replica       *replica.Replica
+	issuers       *issuers
+	acceptance    token.Acceptance
+	challenges    challenges
+	introspection *introspection // nil: there is nobody to ask
+}
 
-// New checks cfg. It connects to nothing.
-func New(cfg Config) (*Gateway, error) { panic("skeleton") }
+const (
+	defaultLeeway = 30 * time.Second
+	defaultRealm  = "api"
+)
+
+// New checks cfg, and reads the key sets that cfg.Folder has, so that the gateway can decide at
+// once if its replica can. It connects to nothing. Its error names all that is wrong with cfg.
+func New(cfg Config) (*Gateway, error) {
+	if cfg.Leeway == 0 {
+		cfg.Leeway = defaultLeeway
+	}
+	if cfg.Realm == "" {
+		cfg.Realm = defaultRealm
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	log := cfg.Logger.With("component", "gateway")
+	var errs []error
+	wrong := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	if cfg.Replica == nil {
+		wrong("Replica is nil, must be one from replica.New")
+	}
+	switch {
+	case len(cfg.Audiences) == 0 && !cfg.AnyAudience:
+		wrong("Audiences is empty, must have the identifiers of this gateway; AnyAudience says that tokens for others are taken too")
+	case len(cfg.Audiences) > 0 && cfg.AnyAudience:
+		wrong("Audiences and AnyAudience are both set: leave one of them out")
+	case slices.Contains(cfg.Audiences, ""):
+		wrong("Audiences has an empty one: leave it out")
+	}
+	if cfg.URL == "" && len(cfg.Issuers) == 0 {
+		wrong("URL and Issuers are both empty: without one of them no token can be verified")
+	}
+	if cfg.URL != "" {
+		if err := checkURL(cfg.URL, cfg.AllowHTTP); err != nil {
+			wrong("URL: %w", err)
+		}
+	}
+	if cfg.Leeway > revocation.MaxLeeway || cfg.Leeway%time.Second != 0 && cfg.Leeway > 0 {
+		wrong("Leeway is %s, must be whole seconds up to %s", cfg.Leeway, revocation.MaxLeeway)
+	}
+	if strings.ContainsFunc(cfg.Realm, func(r rune) bool { return r < ' ' || r > '~' || r == '"' || r == '\\' }) {
+		wrong(`Realm is %q, must be printable ASCII without " and \`, cfg.Realm)
+	}
+	if _, err := token.NewVerifier(cfg.Issuers...); err != nil {
+		wrong("Issuers: %w", err)
+	}
+	for _, p := range cfg.Networks {
+		if !p.IsValid() {
+			wrong("Networks has one that is none: leave it out")
+		}
+	}
+	var asking *introspection
+	if cfg.Introspection != nil {
+		var err error
+		if asking, err = newIntrospection(*cfg.Introspection, log); err != nil {
+			wrong("Introspection: %w", err)
+		}
+	}
+	if err := errors.Join(errs...); err != nil {
+		return nil, fmt.Errorf("configure gateway: %w", err)
+	}
+	if cfg.Folder != "" {
+		if err := os.MkdirAll(cfg.Folder, 0o700); err != nil {
+			return nil, fmt.Errorf("make folder for key sets: %w", err)
+		}
+	}
+	g := &Gateway{
+		replica:       cfg.Replica,
+		issuers:       newIssuers(cfg, log),
+		acceptance:    token.Acceptance{Leeway: cfg.Leeway, Audiences: slices.Clone(cfg.Audiences)},
+		challenges:    newChallenges(cfg.Realm),
+		introspection: asking,
+	}
+	g.issuers.refresh()
+	return g, nil
+}
+
+// checkURL is about a URL that requests with secrets, or for what is believed, go to.
+func checkURL(s string, allowHTTP bool) error {
+	u, err := url.Parse(s)
+	switch {
+	case err != nil || u.Hostname() == "" || u.Scheme != "https" && u.Scheme != "http":
+		return errors.New("must be a URL such as https://rescind.example.com")
+	case u.User != nil || u.RawQuery != "" || u.ForceQuery || u.Fragment != "":
+		return fmt.Errorf("%s://%s/…: must have no user, query and fragment", u.Scheme, u.Host)
+	case u.Scheme == "http" && !allowHTTP && !isLoopback(u.Hostname()):
+		return fmt.Errorf("%s: must be https; http is for loopback", s)
+	}
+	return nil
+}
+
+func isLoopback(host string) bool {
+	ip, err := netip.ParseAddr(host)
+	return host == "localhost" || err == nil && ip.Unmap().IsLoopback()
+}
 
 // Run keeps the replica and the key sets up to date until ctx ends, then returns nil. It is called once.
-func (g *Gateway) Run(ctx context.Context) error { panic("skeleton") }
-
-// Ready reports whether the replica is ready and the keys of at least one issuer are here (JWT-23).
-func (g *Gateway) Ready() bool { panic("skeleton") }
-
-// Request is a request that a gateway has got.
-type Request struct {
-	// Method is the HTTP method.
-	Method string
-	// Target is the request target in origin form as it is on the wire: path and query.
-	Target string
-	// Authorization are the values of the header field of that name.
-	Authorization []string
+func (g *Gateway) Run(ctx context.Context) error {
+	ctx, cancel := context.WithCancel(ctx)
+	var wg sync.WaitGroup
+	wg.Go(func() { g.issuers.run(ctx) })
+	err := g.replica.Run(ctx)
+	cancel()
+	wg.Wait()
+	return err
 }
 
-// Decision is what becomes of a request.
-type Decision struct {
-	// Allowed: it is to be passed on.
-	Allowed bool
-	// Status is what to answer when it is not: 400, 401, 403 or 503.
-	Status int
-	// Challenge is for WWW-Authenticate, empty if there is none to send.
-	Challenge string
-	// Reason is the check that failed, one of [Reasons], for metrics and logs. Callers are not told
-	// which one it was.
-	Reason string
-	// Token is nil if there is none that is genuine.
-	Token *token.Token
-	// Authorization is what the replica says; the zero value if it was not asked.
-	replica.Authorization
-}
-
-// Reasons are the values of [Decision.Reason].
-var Reasons []string
-
-// Decide says what becomes of a request. It waits for nobody unless keys are not here yet or an issuer
-// is to be asked.
-func (g *Gateway) Decide(ctx context.Context, r Request) Decision { panic("skeleton") }
-
-// Body is the JSON that WSO2's gateways answer with when a request is not allowed.
-func (d Decision) Body() []byte { panic("skeleton") }
-
-// WriteError answers a request that is not allowed.
-func (d Decision) WriteError(w http.ResponseWriter) { panic("skeleton") }
-
-// IdentityHeaders are the names of the header fields that [Decision.SetIdentity] may set, all of which
-// whoever passes requests on must remove from them first.
-var IdentityHeaders []string
-
-// SetIdentity tells a backend who calls: it removes every one of [IdentityHeaders], and sets those that are known.
-func (d Decision) SetIdentity(h http.Header) { panic("skeleton") }
-
-// Handler is a middleware: it answers what is not allowed, and passes on the rest with the identity
-// headers set. See [FromContext].
-func (g *Gateway) Handler(next http.Handler) http.Handler { panic("skeleton") }
-
-// FromContext is the decision by which [Gateway.Handler] passed a request on.
-func FromContext(ctx context.Context) (Decision, bool) { panic("skeleton") }
+// Ready reports whether the replica is ready and the keys of at least one issuer are here
+// (JWT-23). It asks nobody.
+func (g *Gateway) Ready() bool { return g.replica.Ready() && g.issuers.held() }

@@ -1,34 +1,80 @@
 package replica
 
 import (
+	"encoding/json"
+	"fmt"
+	"net/http"
+	"slices"
+	"strings"
+
 	"github.com/rescindhq/rescind/api/catalog"
+	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/api/token"
 )
 
 // ClaimsMode says whether Authorize believes what self-contained tokens carry (WSO2 contract,
 // section 10.3). Its text is "claims-first", "catalog-first" or "claims-only".
+//
+// A token is self-contained if it has the claim subscribedAPIs. One that is believed must have
+// application too, and all of the types that the contract says: else it is refused. It is believed
+// about subscriptions of its issuer's tenant only.
 type ClaimsMode uint8
 
 const (
-	// ClaimsFirst: a token with the claims is validated by them, others by the catalog.
+	// ClaimsFirst: a token with the claims is validated by them, others by the catalog. Which
+	// APIs and operations there are, whether an API is blocked and what scopes it takes is always
+	// for the catalog to say.
 	ClaimsFirst ClaimsMode = iota
 	// CatalogFirst: by the claims only if the catalog has no key mapping for the token.
 	CatalogFirst
-	// ClaimsOnly: the catalog is not looked at. Needed where only revocations are known.
+	// ClaimsOnly: the catalog is not looked at, but for the key manager, if it is there. Needed
+	// where only revocations are known. Nobody knows of operations then, so neither their scopes
+	// nor their kinds of token are asked for, and none is without authentication.
 	ClaimsOnly
 )
 
+var claimsModes = [...]string{ClaimsFirst: "claims-first", CatalogFirst: "catalog-first", ClaimsOnly: "claims-only"}
+
+// String returns the mode's text.
+func (m ClaimsMode) String() string {
+	if int(m) < len(claimsModes) {
+		return claimsModes[m]
+	}
+	return fmt.Sprintf("ClaimsMode(%d)", uint8(m))
+}
+
+// MarshalText implements [encoding.TextMarshaler].
+func (m ClaimsMode) MarshalText() ([]byte, error) { return []byte(m.String()), nil }
+
+// UnmarshalText implements [encoding.TextUnmarshaler].
+func (m *ClaimsMode) UnmarshalText(text []byte) error {
+	i := slices.Index(claimsModes[:], string(text))
+	if i < 0 {
+		return fmt.Errorf("read claims mode %q: must be one of %s", text, strings.Join(claimsModes[:], ", "))
+	}
+	*m = ClaimsMode(i)
+	return nil
+}
+
 // Request is what a token is presented for.
 type Request struct {
-	// Method is the HTTP method. Path is the path of the request, as [CleanPath] returns it.
-	Method, Path string
+	// Method is the HTTP method, or the verb of an operation that is no HTTP method, such as
+	// QUERY or SUBSCRIBE, for those who know more of a request than its method: an operation
+	// is found by just this verb.
+	Method string
+	// Path is the path of the request, as [CleanPath] returns it. Others are refused.
+	Path string
+	// Tenant is the domain of the tenant that the token's issuer belongs to. It counts only
+	// where the catalog does not have the issuer: with ClaimsOnly. Empty: the token is believed,
+	// if it names one alone.
+	Tenant string
 }
 
 // Code is WSO2's code of a refusal (WSO2 contract, section 10.2). 0: there is none.
 type Code int
 
 const (
-	CodeGeneral             Code = 900900
+	CodeGeneral             Code = 900900 // too little is known
 	CodeInvalidCredentials  Code = 900901
 	CodeMissingCredentials  Code = 900902
 	CodeWrongTokenType      Code = 900905
@@ -40,38 +86,75 @@ const (
 	CodeAPIBlocked          Code = 700700
 )
 
-// HTTPStatus is what a gateway answers with: 401, 403 or 503.
-func (c Code) HTTPStatus() int { panic("skeleton") }
+// HTTPStatus is what a gateway answers with: 401, 403 or 503; 200 for 0. 503 is where trying
+// again may help, though some of WSO2's gateways answer 401 or 500 then.
+func (c Code) HTTPStatus() int {
+	switch c {
+	case 0:
+		return http.StatusOK
+	case CodeInvalidCredentials, CodeMissingCredentials, CodeSubscriptionBlocked:
+		return http.StatusUnauthorized
+	case CodeGeneral, CodeKeyManagerDown, CodeAPIBlocked:
+		return http.StatusServiceUnavailable
+	}
+	return http.StatusForbidden
+}
 
-// Message is what WSO2's gateways say for the code, for example "Invalid Credentials".
-func (c Code) Message() string { panic("skeleton") }
+// Message is what WSO2's gateways say for the code, for example "Invalid Credentials". Empty for 0.
+func (c Code) Message() string {
+	switch c {
+	case 0:
+		return ""
+	case CodeInvalidCredentials:
+		return "Invalid Credentials"
+	case CodeMissingCredentials:
+		return "Missing Credentials"
+	case CodeWrongTokenType:
+		return "Incorrect Access Token Type is provided"
+	case CodeSubscriptionBlocked:
+		return "The requested API is temporarily blocked"
+	case CodeForbidden:
+		return "Resource forbidden"
+	case CodeNotActive:
+		return "The subscription to the API is inactive"
+	case CodeScope:
+		return "The access token does not allow you to access the requested resource"
+	case CodeKeyManagerDown:
+		return "The key manager is not available"
+	case CodeAPIBlocked:
+		return "API blocked"
+	}
+	return "Unclassified Authentication Failure"
+}
 
-// Authorization says whether a request is let through, and what a gateway tells of it.
+// Authorization says whether a request is let through, and what a gateway tells of it. What it
+// points to is shared, and not to be changed.
 type Authorization struct {
-	// Decision is about revocations. If its Outcome is Ask, Authorized supposes that the
-	// issuer says "active".
+	// Decision is about revocations: the zero value where the checks did not come to them. If
+	// its Outcome is Ask, Authorized supposes that the issuer says "active".
 	Decision
 	Authorized bool
 	// Code says why not.
 	Code Code
-	// Reason is the check that failed, one of [Reasons], for metrics and logs.
+	// Reason is the check that failed, one of [Reasons], for metrics and logs; empty if none did.
 	Reason string
 	// Scopes are those of which the token has none, if Code is CodeScope.
 	Scopes []string
 	// Info is WSO2's validation info, as far as the checks came.
 	Info Info
-	// API and Operation are what the request is for. API is nil if there is none; Operation
-	// is nil if the API has no operations.
+	// API and Operation are what the request is for. API is nil if there is none, and with
+	// ClaimsOnly; Operation is nil if the API has no operations.
 	API       *catalog.API
 	Operation *catalog.Operation
 }
 
-// Info is what WSO2's key validation returns (WSO2 contract, section 10.2).
+// Info is what WSO2's key validation returns (WSO2 contract, section 10.2), by WSO2's names. Members
+// that nothing is known of are empty; AuthorizedDomains and EndUserToken always are. In JSON no member is null or left out.
 type Info struct {
 	Authorized             bool              `json:"authorized"`
 	ValidationStatus       Code              `json:"validationStatus"`
-	Tier                   string            `json:"tier"`
-	Subscriber             string            `json:"subscriber"`
+	Tier                   string            `json:"tier"`       // the subscription's
+	Subscriber             string            `json:"subscriber"` // the application's owner
 	ApplicationID          int32             `json:"applicationId"`
 	ApplicationUUID        string            `json:"applicationUUID"`
 	ApplicationName        string            `json:"applicationName"`
@@ -82,39 +165,426 @@ type Info struct {
 	APIUUID                string            `json:"apiUUID"`
 	APIPublisher           string            `json:"apiPublisher"`
 	APITier                string            `json:"apiTier"`
-	Type                   string            `json:"type"`
+	Type                   string            `json:"type"` // of the key: PRODUCTION or SANDBOX
 	ConsumerKey            string            `json:"consumerKey"`
-	EndUserName            string            `json:"endUserName"`
+	EndUserName            string            `json:"endUserName"` // sub
 	SubscriberTenantDomain string            `json:"subscriberTenantDomain"`
-	ContentAware           bool              `json:"contentAware"`
+	ContentAware           bool              `json:"contentAware"` // a tier's quota is of bandwidth
 	SpikeArrestLimit       int32             `json:"spikeArrestLimit"`
 	SpikeArrestUnit        string            `json:"spikeArrestUnit"`
 	StopOnQuotaReach       bool              `json:"stopOnQuotaReach"`
 	GraphQLMaxDepth        int32             `json:"graphQLMaxDepth"`
 	GraphQLMaxComplexity   int32             `json:"graphQLMaxComplexity"`
 	ThrottlingDataList     []string          `json:"throttlingDataList"`
-	Scopes                 []string          `json:"scopes"`
-	UserType               string            `json:"userType"`
+	Scopes                 []string          `json:"scopes"`         // the token's
+	UserType               string            `json:"userType"`       // APPLICATION or APPLICATION_USER
 	IssuedTime             int64             `json:"issuedTime"`     // ms
 	ValidityPeriod         int64             `json:"validityPeriod"` // ms
 	AuthorizedDomains      string            `json:"authorizedDomains"`
 	EndUserToken           string            `json:"endUserToken"`
 }
 
+// MarshalJSON implements [json.Marshaler].
+func (i Info) MarshalJSON() ([]byte, error) {
+	type members Info // without this method
+	if i.ApplicationAttributes == nil {
+		i.ApplicationAttributes = map[string]string{}
+	}
+	if i.ThrottlingDataList == nil {
+		i.ThrottlingDataList = []string{}
+	}
+	if i.Scopes == nil {
+		i.Scopes = []string{}
+	}
+	return json.Marshal(members(i))
+}
+
+// User types: whom a token was issued for (the claim aut).
+const (
+	ofApplication = "APPLICATION"
+	ofUser        = "APPLICATION_USER"
+)
+
+// throttlingData is what WSO2's gateways throttle by: the API as a whole.
+var throttlingData = []string{"api_level_throttling_key"}
+
 // Reasons are the values of [Authorization.Reason].
-var Reasons []string
+var Reasons = []string{
+	reasonPath, reasonNoAPI, reasonAPIBlocked, reasonNoOperation, reasonNoCredentials, reasonIssuer, reasonClaims,
+	reasonRevoked, reasonStale, reasonNoCatalog, reasonTokenType, reasonNoKeyMapping, reasonNoApplication,
+	reasonNoSubscription, reasonNoPolicy, reasonBlocked, reasonNotActive, reasonScope,
+}
+
+const (
+	reasonPath           = "path" // not clean
+	reasonNoAPI          = "no_api"
+	reasonAPIBlocked     = "api_blocked"
+	reasonNoOperation    = "no_operation"
+	reasonNoCredentials  = "no_credentials"
+	reasonIssuer         = "issuer" // not known, or not enabled
+	reasonClaims         = "malformed_claims"
+	reasonRevoked        = "revoked"
+	reasonStale          = "stale"      // too little is known of revocations
+	reasonNoCatalog      = "no_catalog" // nothing but revocations is
+	reasonTokenType      = "token_type"
+	reasonNoKeyMapping   = "no_key_mapping"
+	reasonNoApplication  = "no_application"
+	reasonNoSubscription = "no_subscription"
+	reasonNoPolicy       = "no_policy"
+	reasonBlocked        = "subscription_blocked"
+	reasonNotActive      = "subscription_inactive"
+	reasonScope          = "scope"
+)
 
 // Authorize says whether a request with a verified token is let through: what it is for, what
 // is revoked, the key mapping, the application, the subscription and its state, the policies
-// and the scopes. T is nil for a request without a token, which only operations without
-// authentication let through. It asks nobody.
+// and the scopes, in this order. T is nil for a request without a token, which only operations without
+// authentication let through; those do so with any token, and at any age of what is known. It asks nobody.
+//
+// An API is found by the longest of the contexts that Path begins with, whichever tenant has it. Of
+// several tenants with one context the token's issuer's counts, and no token is good for an API of
+// another tenant. Of its operations the most specific one that Method and Path match counts, segment
+// by segment: a text before a {variable} before what ends in /*, which is for the path without it as
+// well. HEAD is GET if no operation is for HEAD; OPTIONS is no exception. "/menu/" is not "/menu": where
+// the catalog has only one of them, the other is refused, even with a /* beside it. An API
+// without operations lets everything below its context through.
 //
 // Where only revocations are known it can do no more than Check: unless Config.Claims is
-// ClaimsOnly, it refuses with CodeGeneral.
-func (r *Replica) Authorize(t *token.Token, req Request) Authorization { panic("skeleton") }
+// ClaimsOnly, it refuses with CodeGeneral. Where nothing at all is known, and Config.Empty is Serve,
+// every token is let through.
+func (r *Replica) Authorize(t *token.Token, req Request) (a Authorization) {
+	staleness := r.StalenessOf(req.Path)
+	by := authorizer{
+		mode:         r.cfg.Claims,
+		environments: r.cfg.Environments,
+		check:        func(t Token) Decision { return r.CheckWith(t, staleness) },
+	}
+	r.state.View(func(v *View) { by.authorize(&a, v, t, req) })
+	return a
+}
 
-// CleanPath returns the path of a request target in origin form, as it is on the wire, and
-// whether it means the same to everyone who reads it: it has no segment . or .., no empty one, no
-// encoded slash, backslash or NUL, nothing encoded that needs no encoding, and no ;parameters. Whoever
-// authorises must refuse others: what is authorised would not be what is forwarded.
-func CleanPath(target string) (path string, ok bool) { panic("skeleton") }
+// authorizer is what Authorize goes by besides the state.
+type authorizer struct {
+	mode         ClaimsMode
+	environments []string
+	check        func(Token) Decision
+}
+
+func (by *authorizer) authorize(a *Authorization, v *View, t *token.Token, req Request) {
+	if path, ok := CleanPath(req.Path); !ok || path != req.Path {
+		a.refuse(CodeForbidden, reasonPath)
+		return
+	}
+	path := unescaped(req.Path)
+	var b bearer
+	if t != nil {
+		b = bearer{token: t, manager: v.KeyManager(t.Issuer), tenant: req.Tenant}
+		if b.manager != nil {
+			b.tenant = b.manager.Tenant.Domain
+		}
+	}
+	switch {
+	case by.mode == ClaimsOnly:
+		by.byClaims(a, path, b)
+		return
+	case v.at == revocation.Position{}:
+		by.byNothing(a, b)
+		return
+	case v.content.part != nil && v.content.part.revocationsOnly:
+		a.refuse(CodeGeneral, reasonNoCatalog)
+		return
+	}
+
+	p, rest, several := v.content.shelves.placeOf(path, b.tenant, by.environments)
+	switch {
+	case p != nil:
+		if !a.find(p, req.Method, rest) {
+			return
+		}
+		if a.Operation != nil && a.Operation.AuthType == "None" {
+			a.allow()
+			return
+		}
+	case !several:
+		a.refuse(CodeForbidden, reasonNoAPI)
+		return
+	}
+	if !by.accept(a, &b, true) {
+		return
+	}
+	switch {
+	case p == nil:
+		a.refuse(CodeForbidden, reasonNoAPI) // it is there for others
+		return
+	case !takes(a.Operation, a.Info.UserType):
+		a.refuse(CodeWrongTokenType, reasonTokenType)
+		return
+	case b.tenant != a.API.Tenant.Domain:
+		a.refuse(CodeForbidden, reasonNoSubscription)
+		return
+	}
+	if by.subscribed(a, v, b) && a.permitted() {
+		a.allow()
+	}
+}
+
+// byClaims authorises by what a token carries alone.
+func (by *authorizer) byClaims(a *Authorization, path string, b bearer) {
+	if b.token == nil {
+		a.refuse(CodeMissingCredentials, reasonNoCredentials)
+		return
+	}
+	c, err := readCarried(b.token)
+	if b.tenant == "" {
+		b.tenant = c.tenant()
+	}
+	if !by.accept(a, &b, false) {
+		return
+	}
+	if err != nil {
+		a.refuse(CodeInvalidCredentials, reasonClaims)
+		return
+	}
+	item, ok := c.below(path, b.tenant)
+	if !ok {
+		a.refuse(CodeForbidden, reasonNoSubscription)
+		return
+	}
+	a.Info.APIName, a.Info.APIVersion, a.Info.APIPublisher = item.name, item.version, item.publisher
+	if a.tellCarried(c, item.tier) {
+		a.allow()
+	}
+}
+
+// byNothing lets tokens through if the operator wants it so. Whether anything may be had
+// without one is not known.
+func (by *authorizer) byNothing(a *Authorization, b bearer) {
+	if b.token != nil {
+		if by.accept(a, &b, false) {
+			a.allow()
+		}
+		return
+	}
+	if a.Decision = by.check(Token{}); a.Outcome == Refused {
+		a.refuse(CodeGeneral, reasonStale)
+		return
+	}
+	a.refuse(CodeMissingCredentials, reasonNoCredentials)
+}
+
+// bearer is a token with what decides on how it is read.
+type bearer struct {
+	token   *token.Token
+	manager *catalog.KeyManager // of the issuer; nil: not known
+	tenant  string              // the domain of the issuer's tenant
+	key     string              // the consumer key
+}
+
+// accept does what is about the token alone, and tells of it. Known says that the issuer must be
+// in the catalog.
+func (by *authorizer) accept(a *Authorization, b *bearer, known bool) bool {
+	switch {
+	case b.token == nil:
+		a.refuse(CodeMissingCredentials, reasonNoCredentials)
+		return false
+	case b.manager == nil && known, b.manager != nil && !b.manager.Enabled:
+		a.refuse(CodeInvalidCredentials, reasonIssuer)
+		return false
+	}
+	readable := a.tellToken(b)
+	a.Decision = by.check(TokenOf(b.token, b.tenant))
+	if a.Outcome != Revoked && b.key != b.token.ClientID {
+		// For a key manager whose consumer keys are in a claim of its own, that is the client.
+		if d := by.check(Token{Iss: b.token.Issuer, ClientID: b.key, IssuedAt: b.token.IssuedAt}); d.Outcome == Revoked {
+			a.Decision = d
+		}
+	}
+	switch {
+	case a.Outcome == Revoked:
+		a.refuse(CodeInvalidCredentials, reasonRevoked)
+	case a.Outcome == Refused:
+		a.refuse(CodeGeneral, reasonStale)
+	case !readable:
+		a.refuse(CodeInvalidCredentials, reasonClaims)
+	default:
+		return true
+	}
+	return false
+}
+
+// tellToken tells of the token, and finds its consumer key. It is false if a claim has another
+// type than it must.
+func (a *Authorization) tellToken(b *bearer) (ok bool) {
+	t, claims := b.token, b.token.Claims()
+	b.key = t.ClientID
+	ok = true
+	scope := t.Scope
+	if m := b.manager; m != nil {
+		if m.ConsumerKeyClaim != "" && m.ConsumerKeyClaim != "azp" {
+			keys, err := claims.Texts(m.ConsumerKeyClaim)
+			ok = err == nil && len(keys) <= 1
+			if ok && len(keys) == 1 && keys[0] != "" {
+				b.key = keys[0]
+			}
+		}
+		if m.ScopesClaim != "" && m.ScopesClaim != "scope" {
+			scopes, err := claims.Texts(m.ScopesClaim)
+			ok = ok && err == nil
+			scope = strings.Join(scopes, " ")
+		}
+	}
+	i := &a.Info
+	i.UserType = ofUser
+	switch aut, err := claims.Text("aut"); {
+	case err != nil:
+		ok = false
+	case aut == ofApplication, aut != ofUser && (t.Subject == "" || t.Subject == b.key):
+		i.UserType = ofApplication
+	}
+	i.ConsumerKey, i.EndUserName, i.Scopes = b.key, t.Subject, strings.Fields(scope)
+	i.IssuedTime = t.IssuedAt * 1000
+	i.ValidityPeriod = max(0, t.Expiry-t.IssuedAt) * 1000
+	i.SubscriberTenantDomain = b.tenant
+	return ok
+}
+
+// find finds the operation at a place, and tells of the API.
+func (a *Authorization) find(p *place, method, rest string) bool {
+	a.API = p.api
+	i := &a.Info
+	i.APIName, i.APIVersion, i.APIUUID, i.APIPublisher, i.APITier = p.api.Name, p.api.Version, p.api.UUID, p.api.Provider, p.api.Policy
+	if p.api.Status == catalog.APIBlocked {
+		a.refuse(CodeAPIBlocked, reasonAPIBlocked)
+		return false
+	}
+	var ok bool
+	if a.Operation, ok = p.operation(method, rest); !ok {
+		a.refuse(CodeForbidden, reasonNoOperation)
+	}
+	return ok
+}
+
+// takes reports whether an operation is for tokens of a user type.
+func takes(op *catalog.Operation, userType string) bool {
+	if op == nil {
+		return true
+	}
+	switch op.AuthType {
+	case "", "Any", "Application & Application User":
+		return true
+	case "Application":
+		return userType == ofApplication
+	case "Application_User":
+		return userType == ofUser
+	}
+	return false
+}
+
+// subscribed finds the subscription, by the claims or in the catalog, and tells of it.
+func (by *authorizer) subscribed(a *Authorization, v *View, b bearer) bool {
+	mapping := v.keyMapping(b.key, b.token.Issuer)
+	if by.mode == ClaimsFirst || mapping == nil {
+		switch c, err := readCarried(b.token); {
+		case err != nil:
+			a.refuse(CodeInvalidCredentials, reasonClaims)
+			return false
+		case c != nil:
+			item, ok := c.api(a.API)
+			if !ok {
+				a.refuse(CodeForbidden, reasonNoSubscription)
+				return false
+			}
+			if !a.tellCarried(c, item.tier) {
+				return false
+			}
+			whole := v.apiPolicy(a.API)
+			a.Info.ContentAware = a.Info.ContentAware || whole != nil && whole.QuotaType == bandwidth
+			return true
+		}
+	}
+	if mapping == nil {
+		a.refuse(CodeForbidden, reasonNoKeyMapping)
+		return false
+	}
+	a.Info.Type = mapping.KeyType
+	app := v.Application(mapping.Application.UUID)
+	if app == nil {
+		a.refuse(CodeForbidden, reasonNoApplication)
+		return false
+	}
+	i := &a.Info
+	i.Subscriber, i.ApplicationID, i.ApplicationUUID, i.ApplicationName = app.Owner, app.ID, app.UUID, app.Name
+	i.ApplicationTier, i.ApplicationAttributes = app.Policy, app.Attributes
+	s := v.Subscription(app.UUID, a.API.UUID)
+	if s == nil {
+		a.refuse(CodeForbidden, reasonNoSubscription)
+		return false
+	}
+	i.Tier = s.Policy
+	own, tier := v.Policy(app.Tenant.ID, catalog.PolicyApplication, app.Policy), v.Policy(s.Tenant.ID, catalog.PolicySubscription, s.Policy)
+	whole := v.apiPolicy(a.API)
+	if own == nil || tier == nil || whole == nil && a.API.Policy != "" {
+		a.refuse(CodeForbidden, reasonNoPolicy)
+		return false
+	}
+	i.ContentAware = own.QuotaType == bandwidth || tier.QuotaType == bandwidth || whole != nil && whole.QuotaType == bandwidth
+	i.SpikeArrestLimit, i.SpikeArrestUnit, i.StopOnQuotaReach = tier.RateLimitCount, tier.RateLimitTimeUnit, tier.StopOnQuotaReach
+	i.GraphQLMaxDepth, i.GraphQLMaxComplexity = tier.GraphQLMaxDepth, tier.GraphQLMaxComplexity
+	i.ThrottlingDataList = throttlingData
+
+	state := s.Effective()
+	if app.Blocked {
+		state = catalog.Blocked // its subscriptions say so too, each a moment later
+	}
+	switch {
+	case catalog.LetsThrough(state, mapping.KeyType):
+		return true
+	case state == catalog.OnHold, state == catalog.Rejected:
+		a.refuse(CodeNotActive, reasonNotActive)
+	default:
+		a.refuse(CodeSubscriptionBlocked, reasonBlocked)
+	}
+	return false
+}
+
+// bandwidth is the type of quotas for which gateways count bytes.
+const bandwidth = "bandwidthVolume"
+
+// tellCarried tells what a token carries of its application, and of the tier of its subscription. It
+// is false if that is not what it must be.
+func (a *Authorization) tellCarried(c *carried, tierName string) bool {
+	tier, err := c.tierOf(tierName)
+	if err != nil {
+		a.refuse(CodeInvalidCredentials, reasonClaims)
+		return false
+	}
+	i := &a.Info
+	i.Type, i.Tier = c.keyType, tierName
+	i.Subscriber, i.ApplicationID, i.ApplicationUUID, i.ApplicationName, i.ApplicationTier = c.owner, c.id, c.uuid, c.name, c.tier
+	i.ContentAware = c.quota == bandwidth || tier.quota == bandwidth
+	i.SpikeArrestLimit, i.SpikeArrestUnit, i.StopOnQuotaReach = tier.limit, tier.unit, tier.stop
+	i.GraphQLMaxDepth, i.GraphQLMaxComplexity = tier.depth, tier.complexity
+	i.ThrottlingDataList = throttlingData
+	return true
+}
+
+// permitted looks at the scopes, any one of which permits the operation.
+func (a *Authorization) permitted() bool {
+	if a.Operation == nil || len(a.Operation.Scopes) == 0 {
+		return true
+	}
+	if slices.ContainsFunc(a.Operation.Scopes, func(scope string) bool { return slices.Contains(a.Info.Scopes, scope) }) {
+		return true
+	}
+	a.Scopes = a.Operation.Scopes
+	a.refuse(CodeScope, reasonScope)
+	return false
+}
+
+func (a *Authorization) allow() {
+	a.Authorized, a.Info.Authorized = true, true
+}
+
+func (a *Authorization) refuse(code Code, reason string) {
+	a.Code, a.Reason, a.Info.ValidationStatus = code, reason, code
+}

@@ -3,9 +3,9 @@ package replica
 import (
 	"crypto/sha256"
 	"encoding/binary"
-	"hash/maphash"
 	"maps"
 	"math/bits"
+	"math/rand/v2"
 	"sync/atomic"
 
 	"github.com/rescindhq/rescind/api/revocation"
@@ -82,6 +82,73 @@ func hashedKey(c class, value string) key {
 	return key{binary.BigEndian.Uint64(sum[:]), binary.BigEndian.Uint64(sum[8:])}
 }
 
+// uuidKey reads a UUID in its canonical form.
+func uuidKey(s string) (k key, ok bool) {
+	text, ok := uuidText(s)
+	if !ok {
+		return k, false
+	}
+	a, badA := hexOf(text.a)
+	b, badB := hexOf(text.b)
+	c, badC := hexOf(text.c)
+	d, badD := hexOf(text.d)
+	return key{a<<32 | b, c<<32 | d}, badA|badB|badC|badD == 0
+}
+
+// digits are the 32 of a UUID as it is written, eight in each word, the first one in the lowest
+// byte.
+type digits struct{ a, b, c, d uint64 }
+
+// uuidText takes out of a string what are digits if it is a UUID. Ok: it has the length and
+// the dashes of one.
+func uuidText(s string) (d digits, ok bool) {
+	if len(s) != 36 || s[8] != '-' || s[13] != '-' || s[18] != '-' || s[23] != '-' {
+		return d, false
+	}
+	return digits{
+		a: four(s[:4]) | four(s[4:8])<<32,
+		b: four(s[9:13]) | four(s[14:18])<<32,
+		c: four(s[19:23]) | four(s[24:28])<<32,
+		d: four(s[28:32]) | four(s[32:36])<<32,
+	}, true
+}
+
+// four is the first four bytes of s.
+func four(s string) uint64 {
+	_ = s[3]
+	return uint64(s[0]) | uint64(s[1])<<8 | uint64(s[2])<<16 | uint64(s[3])<<24
+}
+
+// hexOf is the value of eight lower-case hexadecimal digits. Bad is not 0 if they are something
+// else. It works on all of them at once, as digitsOf does.
+func hexOf(digits uint64) (value, bad uint64) {
+	n := digits&(0x0f*everyByte) + digits>>6&everyByte*9 // a letter has the bit 0x40, and 'a' is 0x61
+	bad = n&(0xf0*everyByte) | (digits ^ written(n))
+	n = bits.ReverseBytes64(n)
+	n = (n | n>>4) & 0x00ff00ff00ff00ff
+	n = (n | n>>8) & 0x0000ffff0000ffff
+	return (n | n>>16) & 0xffffffff, bad
+}
+
+// digitsOf are the eight digits of the lower half of n.
+func digitsOf(n uint64) uint64 {
+	n = (n&0xffffffff | n<<16) & 0x0000ffff0000ffff
+	n = (n | n<<8) & 0x00ff00ff00ff00ff
+	n = (n | n<<4) & (0x0f * everyByte)
+	return written(bits.ReverseBytes64(n))
+}
+
+// written makes a digit of each byte, which is 0 to 15.
+func written(n uint64) uint64 {
+	letters := (n + 6*everyByte) >> 4 & everyByte
+	return n + '0'*everyByte + letters*('a'-10-'0')
+}
+
+// digits are those of the UUID of which k is the key.
+func (k key) digits() digits {
+	return digits{a: digitsOf(k[0] >> 32), b: digitsOf(k[0]), c: digitsOf(k[1] >> 32), d: digitsOf(k[1])}
+}
+
 // notHex marks bytes that are no lower-case hexadecimal digits.
 const notHex = 0xff
 
@@ -95,37 +162,27 @@ var hexValue = func() (table [256]byte) {
 	return table
 }()
 
-func uuidKey(s string) (k key, ok bool) {
-	if len(s) != 36 || s[8] != '-' || s[13] != '-' || s[18] != '-' || s[23] != '-' {
-		return k, false
-	}
-	var all byte
-	digits := func(w uint64, s string) uint64 {
-		for i := range len(s) {
-			v := hexValue[s[i]]
-			all |= v
-			w = w<<4 | uint64(v&15)
-		}
-		return w
-	}
-	k[0] = digits(digits(digits(0, s[:8]), s[9:13]), s[14:18])
-	k[1] = digits(digits(0, s[19:23]), s[24:])
-	return k, all != notHex
+// seed keeps those who choose identifiers from choosing where they go.
+var seed = struct{ a, b, c, d, e uint64 }{rand.Uint64(), rand.Uint64(), rand.Uint64(), rand.Uint64(), rand.Uint64()}
+
+// mix is what the runtime hashes with where there are no instructions for it (wyhash). Other
+// than the runtime's, it is inlined.
+func mix(a, b uint64) uint64 {
+	hi, lo := bits.Mul64(a, b)
+	return hi ^ lo
 }
 
-// seed keeps those who choose identifiers from choosing where they go.
-var seed = maphash.MakeSeed()
+func (k key) hash() uint64 { return mix(mix(k[0]^seed.a, k[1]^seed.b), seed.e) }
 
-func (k key) hash() uint64 {
-	var b [16]byte
-	binary.LittleEndian.PutUint64(b[:], k[0])
-	binary.LittleEndian.PutUint64(b[8:], k[1])
-	return maphash.Bytes(seed, b[:])
+// hash is of the digits rather than of the key that they are: of most tokens Check needs no
+// key then.
+func (d digits) hash() uint64 {
+	return mix(mix(d.a^seed.a, d.b^seed.b)^mix(d.c^seed.c, d.d^seed.d), seed.e)
 }
 
 // marks are all entries. Check reads them while the one writer changes them.
 type marks struct {
-	issuers atomic.Pointer[map[string]*issuer] // the map is replaced, never changed
+	issuers atomic.Pointer[issuerList]
 	tenants set
 
 	// The writer's own.
@@ -134,13 +191,50 @@ type marks struct {
 	sets   []*set
 }
 
+// issuerList finds issuers by name. It is replaced, never changed.
+type issuerList struct {
+	few    []namedIssuer // all of them, if there are so few that to compare is faster than to hash
+	byName map[string]*issuer
+}
+
+// fewIssuers is how many.
+const fewIssuers = 8
+
+type namedIssuer struct {
+	name string
+	*issuer
+}
+
 type issuer struct {
 	sets [ofIssuers]set
 }
 
+// find returns nil if there is none.
+func (is *issuerList) find(name string) *issuer {
+	for i := range is.few {
+		if is.few[i].name == name {
+			return is.few[i].issuer
+		}
+	}
+	if len(is.byName) <= fewIssuers {
+		return nil
+	}
+	return is.byName[name]
+}
+
+// with is a copy that has one more.
+func (is *issuerList) with(name string, one *issuer) *issuerList {
+	next := &issuerList{byName: maps.Clone(is.byName)}
+	next.byName[name] = one
+	if len(next.byName) <= fewIssuers {
+		next.few = append(is.few[:len(is.few):len(is.few)], namedIssuer{name, one})
+	}
+	return next
+}
+
 func newMarks(listed bool) *marks {
 	m := &marks{listed: listed}
-	m.issuers.Store(&map[string]*issuer{})
+	m.issuers.Store(&issuerList{byName: make(map[string]*issuer)})
 	m.init(&m.tenants, tenants)
 	return m
 }
@@ -162,42 +256,44 @@ func (m *marks) set(c class, iss string) *set {
 	if c == tenants {
 		return &m.tenants
 	}
-	old := *m.issuers.Load()
-	if is := old[iss]; is != nil {
-		return &is.sets[c]
+	all := m.issuers.Load()
+	is := all.find(iss)
+	if is == nil {
+		is = new(issuer)
+		for c := range ofIssuers {
+			m.init(&is.sets[c], c)
+		}
+		m.issuers.Store(all.with(iss, is))
 	}
-	is := new(issuer)
-	for c := range ofIssuers {
-		m.init(&is.sets[c], c)
-	}
-	all := maps.Clone(old)
-	all[iss] = is
-	m.issuers.Store(&all)
 	return &is.sets[c]
 }
 
 func (m *marks) each(f func(iss string, s *set)) {
 	f("", &m.tenants)
-	for iss, is := range *m.issuers.Load() {
+	for iss, is := range m.issuers.Load().byName {
 		for c := range is.sets {
 			f(iss, &is.sets[c])
 		}
 	}
 }
 
-// sweepSteps is in how many calls sweep comes around, hence in seconds.
-const sweepSteps = 60
+// sweepSets is how many sets without entries a step of sweep passes at most.
+const sweepSets = 100
 
-// sweep forgets what ended before cutoff in some of the tables, in turn.
-func (m *marks) sweep(cutoff int64, drop func(record uint32)) {
-	total := 0
+// steps is in how many steps sweep comes around, at most.
+func (m *marks) steps() int {
+	n := len(m.sets)/sweepSets + 1
 	for _, s := range m.sets {
-		total++
 		if dir := s.dir.Load(); dir != nil {
-			total += len(dir.tables)
+			n += len(dir.tables)
 		}
 	}
-	for range total/sweepSteps + 1 {
+	return n
+}
+
+// sweep forgets what ended before cutoff in the next table, in turn.
+func (m *marks) sweep(cutoff int64, drop func(record uint32)) {
+	for range sweepSets {
 		m.turn.set %= len(m.sets)
 		s := m.sets[m.turn.set]
 		dir := s.dir.Load()
@@ -206,10 +302,11 @@ func (m *marks) sweep(cutoff int64, drop func(record uint32)) {
 			continue
 		}
 		t := dir.tables[m.turn.table]
-		if t.hasBefore(cutoff, s.stride) {
-			s.rebuild(m.turn.table, cutoff, drop)
-		}
 		m.turn.table += dir.span(t)
+		if t.hasBefore(cutoff, s.stride) || t.sparse() {
+			s.rebuild(m.turn.table-1, cutoff, drop)
+		}
+		return
 	}
 }
 
@@ -227,11 +324,63 @@ type set struct {
 // replaced, never changed.
 type directory struct {
 	depth  uint8
-	tables []*table // 1<<depth of them; one whose depth is less is there several times
+	tables []*table   // 1<<depth of them; one whose depth is less is there several times
+	tags   [][]uint64 // of tables, to wait for memory once less
 }
+
+func newDirectory(depth uint8) *directory {
+	return &directory{depth: depth, tables: make([]*table, 1<<depth), tags: make([][]uint64, 1<<depth)}
+}
+
+func (d *directory) put(i int, t *table) { d.tables[i], d.tags[i] = t, t.tags }
 
 func (d *directory) index(hash uint64) int { return int(hash >> (64 - d.depth)) }
 func (d *directory) span(t *table) int     { return 1 << (d.depth - t.depth) }
+
+// mayHave reports whether there may be an entry of this hash. To most hashes that no entry has
+// it says no.
+func (d *directory) mayHave(hash uint64) bool {
+	tags, tag := d.tags[d.index(hash)], tagOf(hash)*everyByte
+	for g := groupOf(hash, tags); ; g++ {
+		if g == len(tags) {
+			g = 0
+		}
+		group := atomic.LoadUint64(&tags[g])
+		if equalBytes(group, tag) != 0 {
+			return true
+		}
+		if ^group&topBits != 0 {
+			return false
+		}
+	}
+}
+
+// find returns the entry of k, none if there is none.
+func (d *directory) find(hash uint64, k key, stride int) entry {
+	n := d.index(hash)
+	tags, tag := d.tags[n], tagOf(hash)*everyByte
+	for g := groupOf(hash, tags); ; g++ {
+		if g == len(tags) {
+			g = 0
+		}
+		group := atomic.LoadUint64(&tags[g])
+		for found := equalBytes(group, tag); found != 0; found &= found - 1 {
+			if e := d.tables[n].slot(g, bits.TrailingZeros64(found)/8, stride); e.key() == k {
+				return e
+			}
+		}
+		if ^group&topBits != 0 {
+			return nil
+		}
+	}
+}
+
+// equalBytes has the top bits of the bytes that are the tag, and maybe of the one above such a
+// byte, but never of an empty slot's.
+func equalBytes(group, tag uint64) uint64 {
+	x := group ^ tag // those that are the tag become 0; an empty one has its top bit set
+	return (x - everyByte) &^ x & topBits
+}
 
 // table has slots in groups of eight, with open addressing by group. A slot is written
 // before its tag: a reader that sees the tag sees the key. After that only its end and
@@ -261,7 +410,7 @@ const (
 
 // The words of an entry. The number of its record comes last, if it has one.
 const (
-	wordEnd      = iota // exp
+	wordEnd      = iota // exp; 0 in an empty slot
 	wordKey             // and the next one
 	_                   //
 	wordNotAfter        // if the set is timed
@@ -285,72 +434,83 @@ func (e entry) notAfter(s *set) int64 {
 // record is the writer's own.
 func (e entry) record(s *set) uint32 { return uint32(e[s.stride-1]) }
 
-// newTable has room for half as many entries more.
-func newTable(entries int, depth uint8, stride int) *table {
-	groups := (entries+entries/2)/groupSize + 1
+// newTable has room for so many entries.
+func newTable(room int, depth uint8, stride int) *table {
+	groups := room/groupMax + 1
 	return &table{tags: make([]uint64, groups), words: make([]uint64, groups*groupSize*stride), depth: depth}
 }
 
-func (t *table) full() bool { return t.n >= groupMax*len(t.tags) }
+// withRoom is how much room a table gets that has so many entries: a quarter more. The
+// room that is empty is what an entry takes beyond its own words, and copying is cheap.
+func withRoom(entries int) int { return entries + entries/4 }
+
+func (t *table) room() int  { return groupMax * len(t.tags) }
+func (t *table) full() bool { return t.n >= t.room() }
+
+// sparse reports whether most of t is empty. One that became so as entries ended is not: it
+// was rebuilt.
+func (t *table) sparse() bool { return t.room() > 4*(t.n+groupMax) }
 
 // The directory goes by the upper bits of a hash, the group by the lower half, the tag
 // by what is in between.
 
-func (t *table) group(hash uint64) int { return int(uint64(uint32(hash)) * uint64(len(t.tags)) >> 32) }
-func tagOf(hash uint64) uint64         { return hash>>32&0x7f | 0x80 }
+func groupOf(hash uint64, tags []uint64) int {
+	return int(uint64(uint32(hash)) * uint64(len(tags)) >> 32)
+}
+func tagOf(hash uint64) uint64 { return hash>>32&0x7f | 0x80 }
 
 func (t *table) slot(group, i, stride int) entry {
 	from := (group*groupSize + i) * stride
 	return entry(t.words[from : from+stride : from+stride])
 }
 
-// find returns the entry of k, none if there is none.
-func (t *table) find(hash uint64, k key, stride int) entry {
-	for g := t.group(hash); ; g++ {
-		if g == len(t.tags) {
-			g = 0
-		}
-		tags := atomic.LoadUint64(&t.tags[g])
-		// The bytes that are the tag become 0, and those get their top bit; so may the one
-		// above such a byte, but never an empty slot's, whose top bit is set before.
-		x := tags ^ tagOf(hash)*everyByte
-		for found := (x - everyByte) &^ x & topBits; found != 0; found &= found - 1 {
-			if e := t.slot(g, bits.TrailingZeros64(found)/8, stride); e.key() == k {
-				return e
-			}
-		}
-		if ^tags&topBits != 0 {
-			return nil
-		}
-	}
-}
-
-// add calls write with the slot for a new entry, then shows it to readers.
-func (t *table) add(hash uint64, stride int, write func(e entry)) {
-	g := t.group(hash)
+// vacant is the group and the slot for a new entry.
+func (t *table) vacant(hash uint64) (g, i int) {
+	g = groupOf(hash, t.tags)
 	for t.tags[g]&topBits == topBits {
 		if g++; g == len(t.tags) {
 			g = 0
 		}
 	}
-	i := bits.TrailingZeros64(^t.tags[g]&topBits) / 8
-	write(t.slot(g, i, stride))
+	return g, bits.TrailingZeros64(^t.tags[g]&topBits) / 8
+}
+
+// hide and show have readers see the entry that was written to a vacant slot. Hide is for
+// tables that have no readers yet: there the processor need not wait.
+func (t *table) show(hash uint64, g, i int) {
 	atomic.StoreUint64(&t.tags[g], t.tags[g]|tagOf(hash)<<(8*i))
 	t.n++
 }
 
-// each is for the writer.
+func (t *table) hide(hash uint64, g, i int) {
+	t.tags[g] |= tagOf(hash) << (8 * i)
+	t.n++
+}
+
+// each may miss what is added meanwhile, and nothing else.
 func (t *table) each(stride int, f func(e entry)) {
-	for g, tags := range t.tags {
-		for used := tags & topBits; used != 0; used &= used - 1 {
+	for g := range t.tags {
+		for used := atomic.LoadUint64(&t.tags[g]) & topBits; used != 0; used &= used - 1 {
 			f(t.slot(g, bits.TrailingZeros64(used)/8, stride))
 		}
 	}
 }
 
-func (t *table) hasBefore(cutoff int64, stride int) (has bool) {
-	t.each(stride, func(e entry) { has = has || e.exp() < cutoff })
-	return has
+func (t *table) hasBefore(cutoff int64, stride int) bool {
+	for i := wordEnd; i < len(t.words); i += stride {
+		if end := int64(t.words[i]); end < cutoff && end != 0 {
+			return true
+		}
+	}
+	return false
+}
+
+// hash is that of the entry of k.
+func (s *set) hash(k key) uint64 {
+	if s.class == uuids {
+		return k.digits().hash()
+	}
+	return k.hash()
 }
 
 // find returns the entry of k, none if there is none.
@@ -359,8 +519,7 @@ func (s *set) find(k key) entry {
 	if dir == nil {
 		return nil
 	}
-	hash := k.hash()
-	return dir.tables[dir.index(hash)].find(hash, k, s.stride)
+	return dir.find(s.hash(k), k, s.stride)
 }
 
 // has reports whether an entry of k matches a token of iat at now.
@@ -370,22 +529,27 @@ func (s *set) has(k key, iat, now int64) bool {
 	return e.ok() && e.exp() >= now-leeway && (!s.timed || iat <= e.notAfter(s))
 }
 
-// matches reports whether an entry of value matches a token of iat at now.
+// matches reports whether an entry of value matches a token of iat at now. Most sets are
+// empty, which takes no call.
 func (s *set) matches(value string, iat, now int64) bool {
-	if s.dir.Load() == nil || value == "" || len(value) > maxID {
-		return false // without the cost of a hash
-	}
-	return s.has(hashedKey(s.class, value), iat, now)
+	return s.dir.Load() != nil && s.hasValue(value, iat, now)
+}
+
+func (s *set) hasValue(value string, iat, now int64) bool {
+	return value != "" && len(value) <= maxID && s.has(hashedKey(s.class, value), iat, now)
 }
 
 func (is *issuer) matchesJTI(jti string, now int64) bool {
-	if k, ok := uuidKey(jti); ok {
-		return is.sets[uuids].has(k, 0, now)
+	text, form := uuidText(jti)
+	if dir := is.sets[uuids].dir.Load(); form && dir != nil && dir.mayHave(text.hash()) {
+		if k, ok := uuidKey(jti); ok {
+			return is.sets[uuids].has(k, 0, now)
+		}
 	}
-	return is.sets[jtis].matches(jti, 0, now)
+	return is.sets[jtis].matches(jti, 0, now) // in which no UUID is
 }
 
-// each is for the writer.
+// each may miss what is added meanwhile, and nothing else.
 func (s *set) each(f func(e entry)) {
 	dir := s.dir.Load()
 	if dir == nil {
@@ -406,6 +570,15 @@ func (s *set) extend(e entry, exp, notAfter int64, record uint32) {
 	atomic.StoreUint64(&e[wordEnd], uint64(exp))
 }
 
+// write is extend for a slot that no reader sees.
+func (s *set) write(e entry, k key, exp, notAfter int64, record uint32) {
+	e[wordEnd], e[wordKey], e[wordKey+1] = uint64(exp), k[0], k[1]
+	if s.timed {
+		e[wordNotAfter] = uint64(notAfter)
+	}
+	s.move(e, record)
+}
+
 // move changes the number of an entry's record, if it has one.
 func (s *set) move(e entry, record uint32) {
 	last := wordNotAfter
@@ -420,24 +593,93 @@ func (s *set) move(e entry, record uint32) {
 // insert adds an entry for k, which must have none. To make room it forgets what ended
 // before cutoff.
 func (s *set) insert(k key, exp, notAfter int64, record uint32, cutoff int64, drop func(record uint32)) {
-	hash := k.hash()
+	hash := s.hash(k)
+	t := s.roomFor(hash, cutoff, drop)
+	g, i := t.vacant(hash)
+	s.write(t.slot(g, i, s.stride), k, exp, notAfter, record)
+	t.show(hash, g, i)
+	s.n++
+}
+
+// roomFor returns the table of a hash, with room for one more entry.
+func (s *set) roomFor(hash uint64, cutoff int64, drop func(record uint32)) *table {
 	for {
 		dir := s.dir.Load()
 		if dir == nil {
-			dir = &directory{tables: []*table{newTable(0, 0, s.stride)}}
+			dir = newDirectory(0)
+			dir.put(0, newTable(0, 0, s.stride))
 			s.dir.Store(dir)
 		}
 		i := dir.index(hash)
 		if t := dir.tables[i]; !t.full() {
-			t.add(hash, s.stride, func(e entry) {
-				e[wordKey], e[wordKey+1] = k[0], k[1]
-				s.extend(e, exp, notAfter, record)
-			})
-			s.n++
-			return
+			return t
 		}
 		s.rebuild(i, cutoff, drop)
 	}
+}
+
+// fillAtOnce is how many entries fill looks up side by side, so that memory is waited for
+// once.
+const fillAtOnce = 64
+
+// fill adds entries, without records, to a set that has no readers. Of two with one key the
+// later end counts.
+func (s *set) fill(list []loaded) {
+	var hashes [fillAtOnce]uint64
+	for len(list) > 0 {
+		some := list[:min(len(list), fillAtOnce)]
+		list = list[len(some):]
+		dir := s.dir.Load()
+		for i := range some {
+			hashes[i] = s.hash(some[i].key)
+			if dir != nil {
+				tags := dir.tags[dir.index(hashes[i])]
+				atomic.LoadUint64(&tags[groupOf(hashes[i], tags)]) // fetches it
+			}
+		}
+		for i := range some {
+			s.fillOne(&some[i], hashes[i])
+		}
+	}
+}
+
+func (s *set) fillOne(from *loaded, hash uint64) {
+	if from.exp <= 0 {
+		return
+	}
+	t := s.roomFor(hash, dropNothing, nil)
+	if e := s.dir.Load().find(hash, from.key, s.stride); e.ok() {
+		e[wordEnd] = max(e[wordEnd], uint64(from.exp))
+		if s.timed {
+			e[wordNotAfter] = uint64(max(int64(e[wordNotAfter]), from.notAfter))
+		}
+		return
+	}
+	g, i := t.vacant(hash)
+	s.write(t.slot(g, i, s.stride), from.key, from.exp, from.notAfter, 0)
+	t.hide(hash, g, i)
+	s.n++
+}
+
+// maxReserve is for how many entries room is made before they come: who says how many there
+// will be may be wrong.
+const maxReserve = 1 << 20
+
+// reserve makes room in an empty set.
+func (s *set) reserve(entries int) {
+	entries = min(entries, maxReserve)
+	depth := uint8(bits.Len(uint(entries / tableMax)))
+	dir := newDirectory(depth)
+	each := entries >> depth
+	for i := range dir.tables {
+		dir.put(i, newTable(each+each/10, depth, s.stride)) // they are not equally full
+	}
+	s.dir.Store(dir)
+}
+
+type staying struct {
+	entry
+	hash uint64
 }
 
 // rebuild replaces table i by one, or two, with room for more and without what ended
@@ -447,46 +689,49 @@ func (s *set) rebuild(i int, cutoff int64, drop func(record uint32)) {
 	old := dir.tables[i]
 	var left [2]int // for each half, by the next bit of the hash
 	half := func(hash uint64) uint64 { return hash >> (63 - old.depth) & 1 }
+	stay := make([]staying, 0, old.n)
 	old.each(s.stride, func(e entry) {
 		if e.exp() < cutoff {
 			drop(e.record(s))
 			s.n--
 			return
 		}
-		left[half(e.key().hash())]++
+		hash := s.hash(e.key())
+		stay = append(stay, staying{e, hash})
+		left[half(hash)]++
 	})
 	if s.n == 0 {
 		s.dir.Store(nil)
 		return
 	}
 	split := left[0]+left[1] >= tableMax
-	next := &directory{depth: dir.depth}
+	depth := dir.depth
 	var halves [2]*table
 	if split {
-		next.depth = max(dir.depth, old.depth+1)
-		halves[0] = newTable(left[0], old.depth+1, s.stride)
-		halves[1] = newTable(left[1], old.depth+1, s.stride)
+		depth = max(depth, old.depth+1)
+		halves[0] = newTable(withRoom(left[0]), old.depth+1, s.stride)
+		halves[1] = newTable(withRoom(left[1]), old.depth+1, s.stride)
 	} else {
-		halves[0] = newTable(left[0]+left[1], old.depth, s.stride)
+		halves[0] = newTable(withRoom(left[0]+left[1]), old.depth, s.stride)
 		halves[1] = halves[0]
 	}
-	old.each(s.stride, func(e entry) {
-		if e.exp() >= cutoff {
-			hash := e.key().hash()
-			halves[half(hash)].add(hash, s.stride, func(to entry) { copy(to, e) })
-		}
-	})
-	next.tables = make([]*table, 1<<next.depth)
+	for _, from := range stay {
+		to := halves[half(from.hash)]
+		g, i := to.vacant(from.hash)
+		copy(to.slot(g, i, s.stride), from.entry)
+		to.hide(from.hash, g, i)
+	}
+	next := newDirectory(depth)
 	for j := range next.tables {
-		t := dir.tables[j>>(next.depth-dir.depth)]
+		t := dir.tables[j>>(depth-dir.depth)]
 		switch {
 		case t != old:
 		case split:
-			t = halves[j>>(next.depth-old.depth-1)&1]
+			t = halves[j>>(depth-old.depth-1)&1]
 		default:
 			t = halves[0]
 		}
-		next.tables[j] = t
+		next.put(j, t)
 	}
 	s.dir.Store(next)
 }

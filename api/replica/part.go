@@ -1,34 +1,108 @@
 package replica
 
-import "github.com/rescindhq/rescind/api/revocation"
+import (
+	"maps"
+	"slices"
 
-// Tenants says that what is loaded is about these tenants only, by their domains: then events
-// of others are passed over, and gaps are noticed by an event's Previous.
-func (l *Loader) Tenants(domains []string) { panic("skeleton") }
+	"github.com/rescindhq/rescind/api/catalog"
+	"github.com/rescindhq/rescind/api/revocation"
+)
 
-// RevocationsOnly says that the catalog is not loaded, and none of its events applies. The
-// state's position is moved by Through alone.
-func (l *Loader) RevocationsOnly() { panic("skeleton") }
+// part is what a state of some tenants, or of revocations only, goes by: it does not get every
+// event of the log, so an event does not tell that those before it were there. Its position
+// moves when it is told so, see [State.Through]; events after the position are applied all
+// the same, and are in order within their tenant.
+type part struct {
+	tenants         map[string]bool // by domain; nil: all
+	revocationsOnly bool
 
-// Revoke makes rec hold at once, ahead of the log's events: at is of its event, or of a later
-// one of the same epoch. No snapshot from before takes it back.
-func (r *State) Revoke(rec Record, at revocation.Position) { panic("skeleton") }
-
-// Through says that everything up to p is part of the state, or does not concern it. Of a state
-// that is about everything it is an assertion: [ErrGap] if events up to p are missing, [ErrEpoch]
-// if p is of another epoch. Other states move to p.
-func (r *State) Through(p revocation.Position) error { panic("skeleton") }
-
-// Scope is what the state is about: tenants by their domains, nil for all of them; and whether
-// it has revocations only.
-func (r *State) Scope() (tenants []string, revocationsOnly bool) { panic("skeleton") }
-
-// loaded is a revocation as a binary snapshot has it.
-type loaded struct {
-	key           key
-	exp, notAfter int64
+	last    map[string]revocation.Seq // of each tenant's events after the position, the last one
+	changes []lateChange              // of the catalog, after the position
 }
 
-// entries adds many revocations of a class of an issuer ("" for tenants) at once. About is how many
-// of it are expected in all, 0 if that is not known.
-func (l *Loader) entries(iss string, c class, list []loaded, about int) { panic("skeleton") }
+// lateChange is kept because a snapshot may be older.
+type lateChange struct {
+	seq revocation.Seq
+	catalog.Change
+}
+
+// about reports whether the state is about a tenant.
+func (p *part) about(domain string) bool { return p.tenants == nil || p.tenants[domain] }
+
+// passed forgets what is up to seq: the state's position says that it was there.
+func (p *part) passed(seq revocation.Seq) {
+	maps.DeleteFunc(p.last, func(_ string, last revocation.Seq) bool { return last <= seq })
+	p.changes = slices.DeleteFunc(p.changes, func(c lateChange) bool { return c.seq <= seq })
+}
+
+// sameScope reports whether two states are about the same. Nil is everything.
+func sameScope(a, b *part) bool {
+	if a == nil || b == nil {
+		return a == b
+	}
+	return a.revocationsOnly == b.revocationsOnly && (a.tenants == nil) == (b.tenants == nil) && maps.Equal(a.tenants, b.tenants)
+}
+
+// reach is the last seq of which anything is in c, which is at seq.
+func (c *content) reach(seq revocation.Seq) revocation.Seq {
+	if c.part != nil {
+		for _, last := range c.part.last {
+			seq = max(seq, last)
+		}
+	}
+	return seq
+}
+
+// redo does to c, a snapshot at seq, what came to o from after it, in the same scope.
+func (c *content) redo(o *content, seq revocation.Seq) {
+	if o.part == nil {
+		return
+	}
+	c.part.last, c.part.changes = o.part.last, o.part.changes
+	c.part.passed(seq)
+	for _, change := range c.part.changes {
+		c.shelves.change(change.Entity, change.Verb == catalog.Deleted)
+	}
+}
+
+// partly makes c a part.
+func (c *content) partly() *part {
+	if c.part == nil {
+		c.part = &part{last: make(map[string]revocation.Seq)}
+	}
+	return c.part
+}
+
+// Tenants says that what is loaded is about these tenants only, by their domains: then events
+// of others are passed over, gaps are noticed by an event's Previous, and the state's position
+// is moved by [State.Through] alone. Nil are all tenants.
+func (l *Loader) Tenants(domains []string) {
+	if domains == nil {
+		return
+	}
+	p := l.content.partly()
+	p.tenants = make(map[string]bool, len(domains))
+	for _, domain := range domains {
+		p.tenants[domain] = true
+	}
+}
+
+// RevocationsOnly says that the catalog is not loaded, and events about it are passed over. The
+// state's position is moved by [State.Through] alone.
+func (l *Loader) RevocationsOnly() { l.content.partly().revocationsOnly = true }
+
+// Scope is what the state is about: tenants by their domains, sorted, nil for all of them; and
+// whether it has revocations only.
+func (s *State) Scope() (tenants []string, revocationsOnly bool) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	p := s.content.part
+	if p == nil {
+		return nil, false
+	}
+	if p.tenants != nil {
+		tenants = slices.AppendSeq([]string{}, maps.Keys(p.tenants)) // not nil, though there be none
+		slices.Sort(tenants)
+	}
+	return tenants, p.revocationsOnly
+}

@@ -1,8 +1,14 @@
 package replica
 
 import (
-	"context"
+	"errors"
+	"fmt"
 	"log/slog"
+	"reflect"
+	"slices"
+	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/rescindhq/rescind/api/revocation"
@@ -41,16 +47,32 @@ type Config struct {
 
 // Staleness says what is done past an age.
 type Staleness struct {
-	// Max is the age of what is known past which Then is done. 1 s to 24 h. Default 300 s.
+	// Max is the age of what is known past which Then is done. 1 s to 24 h. Default 300 s. Less than
+	// 10 s is passed now and then while all is well: heartbeats are seconds apart.
 	Max time.Duration
 	// Then is done with what is not revoked as far as is known. What is revoked is
 	// refused at any age.
 	Then OnStale
 }
 
+// The bounds of Staleness.Max.
+const (
+	minStaleness     = time.Second
+	maxStaleness     = 24 * time.Hour
+	defaultStaleness = 300 * time.Second
+)
+
+func (s Staleness) withDefault() Staleness {
+	if s.Max == 0 {
+		s.Max = defaultStaleness
+	}
+	return s
+}
+
 // Route is a part of the paths that has a staleness of its own.
 type Route struct {
-	// Path is what paths begin with, for example "/payments".
+	// Path is what paths begin with, for example "/payments", which is no part of "/payments-old". It
+	// is in the form of [CleanPath].
 	Path string
 	Staleness
 }
@@ -65,20 +87,175 @@ const (
 	Introspect                // ask the issuer (RFC 7662)
 )
 
+var onStale = [...]string{Deny: "deny", Serve: "serve", Introspect: "introspect"}
+
+// String is the text, or OnStale(n) of what is none of the constants.
+func (o OnStale) String() string {
+	if int(o) < len(onStale) {
+		return onStale[o]
+	}
+	return fmt.Sprintf("OnStale(%d)", uint8(o))
+}
+
+// MarshalText implements [encoding.TextMarshaler].
+func (o OnStale) MarshalText() ([]byte, error) {
+	if int(o) >= len(onStale) {
+		return nil, fmt.Errorf("encode %s: must be one of %s", o, strings.Join(onStale[:], ", "))
+	}
+	return []byte(onStale[o]), nil
+}
+
+// UnmarshalText implements [encoding.TextUnmarshaler].
+func (o *OnStale) UnmarshalText(text []byte) error {
+	i := slices.Index(onStale[:], string(text))
+	if i < 0 {
+		return fmt.Errorf("%q must be one of %s", text, strings.Join(onStale[:], ", "))
+	}
+	*o = OnStale(i)
+	return nil
+}
+
+// check returns a copy of cfg with its defaults, or everything that is wrong with it.
+func (cfg Config) check() (Config, error) {
+	var errs []error
+	wrong := func(format string, args ...any) { errs = append(errs, fmt.Errorf(format, args...)) }
+	staleness := func(name string, s *Staleness) {
+		*s = s.withDefault()
+		if s.Max < minStaleness || s.Max > maxStaleness {
+			wrong("%s.Max is %s, must be %s to %s, or 0 for %s", name, s.Max, minStaleness, maxStaleness, defaultStaleness)
+		}
+		if s.Then > Introspect {
+			wrong("%s.Then is %s, must be Deny, Serve or Introspect", name, s.Then)
+		}
+	}
+	if cfg.Source == nil {
+		wrong("Source is nil, must be where the state comes from, such as NewHTTP")
+	}
+	cfg.Feeds = slices.Clone(cfg.Feeds)
+	if f, ok := cfg.Source.(Feed); ok && len(cfg.Feeds) == 0 {
+		cfg.Feeds = []Feed{f}
+	}
+	for i, f := range cfg.Feeds {
+		if f == nil {
+			wrong("Feeds[%d] is nil: leave it out", i)
+		}
+	}
+	staleness("Staleness", &cfg.Staleness)
+	cfg.Routes = slices.Clone(cfg.Routes)
+	for i := range cfg.Routes {
+		route, name := &cfg.Routes[i], fmt.Sprintf("Routes[%d]", i)
+		staleness(name, &route.Staleness)
+		if clean, ok := CleanPath(route.Path); !ok || clean != route.Path {
+			wrong("%s.Path is %q, must be the beginning of a path as CleanPath returns it, such as /payments", name, route.Path)
+		} else if len(route.Path) > 1 {
+			route.Path = strings.TrimSuffix(route.Path, "/")
+		}
+		if slices.ContainsFunc(cfg.Routes[:i], func(other Route) bool { return other.Path == route.Path }) {
+			wrong("%s.Path is %q, which another route has: leave one of them out", name, route.Path)
+		}
+	}
+	slices.SortStableFunc(cfg.Routes, func(a, b Route) int { return len(b.Path) - len(a.Path) }) // the longest first
+	if cfg.Empty != Deny && cfg.Empty != Serve {
+		wrong("Empty is %s, must be Deny or Serve: while nothing is known, nor is whom to ask", cfg.Empty)
+	}
+	if cfg.Claims > ClaimsOnly {
+		wrong("Claims is %d, must be ClaimsFirst, CatalogFirst or ClaimsOnly", cfg.Claims)
+	}
+	cfg.Environments = slices.Clone(cfg.Environments)
+	for i, name := range cfg.Environments {
+		if name == "" {
+			wrong("Environments[%d] is empty, must be the name of one: leave it out", i)
+		}
+	}
+	if cfg.Logger == nil {
+		cfg.Logger = slog.New(slog.DiscardHandler)
+	}
+	return cfg, errors.Join(errs...)
+}
+
 // Replica is a [State] that is kept up to date. Make one with [New]. Its methods may be
 // called from any goroutine.
-type Replica struct{ state *State }
+//
+// Whatever any feed tells of what is revoked holds at once, also if events are missing before it and
+// the source cannot be asked for them. How old the rest is, [Replica.Age] knows.
+type Replica struct {
+	cfg   Config
+	log   *slog.Logger
+	state *State
+	start time.Time // what the clock that only runs counts from
+	age   age
+	feeds []*feed
+	mender
+
+	scope atomic.Pointer[scope] // of the state. It lags behind a Load
+	loads []instant             // the last snapshots. Of serve's goroutine
+
+	// keeping is held while what changes the state is kept and applied, one after the other.
+	keeping sync.Mutex
+	folder  *folder       // nil: there is none
+	unsaved uint64        // how often the folder's files became less than the state
+	saved   uint64        // up to which of them that was made good
+	save    chan struct{} // the folder's snapshot is to be made anew
+
+	mu        sync.Mutex
+	from      string
+	snapshots uint64
+	deltas    uint64
+	sourceErr string
+	folderErr string
+	foreign   map[revocation.Epoch]instant // when the source knew nothing of them
+	expected  [expectations]expectation
+}
 
 // New checks cfg and reads what cfg.Folder has, so that the replica that it returns can be
-// asked at once if there is something. It connects to nothing.
-func New(cfg Config) (*Replica, error) { panic("skeleton") }
+// asked at once if there is something. It connects to nothing. Its error names all that is wrong with
+// cfg; a folder that cannot be used at all is an error too, for else nobody would notice before
+// the day when it is needed.
+func New(cfg Config) (*Replica, error) {
+	cfg, err := cfg.check()
+	if err != nil {
+		return nil, fmt.Errorf("configure replica: %w", err)
+	}
+	r := &Replica{
+		cfg: cfg, log: cfg.Logger.With("component", "replica"), state: NewState(StateConfig{}), start: time.Now(),
+		mender: newMender(), save: make(chan struct{}, 1), foreign: make(map[revocation.Epoch]instant),
+	}
+	for _, f := range cfg.Feeds {
+		r.feeds = append(r.feeds, &feed{Feed: f, isSource: same(f, cfg.Source)})
+	}
+	if cfg.Folder != "" {
+		if r.folder, err = openFolder(cfg.Folder, r.log); err != nil {
+			return nil, fmt.Errorf("configure replica: %w", err)
+		}
+		fresh, err := r.folder.load(r.state)
+		if err != nil {
+			r.folderFails(err)
+		}
+		if r.state.At().Epoch != "" {
+			r.from = "folder"
+			r.age.restored(fresh, r.now())
+			r.log.Info("the state was loaded from the folder", "position", r.state.At(), "age", r.Age())
+		}
+	}
+	r.rescope()
+	return r, nil
+}
 
-// Run keeps the replica up to date until ctx ends, then returns nil. It is called once. What
-// fails is tried again, with growing waits of 5 s at most; it is logged and told by Status.
-func (r *Replica) Run(ctx context.Context) error { panic("skeleton") }
+// same reports whether a feed is the source.
+func same(f Feed, s Source) bool {
+	return reflect.ValueOf(f).Comparable() && reflect.ValueOf(s).Comparable() && any(f) == any(s)
+}
 
 // State is what is known. Only Run changes it.
 func (r *Replica) State() *State { return r.state }
+
+// now is the present by both clocks.
+func (r *Replica) now() instant { return r.instant(time.Now()) }
+
+// instant needs a time that [time.Now] returned.
+func (r *Replica) instant(now time.Time) instant {
+	return instant{mono: int64(now.Sub(r.start)), wall: now.UnixNano()}
+}
 
 // Outcome is what [Replica.Check] says.
 type Outcome uint8
@@ -94,13 +271,22 @@ const (
 	Ask
 )
 
+// String is the constant's name in lower case.
+func (o Outcome) String() string {
+	names := [...]string{Refused: "refused", Revoked: "revoked", Valid: "valid", Ask: "ask"}
+	if int(o) < len(names) {
+		return names[o]
+	}
+	return fmt.Sprintf("Outcome(%d)", uint8(o))
+}
+
 // Decision is what is known of a token.
 type Decision struct {
 	Outcome Outcome
 	// Kind is of the revocation, if Outcome is Revoked.
 	Kind revocation.Kind
 	// Age is how old what is known is: everything that was committed longer ago is in it.
-	// [Never] while nothing is known.
+	// [Never] while nothing is known, or nobody knows since when it is.
 	Age time.Duration
 }
 
@@ -110,24 +296,86 @@ const Never = time.Duration(1<<63 - 1)
 // Check says whether t is revoked now, and past Config.Staleness what is to be done. It takes no
 // lock, allocates nothing and asks nobody. That t is genuine and has not expired is for the
 // caller to make sure of, see package token.
-func (r *Replica) Check(t Token) Decision { panic("skeleton") }
+func (r *Replica) Check(t Token) Decision { return r.CheckWith(t, r.cfg.Staleness) }
 
 // CheckWith is Check with another staleness, such as [Replica.StalenessOf] a path.
-func (r *Replica) CheckWith(t Token, s Staleness) Decision { panic("skeleton") }
+func (r *Replica) CheckWith(t Token, s Staleness) Decision {
+	now := time.Now()
+	d := Decision{Age: r.age.of(r.instant(now))} // before the state is read, which only gets fresher
+	var revoked bool
+	if d.Kind, revoked = r.state.Check(t, now.Unix()); revoked {
+		d.Outcome = Revoked
+		return d
+	}
+	then := s.Then
+	switch {
+	case d.Age <= s.withDefault().Max:
+		then = Serve
+	case r.state.At().Epoch == "":
+		then = r.cfg.Empty
+	}
+	switch then {
+	case Serve:
+		d.Outcome = Valid
+	case Introspect:
+		d.Outcome = Ask
+	}
+	return d
+}
 
-// StalenessOf is the staleness of requests for a path.
-func (r *Replica) StalenessOf(path string) Staleness { panic("skeleton") }
+// StalenessOf is the staleness of requests for a path, which is as [CleanPath] returns it.
+func (r *Replica) StalenessOf(path string) Staleness {
+	for i := range r.cfg.Routes {
+		route := &r.cfg.Routes[i]
+		rest, ok := strings.CutPrefix(path, route.Path)
+		if ok && (rest == "" || rest[0] == '/' || route.Path == "/") {
+			return route.Staleness
+		}
+	}
+	return r.cfg.Staleness
+}
 
 // Age is that of [Decision].
-func (r *Replica) Age() time.Duration { panic("skeleton") }
+func (r *Replica) Age() time.Duration { return r.age.of(r.now()) }
 
 // Ready reports whether what a gateway needs is known: a state was loaded from the source or
 // from the folder, or Config.Empty is Serve; and what was loaded is not so stale that everything
 // would be refused.
-func (r *Replica) Ready() bool { panic("skeleton") }
+func (r *Replica) Ready() bool {
+	if r.state.At().Epoch == "" {
+		return r.cfg.Empty == Serve
+	}
+	age := r.Age()
+	serves := func(s Staleness) bool { return age <= s.Max || s.Then != Deny }
+	return serves(r.cfg.Staleness) || slices.ContainsFunc(r.cfg.Routes, func(route Route) bool { return serves(route.Staleness) })
+}
 
 // Status is for operators. It has no secret.
-func (r *Replica) Status() Status { panic("skeleton") }
+func (r *Replica) Status() Status {
+	s := Status{Age: r.Age(), Ready: r.Ready(), Feeds: make([]FeedStatus, 0, len(r.feeds))}
+	r.state.View(func(v *View) {
+		s.Position = v.At()
+		s.Revocations, s.Entities = v.count()
+	})
+	s.Tenants, s.RevocationsOnly = r.state.Scope()
+	for _, f := range r.feeds {
+		s.Feeds = append(s.Feeds, f.status())
+	}
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	s.From, s.Snapshots, s.Deltas = r.from, r.snapshots, r.deltas
+	s.Error = strings.Join(slices.DeleteFunc([]string{r.sourceErr, r.folderErr}, func(e string) bool { return e == "" }), "; ")
+	return s
+}
+
+// count is how many revocations and entities there are, ended revocations too until they are
+// forgotten.
+func (v *View) count() (revocations, entities int) {
+	v.content.marks.each(func(_ string, s *set) { revocations += s.n })
+	s := v.content.shelves
+	return revocations, len(s.tenants.sorted) + len(s.keyManagers.sorted) + len(s.policies.sorted) + len(s.scopes.sorted) +
+		len(s.apis.sorted) + len(s.applications.sorted) + len(s.keyMappings.sorted) + len(s.subscriptions.sorted)
+}
 
 // Status is how a replica does.
 type Status struct {
@@ -160,7 +408,8 @@ type FeedStatus struct {
 	Connected bool   `json:"connected"`
 	// Heard is when something last came, in Unix milliseconds. 0: never.
 	Heard int64 `json:"heard"`
-	// Events counts what came since the start.
+	// Events counts what came since the start, heartbeats left out.
 	Events uint64 `json:"events"`
-	Error  string `json:"error,omitempty"`
+	// Error is why it is not connected.
+	Error string `json:"error,omitempty"`
 }

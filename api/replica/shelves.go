@@ -125,6 +125,8 @@ type shelves struct {
 	mappingsByKey   map[string][]*catalog.KeyMapping
 	subscriptionOf  map[pair]*catalog.Subscription
 	subscriptionsOf map[string][]*catalog.Subscription // by the application's UUID
+	places          map[string][]*place                // by the plain context
+	longestContext  int                                // in bytes, of those there were
 }
 
 type (
@@ -163,6 +165,7 @@ func newShelves() *shelves {
 		mappingsByKey:   make(map[string][]*catalog.KeyMapping),
 		subscriptionOf:  make(map[pair]*catalog.Subscription),
 		subscriptionsOf: make(map[string][]*catalog.Subscription),
+		places:          make(map[string][]*place),
 	}
 }
 
@@ -199,6 +202,7 @@ func (s *shelves) change(e catalog.Entity, deleted bool) {
 	case *catalog.API:
 		s.apis.change(e, deleted, s.loading, func(e *catalog.API, add bool) {
 			many(s.apisByContext, apiPath{e.Context, e.Version}, e, add)
+			s.place(e, add)
 		})
 	case *catalog.Application:
 		s.applications.change(e, deleted, s.loading, func(*catalog.Application, bool) {})

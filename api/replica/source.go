@@ -15,7 +15,8 @@ type Source interface {
 	// [State.ReadSnapshot].
 	Load(ctx context.Context, s *State) error
 	// Events returns events that follow a position. Its error is [ErrGone] if they are not to
-	// be had: then a snapshot is loaded.
+	// be had: then a snapshot is loaded. A source that has snapshots only always returns that;
+	// what it loads must be of the moment when it was asked.
 	Events(ctx context.Context, after revocation.Position) (Page, error)
 }
 
@@ -24,7 +25,8 @@ type Page struct {
 	Events []revocation.Event
 	// Through: everything for this reader up to it is in Events, or was before.
 	Through revocation.Seq
-	// Head is how far the log reaches, as was known when the page was made. 0: not known.
+	// Head is how far the log reached less than two seconds before the page was asked for,
+	// or later. Less than Through, such as -1: not known.
 	Head revocation.Seq
 }
 
@@ -46,10 +48,15 @@ type Feed interface {
 	Follow(ctx context.Context, at func() revocation.Position, to Receiver) error
 }
 
-// Receiver is what a [Feed] tells. Whatever it is told twice, or late, changes nothing.
+// Receiver is what a [Feed] tells. Whatever it is told twice, or late, changes nothing. Its
+// methods may take as long as the source does.
 type Receiver interface {
 	// Connected returns when the replica has what was before, which it fetches from its
-	// source. If that fails the error is returned, and Follow must return it.
+	// source. If nothing is known yet and the source cannot be reached either, that is an error,
+	// which Follow must return. If something is known, the feed is of use without the source: what is
+	// revoked holds as soon as it is told, and what is missing is fetched later.
+	//
+	// A feed that finds out that it has missed something, or may have, calls it again.
 	Connected(ctx context.Context) error
 	// Event applies an event of the log. If some are missing before it, they are fetched.
 	// Its error means that the feed must begin anew; Follow must return it.
@@ -57,7 +64,7 @@ type Receiver interface {
 	// Revoked makes rec hold at once; at is of its event, or of a later one. For feeds that
 	// do not have the log's events.
 	Revoked(rec Record, at revocation.Position)
-	// Heartbeat says how far the feed has come.
+	// Heartbeat says how far the feed has come. Follow must return its error.
 	Heartbeat(ctx context.Context, b Beat) error
 }
 
@@ -70,4 +77,7 @@ type Beat struct {
 	// Time is when Head was read, by the service's clock. Zero: not told; then it was less
 	// than two seconds before it came.
 	Time time.Time
+	// RevocationsOnly: the feed has nothing else of the log, see [Receiver.Revoked], so
+	// Position says nothing about the catalog.
+	RevocationsOnly bool
 }

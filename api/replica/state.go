@@ -33,7 +33,6 @@ package replica
 import (
 	"errors"
 	"fmt"
-	"math"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -52,7 +51,7 @@ var ErrGap = errors.New("events are missing before this one")
 // snapshot. Nothing was changed.
 var ErrEpoch = errors.New("the event is of another epoch of the log")
 
-// StateConfig tunes a replica. The zero value is for a gateway.
+// StateConfig tunes a state. The zero value is for a gateway.
 type StateConfig struct {
 	// Records keeps identifiers, so that revocations can be listed, see
 	// [View.Revocations]. Only those who serve snapshots need it.
@@ -106,11 +105,27 @@ type State struct {
 	at    atomic.Pointer[revocation.Position] // written under mu
 	marks atomic.Pointer[marks]               // content.marks, for Check
 
+	loading sync.Mutex // of Load, once it has the snapshot
 	mu      sync.RWMutex
 	content *content
 	loads   uint64 // states that there were
-	latest  int64  // the greatest time of an event, in Unix seconds: the log's clock
-	swept   int64  // the second in which sweep last ran
+
+	// While a snapshot is made ready to replace content, what is revoked meanwhile.
+	joining bool
+	late    []Record
+
+	// The log's clock: what it showed, in Unix seconds, and when that was heard. The zero time:
+	// never.
+	logTime int64
+	heard   time.Time
+
+	swept int64 // the second up to which owed was reckoned
+	owed  int   // steps of sweep that are due
+
+	// Load needs neither: it takes nothing back. They are here for [State.readSnapshot] until it
+	// does without.
+	ahead   revocation.Seq
+	carried int64
 }
 
 // content is what a snapshot replaces. It belongs to whoever holds State.mu, but for
@@ -119,28 +134,30 @@ type content struct {
 	marks   *marks
 	archive *archive // nil without StateConfig.Records
 	shelves *shelves
+	part    *part // nil if it is about everything
 }
 
 func newContent(cfg StateConfig) *content {
-	s := &content{shelves: newShelves()}
+	c := &content{shelves: newShelves()}
 	if cfg.Records {
-		s.archive = newArchive()
+		c.archive = newArchive()
 	}
-	s.marks = newMarks(cfg.Records)
+	c.marks = newMarks(cfg.Records)
+	return c
+}
+
+// NewState returns a state that is at no position yet.
+func NewState(cfg StateConfig) *State {
+	s := &State{cfg: cfg, now: time.Now, content: newContent(cfg)}
+	s.content.shelves.sort()
+	s.marks.Store(s.content.marks)
+	s.at.Store(&revocation.Position{})
 	return s
 }
 
-// NewState returns a replica that is at no position yet.
-func NewState(cfg StateConfig) *State {
-	r := &State{cfg: cfg, now: time.Now, content: newContent(cfg)}
-	r.content.shelves.sort()
-	r.marks.Store(r.content.marks)
-	r.at.Store(&revocation.Position{})
-	return r
-}
-
-// At is the position of the last event in the state. The zero value: nothing was loaded.
-func (r *State) At() revocation.Position { return *r.at.Load() }
+// At is the position of the state: everything up to it is part of it. The zero value: nothing
+// was loaded.
+func (s *State) At() revocation.Position { return *s.at.Load() }
 
 // Kept is how long after its end a revocation is part of the state: the leeway in which
 // it can match, and ten minutes more for clocks that differ.
@@ -152,122 +169,266 @@ const (
 	kept   = int64(Kept / time.Second)
 )
 
-// cutoff is the end, in Unix seconds, before which entries are forgotten. Until there
-// was an event nothing is. It needs r.mu.
-func (r *State) cutoff(now time.Time) int64 { return min(now.Unix(), r.latest) - kept }
+// hear notes that the log's clock showed t, now or before. It needs s.mu.
+func (s *State) hear(t, now time.Time) {
+	if t.IsZero() || !s.heard.IsZero() && t.Unix() <= s.logClock(now) {
+		return
+	}
+	s.logTime, s.heard = t.Unix(), now
+}
 
-// Load replaces the state by what fill adds, as it was at at; fill must not keep the
-// loader. Events can be applied while fill runs: if they have led past at in its epoch
-// by then, the state stays, for it has all of the snapshot. On a new epoch the
-// revocations there were stay until they end (a restored log may lack them). If fill
+// logClock is what the log's clock shows at least, in Unix seconds; it runs on between two
+// events. It needs s.mu.
+func (s *State) logClock(now time.Time) int64 {
+	return s.logTime + max(0, int64(now.Sub(s.heard)/time.Second))
+}
+
+// cutoff is the end, in Unix seconds, before which entries are forgotten. Until the log's
+// time is known nothing is, unless there are no events that could tell it. It needs s.mu.
+func (s *State) cutoff(now time.Time) int64 {
+	clock := now.Unix()
+	if !s.heard.IsZero() {
+		clock = min(clock, s.logClock(now))
+	} else if s.content.part == nil || !s.content.part.revocationsOnly {
+		clock = 0
+	}
+	return clock - kept
+}
+
+// Load replaces the catalog by what fill adds, and adds the revocations that fill adds, as they
+// were at at; fill must not keep the loader. Events can be applied while fill runs: if they have
+// led past at in its epoch by then, the state stays, for it has all of the snapshot. If fill
 // returns an error, or adds what is no revocation, the state stays as it was.
-func (r *State) Load(at revocation.Position, fill func(*Loader) error) error {
-	l := &Loader{content: newContent(r.cfg)}
+//
+// No snapshot takes a revocation back: what is revoked stays until it ends. What was applied from
+// after at, as it can be in a state of some tenants, stays altogether.
+//
+// A snapshot of the same epoch that is about other tenants cannot replace a later state: that is
+// an error.
+func (s *State) Load(at revocation.Position, fill func(*Loader) error) error {
+	l := &Loader{content: newContent(s.cfg)}
 	if err := fill(l); err != nil {
 		return err
 	}
 	if l.err != nil {
 		return l.err
 	}
-	l.content.shelves.sort()
+	next := l.content
+	next.shelves.sort()
 
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	was := r.At()
-	if was.Epoch == at.Epoch && at.Seq < was.Seq {
-		return nil
+	s.loading.Lock() // so that content is replaced by nobody else meanwhile
+	defer s.loading.Unlock()
+	s.mu.Lock()
+	old, cutoff := s.content, s.cutoff(s.now())
+	if stays, err := s.stays(at, next); stays || err != nil {
+		s.mu.Unlock()
+		return err
 	}
-	if was.Epoch != "" && was.Epoch != at.Epoch {
-		l.content.join(r.content, r.cutoff(r.now()))
+	revoked := old.revocations()
+	s.joining = true
+	s.mu.Unlock()
+	next.join(revoked, cutoff) // this takes long
+
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	late := s.late
+	s.joining, s.late = false, nil
+	if stays, err := s.stays(at, next); stays || err != nil {
+		return err
 	}
-	r.content = l.content
-	r.loads++
-	r.marks.Store(l.content.marks)
-	r.at.Store(&at)
+	for _, rec := range late {
+		next.add(rec, cutoff)
+	}
+	if s.At().Epoch == at.Epoch && sameScope(old.part, next.part) {
+		next.redo(old, at.Seq)
+	}
+	s.content = next
+	s.loads++
+	s.marks.Store(next.marks)
+	s.at.Store(&at)
 	return nil
 }
 
-// Loader takes a snapshot's content. It is for one goroutine, and for the length of
-// [State.Load]'s function.
-type Loader struct {
-	content *content
-	err     error
-}
-
-// Revocation adds a revocation. Of two with one target the later end counts.
-func (l *Loader) Revocation(rec Record) {
-	if l.err != nil {
-		return
+// stays reports whether the state has all of next, a snapshot at at. It needs s.mu.
+func (s *State) stays(at revocation.Position, next *content) (bool, error) {
+	was := s.At()
+	switch {
+	case was.Epoch != at.Epoch:
+		return false, nil
+	case sameScope(s.content.part, next.part):
+		return at.Seq < was.Seq, nil
+	case at.Seq < s.content.reach(was.Seq):
+		return false, fmt.Errorf("load snapshot %s over the later state %s, which is about other tenants: a newer one is needed", at, was)
 	}
-	if err := rec.Target.Validate(); err != nil {
-		l.err = fmt.Errorf("load revocation of kind %q: %w", rec.Target.Kind, err)
-		return
-	}
-	l.content.add(rec, dropNothing)
+	return false, nil
 }
-
-// dropNothing is the cutoff of a snapshot: whoever made it knows what is needed.
-const dropNothing = math.MinInt64
-
-// Entity adds an entity of the catalog, which must not be changed afterwards.
-func (l *Loader) Entity(e catalog.Entity) { l.content.shelves.change(e, false) }
 
 // Apply takes the event that follows the last one. One that was applied already
 // changes nothing. Errors: [ErrGap], [ErrEpoch], or one that says that the event
 // cannot be read; then the state stays before it. Events about what this version does
 // not know change the position only, but a revocation of a kind that it does not know
 // cannot be read: it must not be passed over in silence.
-func (r *State) Apply(e revocation.Event) error {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	switch at := r.At(); {
+//
+// A state of some tenants, or of revocations only, gets a part of the log: there an event
+// follows its tenant's last one, events of other tenants change nothing, and no event moves the
+// position, see [State.Through].
+func (s *State) Apply(e revocation.Event) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at, part := s.At(), s.content.part
+	switch {
 	case e.Epoch != at.Epoch:
 		return fmt.Errorf("apply event %s at %s: %w", e.Position, at, ErrEpoch)
 	case e.Seq <= at.Seq:
 		return nil
-	case e.Seq != at.Seq+1:
-		return fmt.Errorf("apply event %s at %s: %w", e.Position, at, ErrGap)
+	case part == nil:
+		if e.Seq != at.Seq+1 {
+			return fmt.Errorf("apply event %s at %s: %w", e.Position, at, ErrGap)
+		}
+	case !part.about(e.Tenant.Domain):
+		return nil
+	default:
+		last := max(at.Seq, part.last[e.Tenant.Domain])
+		if e.Seq <= last {
+			return nil
+		}
+		if e.Previous > last {
+			return fmt.Errorf("apply event %s of tenant %s, which follows %d, at %s after its %d: %w",
+				e.Position, e.Tenant.Domain, e.Previous, at, last, ErrGap)
+		}
 	}
-	now := r.now()
-	r.latest = max(r.latest, e.Time.Unix())
+	now := s.now()
+	s.hear(e.Time, now)
 	switch {
 	case strings.HasPrefix(e.Type, "revocation."):
 		rev, err := e.Revocation()
 		if err != nil {
 			return fmt.Errorf("apply event %s: %w", e.Position, err)
 		}
-		r.content.add(Record{
+		s.hold(Record{
 			Target: rev.Target, Tenant: rev.Tenant, Exp: rev.Exp, NotAfter: rev.NotAfter, Signature: rev.Signature,
-		}, r.cutoff(now))
-	case catalog.IsChange(e.Type):
+		}, now)
+	case catalog.IsChange(e.Type) && (part == nil || !part.revocationsOnly):
 		c, err := catalog.ParseChange(e)
 		if err != nil {
 			return fmt.Errorf("apply event %s: %w", e.Position, err)
 		}
-		r.content.shelves.change(c.Entity, c.Verb == catalog.Deleted)
+		s.content.shelves.change(c.Entity, c.Verb == catalog.Deleted)
+		if part != nil {
+			part.changes = append(part.changes, lateChange{e.Seq, c})
+		}
 	}
-	at := e.Position // a pointer into e would keep its data
-	r.at.Store(&at)
-	r.tidy(now)
+	if part != nil {
+		part.last[e.Tenant.Domain] = e.Seq
+	} else {
+		at := e.Position // a pointer into e would keep its data
+		s.at.Store(&at)
+	}
+	s.tidy(now)
 	return nil
 }
 
-// tidy does a little of the cleaning up. It needs r.mu.
-func (r *State) tidy(now time.Time) {
-	if second := now.Unix(); second != r.swept {
-		r.swept = second
-		r.content.marks.sweep(r.cutoff(now), r.content.drop)
+// Through says that everything up to p is part of the state, or does not concern it. A state
+// that is about everything knows that itself: the error is [ErrGap] if events up to p are
+// missing. Others move to p. [ErrEpoch]: p is of another epoch.
+func (s *State) Through(p revocation.Position) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at, part := s.At(), s.content.part
+	switch {
+	case p.Epoch != at.Epoch:
+		return fmt.Errorf("go through %s at %s: %w", p, at, ErrEpoch)
+	case p.Seq <= at.Seq:
+		return nil
+	case part == nil:
+		return fmt.Errorf("go through %s at %s: %w", p, at, ErrGap)
 	}
-	if r.content.archive != nil {
-		r.content.compact()
+	part.passed(p.Seq)
+	s.at.Store(&p)
+	return nil
+}
+
+// Revoke makes rec hold at once, ahead of the log's events, until it ends: at is of its event,
+// or of a later one, maybe of another epoch. The position does not move. What can be no
+// revocation, see [revocation.Target.Validate], matches no token and is passed over. It is not for
+// states with [StateConfig.Records], whose lists would lack what only events tell.
+func (s *State) Revoke(rec Record, at revocation.Position) {
+	if rec.Target.Validate() != nil {
+		return
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if was := s.At(); s.content.part == nil && was.Epoch == at.Epoch && was.Seq >= at.Seq {
+		return // its event was applied
+	}
+	now := s.now()
+	s.hold(rec, now)
+	s.tidy(now)
+}
+
+// hold makes rec hold. It needs s.mu.
+func (s *State) hold(rec Record, now time.Time) {
+	s.content.add(rec, s.cutoff(now))
+	if s.joining {
+		s.late = append(s.late, rec)
+	}
+}
+
+// sweepTime is in how many seconds all that has ended is forgotten, once it may be.
+const sweepTime = 120
+
+// tick cleans up what is due. It is to be called each second, whether there are events or not.
+// It may take some milliseconds, and holds up events for a fraction of one at a time.
+func (s *State) tick(now time.Time) {
+	for more := true; more; {
+		s.mu.Lock()
+		s.reckon(now)
+		more = s.sweep(now)
+		s.mu.Unlock()
+	}
+}
+
+// tidy does a little of the cleaning up, for those who apply events and call no tick. It needs
+// s.mu.
+func (s *State) tidy(now time.Time) {
+	s.reckon(now)
+	for range 4 {
+		if !s.sweep(now) {
+			break
+		}
+	}
+	if s.content.archive != nil {
+		s.content.compact()
+	}
+}
+
+// reckon adds to what is due as time goes by. It needs s.mu.
+func (s *State) reckon(now time.Time) {
+	second := now.Unix()
+	if second == s.swept {
+		return
+	}
+	all := s.content.marks.steps()
+	passed := min(max(second-s.swept, 1), sweepTime)
+	s.owed = min(s.owed+all*int(passed)/sweepTime+1, all)
+	s.swept = second
+}
+
+// sweep takes a step if one is due, and reports whether there was. It needs s.mu.
+func (s *State) sweep(now time.Time) bool {
+	if s.owed == 0 {
+		return false
+	}
+	s.owed--
+	s.content.marks.sweep(s.cutoff(now), s.content.drop)
+	return true
 }
 
 // Check reports whether a revocation matches t at now, Unix seconds, and of which kind.
 // It never waits, and sees every event that Apply has returned from.
-func (r *State) Check(t Token, now int64) (revocation.Kind, bool) {
-	m := r.marks.Load()
-	if iss := (*m.issuers.Load())[t.Iss]; iss != nil {
+func (s *State) Check(t Token, now int64) (revocation.Kind, bool) {
+	m := s.marks.Load()
+	if iss := m.issuers.Load().find(t.Iss); iss != nil {
 		switch {
 		case iss.sets[signingKeys].matches(t.KID, t.IssuedAt, now):
 			return revocation.KindKey, true
@@ -288,14 +449,14 @@ func (r *State) Check(t Token, now int64) (revocation.Kind, bool) {
 }
 
 // add makes rec hold, or an earlier one of its target until rec's end.
-func (s *content) add(rec Record, cutoff int64) {
-	c, k := keyOf(rec.Target)
-	s.put(s.marks.set(c, rec.Target.Iss), k, rec, cutoff)
+func (c *content) add(rec Record, cutoff int64) {
+	class, k := keyOf(rec.Target)
+	c.put(c.marks.set(class, rec.Target.Iss), k, rec, cutoff)
 }
 
-// put is add with the set and the key, which are all that a replica without records
+// put is add with the set and the key, which are all that a state without records
 // needs of rec.Target.
-func (s *content) put(set *set, k key, rec Record, cutoff int64) {
+func (c *content) put(set *set, k key, rec Record, cutoff int64) {
 	if rec.Exp < cutoff || rec.Exp <= 0 {
 		return
 	}
@@ -308,59 +469,74 @@ func (s *content) put(set *set, k key, rec Record, cutoff int64) {
 		rec.Exp, rec.NotAfter = exp, notAfter
 	}
 	var at uint32
-	if s.archive != nil {
-		at = s.archive.append(set.class, rec)
+	if c.archive != nil {
+		at = c.archive.append(set.class, rec)
 	}
 	if e.ok() {
-		if s.archive != nil {
-			s.archive.kill(e.record(set))
+		if c.archive != nil {
+			c.archive.kill(e.record(set))
 		}
 		set.extend(e, rec.Exp, rec.NotAfter, at)
 		return
 	}
-	set.insert(k, rec.Exp, rec.NotAfter, at, cutoff, s.drop)
+	set.insert(k, rec.Exp, rec.NotAfter, at, cutoff, c.drop)
 }
 
 // drop is told of the record of each entry that is forgotten.
-func (s *content) drop(record uint32) {
-	if s.archive != nil {
-		s.archive.kill(record)
+func (c *content) drop(record uint32) {
+	if c.archive != nil {
+		c.archive.kill(record)
 	}
 }
 
 // compact gives back the memory of records that are dead, see [archive.worn].
-func (s *content) compact() {
-	s.archive.compact(func(t revocation.Target, moved uint32) {
-		c, k := keyOf(t)
-		set := s.marks.set(c, t.Iss)
+func (c *content) compact() {
+	c.archive.compact(func(t revocation.Target, moved uint32) {
+		class, k := keyOf(t)
+		set := c.marks.set(class, t.Iss)
 		set.move(set.find(k), moved)
 	})
 }
 
-// join adds the revocations of o.
-func (s *content) join(o *content, cutoff int64) {
-	if o.archive != nil {
-		for rec := range o.archive.list().All() {
-			s.add(rec, cutoff)
+// held are the revocations of a content, for those who do not hold State.mu. What is added
+// meanwhile may be missing.
+type held struct {
+	list  Revocations // with records
+	marks *marks      // without
+}
+
+func (c *content) revocations() held {
+	if c.archive != nil {
+		return held{list: c.archive.list()}
+	}
+	return held{marks: c.marks}
+}
+
+// join adds revocations.
+func (c *content) join(h held, cutoff int64) {
+	if h.marks == nil {
+		for rec := range h.list.All() {
+			c.add(rec, cutoff)
 		}
 		return
 	}
-	o.marks.each(func(iss string, from *set) {
+	h.marks.each(func(iss string, from *set) {
 		var to *set // made only if it is needed
 		from.each(func(e entry) {
 			if to == nil {
-				to = s.marks.set(from.class, iss)
+				to = c.marks.set(from.class, iss)
 			}
-			s.put(to, e.key(), Record{Exp: e.exp(), NotAfter: e.notAfter(from)}, cutoff)
+			c.put(to, e.key(), Record{Exp: e.exp(), NotAfter: e.notAfter(from)}, cutoff)
 		})
 	})
 }
 
 // View calls f with the state at one position. Events wait while f runs: it should
-// take what it needs and leave, and call no other method of the replica but At and
-// Check. What it took stays as it was.
-func (r *State) View(f func(v *View)) {
-	r.mu.RLock()
-	defer r.mu.RUnlock()
-	f(&View{at: r.At(), loads: r.loads, content: r.content})
+// take what it needs and leave, and call no other method of the state but At and
+// Check. What it took stays as it was. The catalog of a state of some tenants may be ahead of
+// the position.
+func (s *State) View(f func(v *View)) {
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	f(&View{at: s.At(), loads: s.loads, content: s.content})
 }

@@ -106,6 +106,16 @@ func (v *View) KeyMappingsOf(consumerKey string) []*catalog.KeyMapping {
 	return listOf(v.content.shelves.mappingsByKey[consumerKey])
 }
 
+// keyMapping finds the mapping of a consumer key of an issuer.
+func (v *View) keyMapping(consumerKey, iss string) *catalog.KeyMapping {
+	for _, k := range v.content.shelves.mappingsByKey[consumerKey] {
+		if k.Iss == iss {
+			return k
+		}
+	}
+	return nil
+}
+
 // Subscription finds the one of an application to an API, by their UUIDs.
 func (v *View) Subscription(applicationUUID, apiUUID string) *catalog.Subscription {
 	return v.content.shelves.subscriptionOf[pair{applicationUUID, apiUUID}]
@@ -119,6 +129,14 @@ func (v *View) SubscriptionsOf(applicationUUID string) []*catalog.Subscription {
 // Policy finds a policy of a tenant by kind and name.
 func (v *View) Policy(tenantID int32, kind, name string) *catalog.Policy {
 	return v.content.shelves.policyByName[policyName{tenantID, kind, name}]
+}
+
+// apiPolicy finds the policy of an API as a whole, if it has one.
+func (v *View) apiPolicy(a *catalog.API) *catalog.Policy {
+	if a.Policy == "" {
+		return nil
+	}
+	return v.Policy(a.Tenant.ID, catalog.PolicyAPI, a.Policy)
 }
 
 // Scope finds a scope of a tenant by its name.

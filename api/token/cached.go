@@ -48,7 +48,9 @@ const retryInterval = 5 * time.Second
 type CachedKeySet struct {
 	cfg  CacheConfig
 	load func(context.Context) (*StaticKeySet, error)
-	held atomic.Pointer[heldKeys] // of the last load that worked; nil before
+	// loaded is called after a load that worked, once others can use its keys. Nil: nothing is.
+	loaded func()
+	held   atomic.Pointer[heldKeys] // of the last load that worked; before, what was kept, or nil
 
 	mu          sync.Mutex
 	begun       uint64 // loads begun so far
@@ -58,7 +60,9 @@ type CachedKeySet struct {
 	failing     bool      // the last load failed
 }
 
-// heldKeys are what load number brought, which began at that time.
+// heldKeys are what load number brought, which began at that time. Number 0 stands for what an
+// earlier process kept: it is used without a wait for anything newer, at a start when there may
+// be nothing to be had, and proves nothing.
 type heldKeys struct {
 	keys   *StaticKeySet
 	number uint64
@@ -131,6 +135,13 @@ func (s *CachedKeySet) renewed(ctx context.Context, kid, alg string) (Key, error
 	}
 }
 
+// Held reports whether there are keys that [CachedKeySet.Key] would use now. It asks nobody,
+// and begins no load.
+func (s *CachedKeySet) Held() bool {
+	h := s.held.Load()
+	return h != nil && time.Since(h.at) < s.cfg.MaxAge
+}
+
 // Current returns the keys as [CachedKeySet.Key] would use them, loading them
 // first if there are none or if they are old. Its error is [ErrKeysUnavailable].
 func (s *CachedKeySet) Current(ctx context.Context) (*StaticKeySet, error) {
@@ -163,7 +174,7 @@ func (s *CachedKeySet) current(ctx context.Context) (*heldKeys, error) {
 		s.mu.Unlock()
 
 		switch {
-		case usable && (l == nil || failing || age < 2*s.cfg.Refresh):
+		case usable && (l == nil || failing || h.number == 0 || age < 2*s.cfg.Refresh):
 			return h, nil
 		case l == nil:
 			return nil, fmt.Errorf("%w: loading them has just failed", ErrKeysUnavailable)
@@ -227,6 +238,9 @@ func (s *CachedKeySet) begin() *loading {
 			err = errors.Join(context.Cause(ctx), err)
 		}
 		s.finish(l, at, keys, err)
+		if err == nil && s.loaded != nil {
+			s.loaded()
+		}
 	}()
 	return l
 }

@@ -12,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 	"unicode/utf8"
 )
 
@@ -292,4 +293,20 @@ func isSoundObject(b []byte) bool {
 			return false
 		}
 	}
+}
+
+// FuzzParseKeyFile checks that what is read is what was written, and nothing else is.
+func FuzzParseKeyFile(f *testing.F) {
+	f.Add([]byte(`{"keys":[]}`), "https://km.example.com/jwks", int64(1795209000), []byte("rescind-keys 1 1795209000 x y\n{}"))
+	f.Add([]byte("\n"), "", int64(-1), []byte("rescind-keys 1\n"))
+	f.Fuzz(func(t *testing.T, body []byte, url string, seconds int64, other []byte) {
+		urlSum := hexSum([]byte(url))
+		d, gotURL, err := parseKeyFile(encodeKeyFile(keyDocument{time.Unix(seconds, 0), body}, urlSum))
+		if err != nil || gotURL != urlSum || d.at.Unix() != seconds || !bytes.Equal(d.body, body) {
+			t.Fatalf("parseKeyFile = %q, %d, %q, %v", gotURL, d.at.Unix(), d.body, err)
+		}
+		if d, urlSum, err := parseKeyFile(other); err == nil && !bytes.Equal(encodeKeyFile(d, urlSum), other) {
+			t.Fatalf("a file that was not written is read: %q", other)
+		}
+	})
 }

@@ -30,6 +30,11 @@ type RemoteConfig struct {
 	RootCAs *x509.CertPool
 	// Cache says how long keys are kept, and how often they are fetched.
 	Cache CacheConfig
+	// File is where the last good key set is kept, so that there are keys after a start while
+	// the server cannot be reached. They count from when they were fetched, as those in memory
+	// do. No two key sets may share one. Its folder must be there, and be writable by nobody
+	// else: whoever writes to it can sign tokens. Empty: nowhere.
+	File string
 }
 
 // PrivateNetworks are the loopback, link-local and private ranges, for an
@@ -45,8 +50,9 @@ var PrivateNetworks = []netip.Prefix{
 	netip.MustParsePrefix("fe80::/10"),
 }
 
-// NewRemoteKeySet makes a key set of what a URL serves. Nothing is fetched before
-// it is needed. A fetch follows no redirect, uses no proxy of the environment,
+// NewRemoteKeySet makes a key set of what a URL serves, with the keys that
+// [RemoteConfig.File] has. Nothing is fetched before it is needed; while keys from the
+// file are all there is, none waits for a fetch that it does not need. A fetch follows no redirect, uses no proxy of the environment,
 // reads at most 1 MiB, and connects to no address that is not public: this is
 // checked when it connects, after names are resolved.
 func NewRemoteKeySet(cfg RemoteConfig) (*CachedKeySet, error) {
@@ -73,12 +79,21 @@ func NewRemoteKeySet(cfg RemoteConfig) (*CachedKeySet, error) {
 		},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}
-	return NewCachedKeySet(cfg.Cache, fetcher.fetch), nil
+	s := NewCachedKeySet(cfg.Cache, fetcher.fetch)
+	if cfg.File != "" {
+		fetcher.file = newKeyFile(cfg.File, cfg.URL, s.cfg.Logger)
+		s.loaded = fetcher.file.save
+		if keys, at := fetcher.file.read(time.Now()); keys != nil {
+			s.held.Store(&heldKeys{keys: keys, at: at})
+		}
+	}
+	return s, nil
 }
 
 type fetcher struct {
 	url    string
 	client *http.Client
+	file   *keyFile // nil: keys are not kept
 }
 
 func (f *fetcher) fetch(ctx context.Context) (*StaticKeySet, error) {
@@ -88,6 +103,7 @@ func (f *fetcher) fetch(ctx context.Context) (*StaticKeySet, error) {
 	}
 	req.Header.Set("Accept", "application/jwk-set+json, application/json")
 	req.Header.Set("User-Agent", "rescind")
+	at := time.Now()
 	resp, err := f.client.Do(req)
 	if err != nil {
 		// The URL that *url.Error repeats may carry a key in its query.
@@ -108,6 +124,9 @@ func (f *fetcher) fetch(ctx context.Context) (*StaticKeySet, error) {
 	keys, err := ParseKeySet(body)
 	if err != nil {
 		return nil, fmt.Errorf("fetch keys from %s: %w", req.URL.Host, err)
+	}
+	if f.file != nil {
+		f.file.next.Store(&keyDocument{at, body})
 	}
 	return keys, nil
 }

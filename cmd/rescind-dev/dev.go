@@ -47,6 +47,11 @@ type kept struct {
 	ClientSecret    string `json:"client_secret"`
 	AdminPassword   string `json:"admin_password"`
 	GatewayPassword string `json:"gateway_password"`
+	// Of each gateway: where it takes requests, and its operators' listener.
+	Gateways [gateways]struct {
+		Listen    string `json:"listen"`
+		OpsListen string `json:"ops_listen"`
+	} `json:"gateways"`
 }
 
 // devJSON is what other programs need to use the running system.
@@ -63,6 +68,8 @@ type devJSON struct {
 	AdminPassword   string   `json:"admin_password"`
 	GatewayUser     string   `json:"gateway_user"`
 	GatewayPassword string   `json:"gateway_password"`
+	GatewayURLs     []string `json:"gateway_urls"`
+	GatewayOpsURLs  []string `json:"gateway_ops_urls"`
 	MasterKey       string   `json:"master_key"`
 	PID             int      `json:"pid"`
 }
@@ -156,30 +163,81 @@ func (d *dev) run(ctx context.Context, cfg devstack.Config) (err error) {
 	return d.serve(ctx, environ, stack)
 }
 
-// serve runs the service until ctx ends, a server dies, or the service ends.
-func (d *dev) serve(ctx context.Context, environ []string, stack *devstack.Stack) error {
-	service, err := startService(ctx, environ, d.stderr)
+// serve runs the service and the gateways until ctx ends, a server dies, or one of them ends.
+func (d *dev) serve(ctx context.Context, environ []string, stack *devstack.Stack) (err error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	go func() {
+		select {
+		case err := <-stack.Died():
+			cancel(err)
+		case <-ctx.Done():
+		}
+	}()
+	// run starts a child, which is stopped when serve returns, and waits until it is ready.
+	run := func(environ []string, args ...string) (*child, error) {
+		c, err := startChild(ctx, environ, d.stderr, args...)
+		if err != nil {
+			return nil, err
+		}
+		go func() {
+			select {
+			case <-c.done:
+				cancel(fmt.Errorf("the %s has ended", args[0]))
+			case <-ctx.Done():
+			}
+		}()
+		select {
+		case <-c.ready:
+		case <-c.done:
+		case <-ctx.Done():
+		}
+		return c, ctx.Err()
+	}
+	// What ended first is why the others are stopped.
+	defer func() {
+		if cause := context.Cause(ctx); err != nil && cause != nil && !errors.Is(cause, context.Canceled) {
+			err = cause
+		}
+	}()
+	service, err := run(append(environ, fmt.Sprintf("RESCIND_SHUTDOWN_GRACE=%s", stopPatience-time.Second)), serviceCommand)
+	if service != nil {
+		defer func() { err = errors.Join(err, service.stop()) }()
+	}
 	if err != nil {
 		return err
 	}
-	path := filepath.Join(d.dir, devJSONName)
-	defer os.Remove(path) //nolint:errcheck // it may not be there yet
-	select {
-	case <-service.ready:
-		err = d.announce(ctx, path)
-	case <-service.done:
-		return service.stop()
-	case <-ctx.Done():
+	if err := d.loadDemo(ctx); err != nil {
+		return err
 	}
-	if err == nil {
-		select {
-		case <-service.done:
-			err = errors.New("the service has ended")
-		case err = <-stack.Died():
-		case <-ctx.Done():
+	upstream, err := startUpstream()
+	if err != nil {
+		return err
+	}
+	defer upstream.Close() //nolint:errcheck // it has nothing to finish
+	for i := range gateways {
+		file, err := d.writeGateway(i, upstream.url)
+		if err != nil {
+			return err
+		}
+		gateway, err := run(os.Environ(), gatewayCommand, file)
+		if gateway != nil {
+			defer func() { err = errors.Join(err, gateway.stop()) }()
+		}
+		if err == nil {
+			err = awaitReady(ctx, "http://"+d.kept.Gateways[i].OpsListen)
+		}
+		if err != nil {
+			return err
 		}
 	}
-	return errors.Join(err, service.stop())
+	path := filepath.Join(d.dir, devJSONName)
+	defer os.Remove(path) //nolint:errcheck // it may not be there yet
+	if err := d.announce(path); err != nil {
+		return err
+	}
+	<-ctx.Done()
+	return ctx.Err()
 }
 
 // keep reads what earlier starts chose, and chooses the rest.
@@ -200,6 +258,13 @@ func (d *dev) keep() error {
 	}
 	if k.OpsListen, err = fixPort("127.0.0.1:0", k.OpsListen); err != nil {
 		return err
+	}
+	for i := range k.Gateways {
+		for _, address := range []*string{&k.Gateways[i].Listen, &k.Gateways[i].OpsListen} {
+			if *address, err = fixPort("127.0.0.1:0", *address); err != nil {
+				return err
+			}
+		}
 	}
 	k.Issuer = cmp.Or(k.Issuer, "http://"+k.Listen)
 	if k.MasterKey == "" {
@@ -339,20 +404,23 @@ func (d *dev) environ() []string {
 // The demo's names. Ids are WSO2's first ones.
 const (
 	demoClientID = "PizzaShackConsumerKey"
+	demoContext  = "/pizzashack/1.0.0"
+	demoAudience = "https://pizzashack.example.com"
 	adminUser    = "admin"
 	gatewayUser  = "gateway"
 )
 
-// announce loads the demo data, writes dev.json and tells how to go on.
-func (d *dev) announce(ctx context.Context, path string) error {
-	if err := d.loadDemo(ctx); err != nil {
-		return err
-	}
+// announce writes dev.json and tells how to go on.
+func (d *dev) announce(path string) error {
 	info := devJSON{
 		BaseURL: "http://" + d.kept.Listen, OpsURL: "http://" + d.kept.OpsListen, DatabaseURL: d.ownerURL,
 		AMQPURL: d.at.AMQPURL, GatewayAMQPURL: d.at.GatewayAMQPURL, EtcdEndpoints: d.at.EtcdEndpoints,
 		ClientID: demoClientID, ClientSecret: d.kept.ClientSecret, AdminUser: adminUser, AdminPassword: d.kept.AdminPassword,
 		GatewayUser: gatewayUser, GatewayPassword: d.kept.GatewayPassword, MasterKey: d.kept.MasterKey, PID: os.Getpid(),
+	}
+	for _, g := range d.kept.Gateways {
+		info.GatewayURLs = append(info.GatewayURLs, "http://"+g.Listen)
+		info.GatewayOpsURLs = append(info.GatewayOpsURLs, "http://"+g.OpsListen)
 	}
 	if err := writePrivate(path, info); err != nil {
 		return err
@@ -360,7 +428,9 @@ func (d *dev) announce(ctx context.Context, path string) error {
 	fmt.Fprintf(d.stdout, walkthrough, time.Since(d.began).Seconds(), path,
 		info.BaseURL, info.OpsURL, d.kept.Issuer, info.DatabaseURL, info.AMQPURL, info.GatewayAMQPURL, strings.Join(info.EtcdEndpoints, ","),
 		info.ClientID, info.ClientSecret, adminUser, info.AdminPassword, gatewayUser, info.GatewayPassword,
-		info.BaseURL, info.ClientID, info.ClientSecret, info.EtcdEndpoints[0], info.GatewayPassword, info.GatewayPassword)
+		info.GatewayURLs[0], info.GatewayURLs[1],
+		info.BaseURL, info.ClientID, info.ClientSecret, strings.Join(info.GatewayURLs, " "),
+		info.EtcdEndpoints[0], info.GatewayPassword, info.GatewayPassword)
 	return nil
 }
 
@@ -426,13 +496,21 @@ const walkthrough = `Rescind is ready after %.1f s. All of this is in %s too.
   client      %s / %s
   admin       %s / %s
   gateway     %s / %s
+  gateways    %s and %s, before an upstream that tells what it was told
 
-Revoke a token, and see it in etcd (needs nothing but curl):
+Call an API through both gateways, revoke the token, and see how long they still let it through (needs nothing but curl):
 
-  BASE=%s ID=%s SECRET=%s ETCD=%s
+  BASE=%s ID=%s SECRET=%s GATEWAYS="%s"
   TOKEN=$(curl -s -u $ID:$SECRET -d grant_type=client_credentials $BASE/oauth2/token | sed 's/.*"access_token":"\([^"]*\)".*/\1/')
+  call() { curl -s -o /dev/null -w '%%{http_code}' -H "Authorization: Bearer $TOKEN" $1/pizzashack/1.0.0/menu; }
+  for G in $GATEWAYS; do echo "$G: $(call $G)"; done
+  REVOKED=$(date +%%s%%N); curl -i -u $ID:$SECRET -d token=$TOKEN $BASE/revoke
+  for G in $GATEWAYS; do until [ $(call $G) = 401 ]; do :; done; echo "$G: 401 after $((($(date +%%s%%N) - REVOKED) / 1000000)) ms"; done
+
+It is in etcd too, until it would have expired:
+
+  ETCD=%s
   JTI=$(echo $TOKEN | cut -d. -f2 | tr '_-' '/+' | base64 -d 2>/dev/null | sed 's/.*"jti":"\([^"]*\)".*/\1/')
-  curl -i -u $ID:$SECRET -d token=$TOKEN $BASE/revoke
   KEY=$(printf /jti/$JTI | base64 -w0)
   FOUND=$(curl -s $ETCD/v3/kv/range -d "{\"key\":\"$KEY\"}"); echo "$FOUND"
   echo "$FOUND" | sed 's/.*"value":"\([^"]*\)".*/\1/' | base64 -d; echo

@@ -109,6 +109,26 @@ func (r *running) post(url, contentType, body string) string {
 	return string(b)
 }
 
+// call calls the demo's API through a gateway.
+func (r *running) call(gateway, token string) (status int, body string) {
+	r.t.Helper()
+	req, err := http.NewRequest(http.MethodGet, gateway+demoContext+"/menu", nil)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	req.Header.Set("Authorization", "Bearer "+token)
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		r.t.Fatal(err)
+	}
+	return resp.StatusCode, string(b)
+}
+
 // inEtcd asks etcd's JSON gateway, as the walk-through does.
 func (r *running) inEtcd(jti string) bool {
 	r.t.Helper()
@@ -168,7 +188,18 @@ func TestDev(t *testing.T) {
 		t.Fatal(err)
 	}
 	jti := regexp.MustCompile(`"jti":"([^"]+)"`).FindStringSubmatch(string(payload))[1]
+	if len(r.info.GatewayURLs) != 2 {
+		t.Errorf("dev.json has the gateways %q", r.info.GatewayURLs)
+	}
+	for _, gateway := range r.info.GatewayURLs {
+		if status, body := r.call(gateway, token); status != http.StatusOK || !strings.Contains(body, jti) {
+			t.Errorf("%s: %d for a live token: %s", gateway, status, body)
+		}
+	}
 	r.post(r.info.BaseURL+"/revoke", "application/x-www-form-urlencoded", "token="+token)
+	for _, gateway := range r.info.GatewayURLs {
+		r.await("the token is refused", func() bool { status, _ := r.call(gateway, token); return status == http.StatusUnauthorized })
+	}
 	r.await("the key in etcd", func() bool { return r.inEtcd(jti) })
 	r.post(r.info.BaseURL+"/revoke", "application/x-www-form-urlencoded", "token=a-bare-jti")
 	r.await("the key of the bare jti in etcd", func() bool { return r.inEtcd("a-bare-jti") })
@@ -187,6 +218,11 @@ func TestDev(t *testing.T) {
 	}
 	if !r.inEtcd(jti) {
 		t.Error("a second start has lost the revocation")
+	}
+	for _, gateway := range r.info.GatewayURLs {
+		if status, _ := r.call(gateway, token); status != http.StatusUnauthorized {
+			t.Errorf("%s: %d for a revoked token after a second start", gateway, status)
+		}
 	}
 	_ = r.end(os.Kill) // "signal: killed"
 

@@ -16,7 +16,7 @@ import (
 
 const usage = `Rescind-dev runs Rescind on this machine, on servers of its own.
 
-	rescind-dev [flags]        the three servers, demo data, and the service
+	rescind-dev [flags]        the three servers, demo data, the service, and two gateways
 	rescind-dev stack [flags]  the three servers alone
 
 Each takes --help. Ctrl-C ends everything that was started.
@@ -44,6 +44,8 @@ func run(ctx context.Context, args []string, stdout, stderr io.Writer) int {
 		return runStack(ctx, args, stdout, stderr)
 	case serviceCommand:
 		return runService(ctx, stderr)
+	case gatewayCommand:
+		return runGateway(ctx, args, stderr)
 	case "help":
 		fmt.Fprint(stdout, usage)
 		return 0

@@ -11,13 +11,17 @@ import (
 
 	"github.com/rescindhq/rescind/internal/app"
 	"github.com/rescindhq/rescind/internal/obs"
+	"github.com/rescindhq/rescind/internal/sidecar"
 )
 
-// serviceCommand is for this program itself: the service runs in a process of its
-// own, without etcd, so that its memory and its failures are its own.
-const serviceCommand = "service"
+// The commands that are for this program itself: the service, and each gateway, runs in
+// a process of its own, without etcd, so that its memory and its failures are its own.
+const (
+	serviceCommand = "service"
+	gatewayCommand = "gateway"
+)
 
-// readyFD is where the service says that it takes requests.
+// readyFD is where a child says that it takes requests.
 const readyFD = 3
 
 // runService runs the service by the settings in the environment until its parent,
@@ -28,26 +32,50 @@ func runService(ctx context.Context, stderr io.Writer) int {
 		fmt.Fprintf(stderr, "%v\n", err)
 		return 2
 	}
+	return runChild(ctx, serviceCommand, stderr, func(ctx context.Context, ready func()) error {
+		return app.Serve(ctx, cfg, obs.NewLogger(cfg.Obs, stderr), func(app.Addresses) { ready() })
+	})
+}
+
+// runGateway runs a gateway by a configuration file as runService runs the service.
+func runGateway(ctx context.Context, args []string, stderr io.Writer) int {
+	if len(args) != 1 {
+		fmt.Fprintf(stderr, "rescind-dev %s takes the name of one file, not %q\n", gatewayCommand, args)
+		return 2
+	}
+	cfg, err := sidecar.ReadConfig(args[0])
+	if err != nil {
+		fmt.Fprintf(stderr, "%v\n", err)
+		return 2
+	}
+	log := obs.NewLogger(cfg.Log, stderr)
+	return runChild(ctx, gatewayCommand, stderr, func(ctx context.Context, ready func()) error {
+		return sidecar.Run(ctx, cfg, log, func(sidecar.Addresses) { ready() })
+	})
+}
+
+// runChild calls run with a context that ends when the parent wants it to, or has gone.
+func runChild(ctx context.Context, name string, stderr io.Writer, run func(ctx context.Context, ready func()) error) int {
 	ctx, cancel := context.WithCancel(context.WithoutCancel(ctx)) // a Ctrl-C is for the parent
 	defer cancel()
 	go func() {
 		_, _ = io.Copy(io.Discard, os.Stdin)
 		cancel()
 	}()
-	err = app.Serve(ctx, cfg, obs.NewLogger(cfg.Obs, stderr), func(app.Addresses) {
+	err := run(ctx, func() {
 		ready := os.NewFile(readyFD, "ready")
 		_, _ = ready.WriteString("ready\n")
 		_ = ready.Close()
 	})
 	if err != nil {
-		fmt.Fprintf(stderr, "service: %v\n", err)
+		fmt.Fprintf(stderr, "%s: %v\n", name, err)
 		return 1
 	}
 	return 0
 }
 
-// service is the running service.
-type service struct {
+// child is a running process of this program.
+type child struct {
 	ready, done chan struct{} // closed when it takes requests, and when it has ended
 	stop        func() error  // ends it and returns how it ended
 }
@@ -55,7 +83,8 @@ type service struct {
 // stopPatience leaves the servers their part of ten seconds.
 const stopPatience = 5 * time.Second
 
-func startService(ctx context.Context, environ []string, stderr io.Writer) (*service, error) {
+// startChild starts this program with args.
+func startChild(ctx context.Context, environ []string, stderr io.Writer, args ...string) (*child, error) {
 	self, err := os.Executable()
 	if err != nil {
 		return nil, err
@@ -64,8 +93,8 @@ func startService(ctx context.Context, environ []string, stderr io.Writer) (*ser
 	if err != nil {
 		return nil, err
 	}
-	cmd := exec.CommandContext(context.WithoutCancel(ctx), self, serviceCommand)
-	cmd.Env = append(environ, fmt.Sprintf("RESCIND_SHUTDOWN_GRACE=%s", stopPatience-time.Second))
+	cmd := exec.CommandContext(context.WithoutCancel(ctx), self, args...)
+	cmd.Env = environ
 	cmd.Stderr = stderr
 	cmd.ExtraFiles = []*os.File{writeEnd}
 	stdin, err := cmd.StdinPipe()
@@ -75,9 +104,9 @@ func startService(ctx context.Context, environ []string, stderr io.Writer) (*ser
 	_ = writeEnd.Close()
 	if err != nil {
 		_ = readEnd.Close()
-		return nil, fmt.Errorf("start the service: %w", err)
+		return nil, fmt.Errorf("start the %s: %w", args[0], err)
 	}
-	s := &service{ready: make(chan struct{}), done: make(chan struct{})}
+	s := &child{ready: make(chan struct{}), done: make(chan struct{})}
 	go func() {
 		defer readEnd.Close()
 		if n, _ := readEnd.Read(make([]byte, 1)); n > 0 {
@@ -95,7 +124,7 @@ func startService(ctx context.Context, environ []string, stderr io.Writer) (*ser
 		defer patience.Stop()
 		<-s.done
 		if ended != nil {
-			return fmt.Errorf("the service: %w", ended)
+			return fmt.Errorf("the %s: %w", args[0], ended)
 		}
 		return nil
 	})

@@ -133,7 +133,7 @@ func (b *bench) run(ctx context.Context) error {
 		run     func(context.Context) error
 	}{
 		{"6", b.coldStarts}, {"7", b.stream}, {"1", b.baseline}, {"2", b.revoke}, {"4", b.propagate}, {"3", b.sustained},
-		{"11", b.minting}, {"12", b.introspect}, {"13", b.revokeByMany}, {"5", b.memory}, {"8", b.catalog}, {"9", b.startUp},
+		{"14", b.gateways}, {"11", b.minting}, {"12", b.introspect}, {"13", b.revokeByMany}, {"5", b.memory}, {"8", b.catalog}, {"9", b.startUp},
 	} {
 		if len(b.only) > 0 && !slices.Contains(b.only, step.numbers) {
 			continue

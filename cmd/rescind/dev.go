@@ -22,6 +22,7 @@ type devStack struct {
 	AdminPassword   string   `json:"admin_password"`
 	GatewayUser     string   `json:"gateway_user"`
 	GatewayPassword string   `json:"gateway_password"`
+	GatewayURLs     []string `json:"gateway_urls"`
 	MasterKey       string   `json:"master_key"`
 	PID             int      `json:"pid"`
 }

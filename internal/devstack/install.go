@@ -6,6 +6,7 @@ import (
 	_ "embed"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"strings"
@@ -21,10 +22,13 @@ var installScript string
 // installTimeout bounds an installation, the wait for other package managers included.
 const installTimeout = 10 * time.Minute
 
-// packageManagers are tried in this order. Only apt-get is used; the others are for what a person is told to type.
-var packageManagers = []struct {
+// packageManager is a program that installs packages.
+type packageManager struct {
 	program, install, postgres, rabbitMQ string
-}{
+}
+
+// packageManagers are tried in this order. Only apt-get is used; the others are for what a person is told to type.
+var packageManagers = []packageManager{
 	{"apt-get", "apt-get update && %[1]sapt-get install -y --no-install-recommends", "postgresql", "rabbitmq-server"},
 	{"dnf", "dnf install -y", "postgresql-server", "rabbitmq-server"},
 	{"zypper", "zypper install -y", "postgresql-server", "rabbitmq-server"},
@@ -49,12 +53,9 @@ func findOrInstall(ctx context.Context, cfg Config, wanted []Server) (programs, 
 	if shell == nil {
 		return programs{}, absent
 	}
-	fmt.Fprintf(cfg.Log, "Installing %s with apt-get; this starts and enables no service ...\n", strings.Join(packages, " "))
-	began := time.Now()
-	if err := install(ctx, append(shell, packages...), nil); err != nil {
+	if err := installLogged(ctx, cfg.Log, shell, packages); err != nil {
 		return programs{}, fmt.Errorf("install %s: %w; by hand it is: %s", names, err, byHand)
 	}
-	fmt.Fprintf(cfg.Log, "Installed %s in %.0f s.\n", strings.Join(packages, " "), time.Since(began).Seconds())
 	found = find(ctx)
 	if len(found.missing(wanted)) > 0 {
 		return programs{}, absent
@@ -62,15 +63,55 @@ func findOrInstall(ctx context.Context, cfg Config, wanted []Server) (programs, 
 	return found, nil
 }
 
-// whatToInstall is the names of the missing servers, their packages, and the command with which a person installs them.
-func whatToInstall(missing []Server) (names string, packages []string, byHand string) {
-	manager := packageManagers[0]
+// InstallPackages installs packages by their names on Debian and Ubuntu, on a machine that has apt-get, as root or with a
+// sudo that asks for no password. It starts and enables no service of theirs. Its error has the command for a person to type.
+// Log gets a line before and after. Processes that call it at once wait for each other.
+func InstallPackages(ctx context.Context, log io.Writer, packages ...string) error {
+	names, byHand := strings.Join(packages, " and "), systemPackageManager().command(packages)
+	shell := rootShell(ctx)
+	if shell == nil {
+		return fmt.Errorf("install %s: only root, or a sudo that asks for no password, and apt-get can do it from here; by hand it is: %s", names, byHand)
+	}
+	if err := installLogged(ctx, log, shell, packages); err != nil {
+		return fmt.Errorf("install %s: %w; by hand it is: %s", names, err, byHand)
+	}
+	return nil
+}
+
+// installLogged installs packages with shell, which [rootShell] returned.
+func installLogged(ctx context.Context, log io.Writer, shell, packages []string) error {
+	names := strings.Join(packages, " ")
+	fmt.Fprintf(log, "Installing %s with apt-get; this starts and enables no service ...\n", names)
+	began := time.Now()
+	if err := install(ctx, append(shell, packages...), nil); err != nil {
+		return err
+	}
+	fmt.Fprintf(log, "Installed %s in %.0f s.\n", names, time.Since(began).Seconds())
+	return nil
+}
+
+// systemPackageManager is the one of this machine, else apt-get.
+func systemPackageManager() packageManager {
 	for _, m := range packageManagers {
 		if _, err := exec.LookPath(m.program); err == nil {
-			manager = m
-			break
+			return m
 		}
 	}
+	return packageManagers[0]
+}
+
+// command is what a person types to install packages.
+func (m packageManager) command(packages []string) string {
+	sudo := ""
+	if os.Geteuid() != 0 && m.program != "brew" {
+		sudo = "sudo "
+	}
+	return sudo + strings.ReplaceAll(m.install, "%[1]s", sudo) + " " + strings.Join(packages, " ")
+}
+
+// whatToInstall is the names of the missing servers, their packages, and the command with which a person installs them.
+func whatToInstall(missing []Server) (names string, packages []string, byHand string) {
+	manager := systemPackageManager()
 	var all []string
 	for _, s := range missing {
 		all = append(all, string(s))
@@ -80,12 +121,7 @@ func whatToInstall(missing []Server) (names string, packages []string, byHand st
 			packages = append(packages, manager.rabbitMQ)
 		}
 	}
-	sudo := ""
-	if os.Geteuid() != 0 && manager.program != "brew" {
-		sudo = "sudo "
-	}
-	byHand = sudo + strings.ReplaceAll(manager.install, "%[1]s", sudo) + " " + strings.Join(packages, " ")
-	return strings.Join(all, " and "), packages, byHand
+	return strings.Join(all, " and "), packages, manager.command(packages)
 }
 
 // rootShell is the command that runs a script from its input as root on a machine that has apt-get, or nil.

@@ -3,6 +3,7 @@ package devstack
 import (
 	"context"
 	"errors"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -151,6 +152,14 @@ func TestInstallPutsBackWhatWasThere(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+func TestInstallPackagesNamesTheCommand(t *testing.T) {
+	t.Setenv("PATH", t.TempDir()) // with no package manager
+	err := InstallPackages(t.Context(), io.Discard, "nginx", "caddy")
+	if err == nil || !strings.HasSuffix(err.Error(), "apt-get install -y --no-install-recommends nginx caddy") {
+		t.Errorf("error %v, want one that ends with the command to type", err)
 	}
 }
 

@@ -1,27 +1,452 @@
 // Package sidecar is the gateway for those that embed nothing: it answers forward-auth over HTTP and
 // Envoy's ext_authz over gRPC, or stands before upstreams as a reverse proxy. It hides how each of
 // them asks, and how the process is configured and watched.
+//
+// # Decisions
+//
+// Every request is decided about by itself, and no answer may be kept by whoever asked.
+//
+// What is decided about is the method and the target as they came, and just these are what the reverse
+// proxy sends on, byte by byte. It sends on no header field by which some upstreams take a request for
+// another one, such as X-HTTP-Method-Override, and switches to no protocol but WebSocket: over
+// an h2c connection a client could ask for what nobody decided about.
+//
+// A decision is about the beginning of a request. An upload, a stream of events or a WebSocket that has
+// begun goes on when its token is revoked.
+//
+// Whoever proxies for us (nginx, Caddy, Traefik, HAProxy, Envoy) runs beside us. So these listeners have
+// no TLS and stay on loopback, unless the operator takes on more.
 package sidecar
 
 import (
 	"context"
-	"io"
+	"crypto/sha256"
+	"crypto/tls"
+	"encoding/hex"
+	"errors"
+	"fmt"
 	"log/slog"
+	"net"
+	"net/http"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+
+	"github.com/rescindhq/rescind/api/gateway"
+	"github.com/rescindhq/rescind/api/replica"
+	"github.com/rescindhq/rescind/api/replica/amqpfeed"
+	"github.com/rescindhq/rescind/api/replica/etcdfeed"
+	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/api/token"
+	"github.com/rescindhq/rescind/internal/obs"
 )
 
-// Config is the file of rescind-gateway.
-type Config struct{}
+// checker decides about requests. It is a [gateway.Gateway].
+type checker interface {
+	Decide(ctx context.Context, r gateway.Request) gateway.Decision
+	Ready() bool
+}
 
-// ReadConfig reads and checks a configuration file. All mistakes are in its error.
-func ReadConfig(name string) (Config, error) { panic("skeleton") }
-
-// ParseConfig is ReadConfig of what it would read; relative names of files are relative to folder.
-func ParseConfig(r io.Reader, folder string) (Config, error) { panic("skeleton") }
+// engine is what a process is built around: a gateway and its replica.
+type engine interface {
+	checker
+	// Run is called once, and ends with ctx.
+	Run(ctx context.Context) error
+	Status() replica.Status
+}
 
 // Addresses are where a running gateway listens; empty what is not configured.
 type Addresses struct{ Auth, Envoy, Proxy, Ops string }
 
-// Run runs the gateway until ctx ends; then it finishes what it has begun. Ready is called once it listens.
+// Run runs the gateway until ctx ends; then it finishes what it has begun. Listening is called once it
+// listens, which it does before anything is known: until then it refuses, or does what Config.Empty says.
 func Run(ctx context.Context, cfg Config, log *slog.Logger, listening func(Addresses)) error {
-	panic("skeleton")
+	e, err := newEngine(ctx, cfg, log)
+	if err != nil {
+		return err
+	}
+	defer e.close()
+	return run(ctx, cfg, e, log, listening)
+}
+
+// live is the engine of a process.
+type live struct {
+	*gateway.Gateway
+	replica *replica.Replica
+	etcd    *etcdfeed.Etcd // nil if there is none
+}
+
+func (l *live) Status() replica.Status { return l.replica.Status() }
+
+// close gives up what newEngine has opened, once Run has returned.
+func (l *live) close() {
+	if l.etcd != nil {
+		_ = l.etcd.Close() // nothing that it could say matters any more
+	}
+}
+
+func newEngine(ctx context.Context, cfg Config, log *slog.Logger) (_ *live, err error) {
+	l := &live{}
+	defer func() {
+		if err != nil {
+			l.close()
+		}
+	}()
+	rc := replica.Config{
+		Folder: cfg.Folder, Staleness: cfg.Staleness, Routes: cfg.Routes, Empty: cfg.Empty,
+		Claims: cfg.Claims, Environments: cfg.Environments, Logger: log,
+	}
+	gc := gateway.Config{
+		Networks: cfg.KeyNetworks, Folder: cfg.Folder, Audiences: cfg.Audiences, AnyAudience: cfg.AnyAudience,
+		Leeway: orNone(cfg.Leeway), Realm: cfg.Realm, Logger: log,
+	}
+	if s := cfg.Service; s != nil {
+		client, err := newClient(s.TLS)
+		if err != nil {
+			return nil, err
+		}
+		service, err := replica.NewHTTP(replica.HTTPConfig{
+			URL: s.URL, AllowHTTP: s.AllowHTTP, Username: s.Username, Password: string(s.Password), Tenant: s.Tenant, Client: client,
+		})
+		if err != nil {
+			return nil, err
+		}
+		rc.Source, rc.Feeds = service, append(rc.Feeds, service)
+		gc.URL, gc.AllowHTTP = s.URL, s.AllowHTTP
+		authorities, err := s.TLS.config()
+		if err != nil {
+			return nil, fmt.Errorf("read the authorities in %s: %w", s.TLS.CA, err)
+		}
+		if authorities != nil {
+			gc.RootCAs = authorities.RootCAs
+		}
+	}
+	if a := cfg.AMQP; a != nil {
+		tlsConfig, err := a.TLS.config()
+		if err != nil {
+			return nil, fmt.Errorf("read the TLS files of RabbitMQ: %w", err)
+		}
+		ac := amqpfeed.Config{URL: string(a.URL), TLS: tlsConfig, Exchange: a.Exchange}
+		if cfg.Service.Tenant != "" {
+			ac.Tenants = []string{cfg.Service.Tenant}
+		}
+		feed, err := amqpfeed.New(ac)
+		if err != nil {
+			return nil, err
+		}
+		rc.Feeds = append(rc.Feeds, feed)
+	}
+	if e := cfg.Etcd; e != nil {
+		tlsConfig, err := e.TLS.config()
+		if err != nil {
+			return nil, fmt.Errorf("read the TLS files of etcd: %w", err)
+		}
+		l.etcd, err = etcdfeed.New(etcdfeed.Config{
+			Endpoints: e.Endpoints, TLS: tlsConfig, Username: e.Username, Password: string(e.Password), Prefix: e.Prefix, Issuer: e.Issuer,
+		})
+		if err != nil {
+			return nil, err
+		}
+		rc.Feeds = append(rc.Feeds, l.etcd)
+		if rc.Source == nil {
+			rc.Source = l.etcd
+		}
+	}
+	if i := cfg.Introspection; i != nil {
+		client, err := newClient(i.TLS)
+		if err != nil {
+			return nil, err
+		}
+		gc.Introspection = &gateway.Introspection{
+			URL: i.URL, ClientID: i.ClientID, ClientSecret: string(i.ClientSecret), Client: client,
+			Timeout: i.Timeout, MaxConcurrent: i.MaxConcurrent,
+		}
+	}
+	if l.replica, err = replica.New(rc); err != nil {
+		return nil, err
+	}
+	gc.Replica = l.replica
+	for _, i := range cfg.Issuers {
+		issuer, err := newIssuer(ctx, cfg, i, log)
+		if err != nil {
+			return nil, err
+		}
+		gc.Issuers = append(gc.Issuers, issuer)
+	}
+	if l.Gateway, err = gateway.New(gc); err != nil {
+		return nil, err
+	}
+	return l, nil
+}
+
+// orNone is d as fields take it whose zero value is a default.
+func orNone(d time.Duration) time.Duration {
+	if d == 0 {
+		return -1
+	}
+	return d
+}
+
+// newIssuer is called once the folder is there.
+func newIssuer(ctx context.Context, cfg Config, i Issuer, log *slog.Logger) (token.Issuer, error) {
+	issuer := token.Issuer{
+		Iss: i.Iss, Tenant: revocation.Tenant{Domain: i.Tenant}, Algorithms: i.Algorithms, AllowTypes: i.AllowTyp, MaxLifetime: i.MaxTokenLifetime,
+	}
+	if i.Tenant == revocation.SuperTenant.Domain {
+		issuer.Tenant = revocation.SuperTenant
+	}
+	log = log.With("issuer", i.Iss)
+	var err error
+	if i.JWKSFile != "" {
+		issuer.Keys, err = token.NewFileKeySet(ctx, i.JWKSFile, log)
+	} else {
+		rc := token.RemoteConfig{URL: i.JWKSURI, AllowedNetworks: cfg.KeyNetworks, Cache: token.CacheConfig{Logger: log}}
+		if cfg.Folder != "" {
+			sum := sha256.Sum256([]byte(i.Iss))
+			rc.File = filepath.Join(cfg.Folder, "configured-"+hex.EncodeToString(sum[:8])+".keys")
+		}
+		issuer.Keys, err = token.NewRemoteKeySet(rc)
+	}
+	if err != nil {
+		return token.Issuer{}, fmt.Errorf("use the keys of issuer %q: %w", i.Iss, err)
+	}
+	return issuer, nil
+}
+
+// newClient is nil, which stands for the default, without an authority of its own. It has no timeout for
+// answers, which may be streams: who asks has one.
+func newClient(files TLSFiles) (*http.Client, error) {
+	tlsConfig, err := files.config()
+	if err != nil {
+		return nil, fmt.Errorf("read the authorities in %s: %w", files.CA, err)
+	}
+	if tlsConfig == nil {
+		return nil, nil
+	}
+	return &http.Client{
+		Transport: &http.Transport{
+			Proxy:                  http.ProxyFromEnvironment,
+			DialContext:            (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 5 * time.Second}).DialContext,
+			TLSClientConfig:        tlsConfig,
+			TLSHandshakeTimeout:    10 * time.Second,
+			IdleConnTimeout:        90 * time.Second,
+			MaxIdleConnsPerHost:    64,
+			MaxResponseHeaderBytes: 64 << 10,
+			Protocols:              onlyHTTP1(),
+		},
+		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
+	}, nil
+}
+
+// run runs e and its listeners.
+func run(ctx context.Context, cfg Config, e engine, log *slog.Logger, listening func(Addresses)) error {
+	reg := obs.NewRegistry()
+	m := newMetrics(reg, e)
+	c := newCounted(e, cfg.MaxInFlight, m)
+	readiness := &obs.Readiness{Checks: readinessChecks(e, cfg.Staleness.Max)}
+	grace := cfg.ShutdownGrace
+
+	var (
+		at     Addresses
+		opened []net.Listener
+		fronts []func(context.Context) error
+	)
+	defer func() {
+		for _, l := range opened {
+			l.Close() // again, where a server had it
+		}
+	}()
+	open := func(name, address string, to *string) (net.Listener, error) {
+		l, err := net.Listen("tcp", address)
+		if err != nil {
+			return nil, fmt.Errorf("listen as %s.listen says: %w; free the port or choose another", name, err)
+		}
+		*to = l.Addr().String()
+		opened = append(opened, l)
+		return l, nil
+	}
+	front := func(name string, serve func(context.Context) error) {
+		fronts = append(fronts, func(ctx context.Context) error {
+			if err := serve(ctx); err != nil {
+				return fmt.Errorf("%s: %w", name, err)
+			}
+			return nil
+		})
+	}
+
+	ops, err := open("ops", cfg.OpsListen, &at.Ops)
+	if err != nil {
+		return err
+	}
+	if cfg.Auth != nil {
+		l, err := open("auth", cfg.Auth.Listen, &at.Auth)
+		if err != nil {
+			return err
+		}
+		server := newServer(newForwardAuth(c, m, log), log.With("component", "auth"))
+		server.ReadTimeout, server.WriteTimeout = 10*time.Second, 20*time.Second // there are no bodies
+		front("forward-auth", func(ctx context.Context) error { return serveHTTP(ctx, server, l, grace, log) })
+	}
+	if cfg.Envoy != nil {
+		l, err := open("envoy", cfg.Envoy.Listen, &at.Envoy)
+		if err != nil {
+			return err
+		}
+		server := newEnvoyServer(c)
+		front("Envoy's authorization", func(ctx context.Context) error { return serveGRPC(ctx, server, l, grace) })
+	}
+	if p := cfg.Proxy; p != nil {
+		l, err := open("proxy", p.Listen, &at.Proxy)
+		if err != nil {
+			return err
+		}
+		handler, err := newProxy(*p, c, m, log)
+		if err != nil {
+			return err
+		}
+		l = limitConnections(l, p.MaxConnections, m)
+		if p.TLS.Cert != "" {
+			cert, err := newCertificate(p.TLS, log)
+			if err != nil {
+				return err
+			}
+			l = tls.NewListener(l, cert.config())
+		}
+		server := newServer(handler, log.With("component", "proxy"))
+		front("reverse proxy", func(ctx context.Context) error {
+			// What has been hijacked is none of the server's any more, but ends with its context.
+			requests, end := context.WithCancel(context.Background())
+			server.BaseContext = func(net.Listener) context.Context { return requests }
+			err := serveHTTP(ctx, server, l, grace, log)
+			end()
+			handler.wait(grace)
+			return err
+		})
+	}
+	opsServer := newServer(opsHandler(reg, readiness, e), log.With("component", "ops"))
+	opsServer.ReadTimeout, opsServer.WriteTimeout = 10*time.Second, 30*time.Second
+
+	parts := []part{
+		{"operators' listener", grace, func(ctx context.Context) error { return serveHTTP(ctx, opsServer, ops, time.Second, log) }},
+		{"gateway", grace, e.Run},
+		{"listeners", 2 * grace, func(ctx context.Context) error {
+			defer context.AfterFunc(ctx, readiness.Drain)()
+			all, ctx := errgroup.WithContext(ctx)
+			for _, serve := range fronts {
+				all.Go(func() error { return serve(ctx) })
+			}
+			return all.Wait()
+		}},
+	}
+	log.Info("takes requests", "auth", at.Auth, "envoy", at.Envoy, "proxy", at.Proxy, "ops", at.Ops)
+	if listening != nil {
+		listening(at)
+	}
+	if err := runParts(ctx, parts); err != nil {
+		return err
+	}
+	log.Info("stopped")
+	return nil
+}
+
+// newServer is one for HTTP/1.1, with bounds on what slow peers can hold.
+func newServer(handler http.Handler, log *slog.Logger) *http.Server {
+	return &http.Server{
+		Handler:           handler,
+		ReadHeaderTimeout: 5 * time.Second,
+		IdleTimeout:       time.Minute,
+		MaxHeaderBytes:    64 << 10,
+		Protocols:         onlyHTTP1(),
+		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelDebug), // what peers do wrong
+	}
+}
+
+func onlyHTTP1() *http.Protocols {
+	p := &http.Protocols{}
+	p.SetHTTP1(true)
+	return p
+}
+
+// serveHTTP serves until ctx ends, then waits for open requests, at most grace.
+func serveHTTP(ctx context.Context, server *http.Server, on net.Listener, grace time.Duration, log *slog.Logger) error {
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(on) }()
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+	}
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
+	defer cancel()
+	if err := server.Shutdown(ctx); err != nil {
+		log.Warn("requests that were not over in time are cut off", "grace", grace)
+		return server.Close()
+	}
+	return nil
+}
+
+// serveGRPC is serveHTTP for gRPC.
+func serveGRPC(ctx context.Context, server *grpc.Server, on net.Listener, grace time.Duration) error {
+	failed := make(chan error, 1)
+	go func() { failed <- server.Serve(on) }()
+	select {
+	case err := <-failed:
+		return err
+	case <-ctx.Done():
+	}
+	late := time.AfterFunc(grace, server.Stop)
+	defer late.Stop()
+	server.GracefulStop()
+	return nil
+}
+
+// part is one long-lived piece of the process. Its run blocks until ctx ends, finishes what it has
+// accepted, and returns nil. Returning sooner is a failure.
+type part struct {
+	name  string
+	grace time.Duration // to finish after ctx ends
+	run   func(context.Context) error
+}
+
+// runParts starts parts in order and, when ctx ends or one of them returns, stops them one by one in
+// reverse, so that each can still use those before it.
+func runParts(ctx context.Context, parts []part) error {
+	ctx, end := context.WithCancel(ctx)
+	defer end()
+	var stops []func() error
+	for _, p := range parts {
+		pctx, cancel := context.WithCancel(context.WithoutCancel(ctx)) // outlives the signal
+		done := make(chan error, 1)
+		go func() {
+			defer end()
+			err := p.run(pctx)
+			if err == nil && pctx.Err() == nil {
+				err = errors.New("ended before it was stopped")
+			}
+			done <- err
+		}()
+		stops = append(stops, func() error {
+			cancel()
+			patience := time.NewTimer(p.grace)
+			defer patience.Stop()
+			select {
+			case err := <-done:
+				if err != nil {
+					return fmt.Errorf("%s: %w", p.name, err)
+				}
+				return nil
+			case <-patience.C:
+				return fmt.Errorf("%s: still running %s after it was stopped", p.name, p.grace)
+			}
+		})
+	}
+	<-ctx.Done()
+	var errs []error
+	for _, stop := range slices.Backward(stops) {
+		errs = append(errs, stop())
+	}
+	return errors.Join(errs...)
 }

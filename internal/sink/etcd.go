@@ -144,8 +144,8 @@ type State interface {
 // One process writes at a time. Each of its transactions compares the revision
 // at which it last wrote the stream key, and [Etcd.Open] writes that key anew, so
 // a leader that does not know that it is none can change nothing, nor can a
-// request that was given up and arrives late. While a build runs the key
-// /rescind/rebuild takes the stream key's part.
+// request that was given up and arrives late. While a build runs
+// [directory.RebuildKey] takes the stream key's part.
 //
 // The stream key says what the directory has, not the cursor in the database:
 // it is written in the same transactions as the entries.
@@ -290,8 +290,9 @@ func (e *Etcd) Deliver(ctx context.Context, events []revocation.Event) error {
 	return e.write(ctx, func(t *etcdTerm) error { return t.deliver(ctx, events) })
 }
 
-// Beat makes sure that the directory is still as this process left it, and that
-// the log still has all that is in it.
+// Beat tells the directory's readers how far the log reaches and, in doing so, makes
+// sure that the directory is still as this process left it, and that the log still has
+// all that is in it.
 func (e *Etcd) Beat(ctx context.Context, h revocation.Heartbeat) error {
 	return e.write(ctx, func(t *etcdTerm) error { return t.beat(ctx, h) })
 }

@@ -294,7 +294,66 @@ func TestEtcdNotOpen(t *testing.T) {
 
 func (et *etcdTest) beat(e *Etcd) error {
 	head, _ := et.log.Head(et.Context())
-	return e.Beat(et.Context(), revocation.Heartbeat{Epoch: head.Epoch, Head: head.Seq})
+	return e.Beat(et.Context(), revocation.Heartbeat{Epoch: head.Epoch, Head: head.Seq, Time: time.Now()})
+}
+
+func (et *etcdTest) wantHeartbeat(want directory.Heartbeat) {
+	et.Helper()
+	resp, err := et.client.Get(et.Context(), directory.HeartbeatKey(et.cfg.Prefix))
+	if err != nil || len(resp.Kvs) != 1 {
+		et.Fatalf("read the heartbeat: %v, %v", resp, err)
+	}
+	got, err := directory.ParseHeartbeat(resp.Kvs[0].Value)
+	if err != nil {
+		et.Fatal(err)
+	}
+	if diff := cmp.Diff(want, got); diff != "" {
+		et.Fatalf("heartbeat (-want +got):\n%s", diff)
+	}
+}
+
+func TestEtcdBeat(t *testing.T) {
+	t.Parallel()
+	et := newEtcdTest(t)
+	e := et.opened()
+	et.deliver(e, et.log.revoke(tokens(0, 5)...))
+	at := time.UnixMilli(1795256400123).UTC()
+	want := directory.Heartbeat{Epoch: etcdTestEpoch, Head: 9, Through: 5, Source: etcdTestSource, Time: at}
+	beat := func(e *Etcd, epoch revocation.Epoch, head revocation.Seq) error {
+		return e.Beat(t.Context(), revocation.Heartbeat{Epoch: epoch, Head: head, Source: "ignored", Time: at})
+	}
+	// The log has four events that were not delivered yet.
+	et.log.revoke(tokens(5, 4)...)
+	if err := beat(e, etcdTestEpoch, 9); err != nil {
+		t.Fatal(err)
+	}
+	et.wantHeartbeat(want)
+	et.wantStream(revocation.Position{Epoch: etcdTestEpoch, Seq: 5})
+	// A head from before the last delivery, and one of an epoch that is over: the one of
+	// now is told, which was reached no earlier than at the time that is told with it.
+	et.log.revoke(tokens(9, 1)...)
+	want.Head = 10
+	for _, stale := range []revocation.Epoch{etcdTestEpoch, etcdTestEpoch2} {
+		if err := beat(e, stale, 4); err != nil {
+			t.Fatal(err)
+		}
+		et.wantHeartbeat(want)
+	}
+	// Whoever is no longer the writer tells nothing.
+	young := et.opened()
+	if err := beat(e, etcdTestEpoch, 99); !errors.Is(err, errEtcdOvertaken) {
+		t.Errorf("the old leader's heartbeat: %v, want %v", err, errEtcdOvertaken)
+	}
+	et.wantHeartbeat(want)
+	// It is where everyone finds it after a build and a comparison.
+	et.hand(clientv3.OpDelete(directory.StreamKey(et.cfg.Prefix)))
+	et.open(young)
+	et.wantHeartbeat(want)
+	want.Through = 10
+	if err := beat(young, etcdTestEpoch, 10); err != nil {
+		t.Fatal(err)
+	}
+	et.wantHeartbeat(want)
 }
 
 func TestEtcdStaleLeader(t *testing.T) {
@@ -529,10 +588,10 @@ func TestEtcdRebuildKeyLeft(t *testing.T) {
 	et := newEtcdTest(t)
 	e := et.opened()
 	et.deliver(e, et.log.revoke(tokens(0, 10)...))
-	et.hand(clientv3.OpPut(et.cfg.Prefix+"/rescind/rebuild", "?"), clientv3.OpDelete(et.key(tokens(3, 1)[0].Target)))
+	et.hand(clientv3.OpPut(directory.RebuildKey(et.cfg.Prefix), "?"), clientv3.OpDelete(et.key(tokens(3, 1)[0].Target)))
 	et.open(e)
 	et.wantRight()
-	if et.revisionOf(et.cfg.Prefix+"/rescind/rebuild") != 0 {
+	if et.revisionOf(directory.RebuildKey(et.cfg.Prefix)) != 0 {
 		t.Error("the rebuild key is still there after a build")
 	}
 }

@@ -18,7 +18,7 @@ import (
 // delivery waits for one such page of the reconciler at most.
 const etcdPage = 500
 
-func (t *etcdTerm) rebuildKey() string { return t.cfg.Prefix + "/rescind/rebuild" }
+func (t *etcdTerm) rebuildKey() string { return directory.RebuildKey(t.cfg.Prefix) }
 
 // etcdMarks is what the directory says about itself.
 type etcdMarks struct {

@@ -87,9 +87,12 @@ func TestEtcdReconcile(t *testing.T) {
 	for i := range 300 {
 		ops = append(ops, clientv3.OpPut(fmt.Sprintf("%s/sessions/added-%d", et.cfg.Prefix, i), "{}"))
 	}
+	if err := et.beat(e); err != nil {
+		t.Fatal(err)
+	}
 	et.hand(ops...)
 	et.awaitRight()
-	for _, key := range []string{"/other/a", "/rescind/notes"} {
+	for _, key := range []string{"/other/a", "/rescind/notes", "/rescind/heartbeat"} {
 		if et.revisionOf(et.cfg.Prefix+key) == 0 {
 			t.Errorf("%s was removed, although it is in no folder of ours", key)
 		}

@@ -203,24 +203,21 @@ func (t *etcdTerm) read(ctx context.Context, ops []clientv3.Op) ([]*clientv3.Get
 	return all, nil
 }
 
+// beat writes the heartbeat. Like every write it fails if the directory is no longer
+// as this term left it.
 func (t *etcdTerm) beat(ctx context.Context, h revocation.Heartbeat) error {
+	head := h.Head
 	// The heartbeat's head may have been read before the last delivery; what it
 	// seems to say is asked again.
-	if h.Epoch != t.at.Epoch || h.Head < t.at.Seq {
-		if _, err := t.head(ctx); err != nil {
+	if h.Epoch != t.at.Epoch || head < t.at.Seq {
+		var err error
+		if head, err = t.head(ctx); err != nil {
 			return err
 		}
 	}
-	resp, err := etcdCall(ctx, t.cfg.RequestTimeout, "read the etcd stream key", func(ctx context.Context) (*clientv3.GetResponse, error) {
-		return t.client.Get(ctx, t.streamKey(), clientv3.WithKeysOnly())
-	})
-	if err != nil {
-		return err
-	}
-	if len(resp.Kvs) == 0 || resp.Kvs[0].ModRevision != t.fenceRev {
-		return fmt.Errorf("read the etcd stream key: %w", errEtcdOvertaken)
-	}
-	return nil
+	beat := directory.Heartbeat{Epoch: t.at.Epoch, Head: head, Through: t.at.Seq, Source: t.cfg.Source, Time: h.Time}
+	_, err := t.commit(ctx, clientv3.OpPut(directory.HeartbeatKey(t.cfg.Prefix), beat.Value()))
+	return err
 }
 
 // head reads the head of the log, and makes sure that all that the directory has

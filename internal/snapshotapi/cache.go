@@ -443,10 +443,22 @@ func (w *builder) decide(small bool) {
 func (w *builder) emit(full []byte) ([]byte, error) {
 	w.decide(false)
 	if w.coder == nil {
-		return make([]byte, 0, chunkSize+chunkSize/8), w.c.put(w.b, full)
+		return make([]byte, 0, chunkSize+chunkSize/8), w.put(full)
 	}
 	_, err := w.coder.Write(full)
 	return full[:0], err
+}
+
+// put adds b. It may be several chunks, each of which has its own time to be sent: what was
+// kept of many issuers comes at once.
+func (w *builder) put(b []byte) error {
+	for len(b) > 2*chunkSize {
+		if err := w.c.put(w.b, b[:chunkSize:chunkSize]); err != nil {
+			return err
+		}
+		b = b[chunkSize:]
+	}
+	return w.c.put(w.b, b)
 }
 
 // Write takes what was compressed.
@@ -471,7 +483,7 @@ func (w *builder) Write(p []byte) (int, error) {
 func (w *builder) finish(last []byte) error {
 	w.decide(len(last) < minCoded) // there were none before, or it is decided
 	if w.coder == nil {
-		return w.c.put(w.b, bytes.Clone(last)) // without the room that it was given
+		return w.put(bytes.Clone(last)) // without the room that it was given
 	}
 	if _, err := w.coder.Write(last); err != nil {
 		return err

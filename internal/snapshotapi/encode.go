@@ -45,6 +45,7 @@ type form string
 const (
 	formJSON   form = "application/json"
 	formNDJSON form = "application/x-ndjson"
+	formBinary form = replica.SnapshotType
 )
 
 // content is what a snapshot is made of: the state at one position.
@@ -130,6 +131,13 @@ type encoder struct {
 
 // encode writes all of c but for what remains in e.buf.
 func (e *encoder) encode(c content) error {
+	if e.form == formBinary {
+		return e.encodeBinary(c)
+	}
+	return e.encodeText(c)
+}
+
+func (e *encoder) encodeText(c content) error {
 	k := kinds[e.kind]
 	e.buf = append(append(e.buf, `{"epoch":"`...), c.at.Epoch...)
 	e.buf = strconv.AppendInt(append(e.buf, `","seq":`...), int64(c.at.Seq), 10)
@@ -216,8 +224,11 @@ func (e *encoder) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
+// ended is the end, in Unix seconds, of the last that are left out.
+func (e *encoder) ended() int64 { return e.cutoff - kept }
+
 func (e *encoder) writeRevocations(all replica.Revocations, before, after string) error {
-	ended := e.cutoff - kept
+	ended := e.ended()
 	for rec := range all.All() {
 		if rec.Exp <= ended || !e.begins(rec) {
 			continue
@@ -254,6 +265,46 @@ func (e *encoder) begins(rec replica.Record) bool {
 	}
 	row.prefix = b
 	return row.visible
+}
+
+// encodeBinary writes the form that api/snapshot.md describes.
+func (e *encoder) encodeBinary(c content) error {
+	enc := replica.NewSnapshotEncoder(replica.SnapshotHeader{
+		Position: c.at, Kind: e.kind, Tenants: e.scope.domains, Entries: c.revocations.Len(),
+	})
+	enc.Expect(c.revocations)
+	e.buf = enc.AppendHeader(e.buf)
+	ended := e.ended()
+	var tenant string // of the revocation before; most are of the same
+	var visible bool
+	for rec := range c.revocations.All() {
+		if rec.Tenant.Domain != tenant {
+			tenant, visible = rec.Tenant.Domain, e.scope.has(rec.Tenant.Domain)
+		}
+		if rec.Exp <= ended || !visible {
+			continue
+		}
+		e.buf = enc.AppendRevocation(e.buf, rec)
+		if err := e.spill(); err != nil {
+			return err
+		}
+	}
+	for _, all := range c.entities {
+		for entity := range all {
+			if !e.scope.has(entity.Base().Tenant.Domain) {
+				continue
+			}
+			var err error
+			if e.buf, err = enc.AppendEntity(e.buf, entity); err != nil {
+				return err
+			}
+			if err := e.spill(); err != nil {
+				return err
+			}
+		}
+	}
+	e.buf = enc.AppendEnd(e.buf)
+	return nil
 }
 
 // idMember is what events call the identifier of t.

@@ -32,7 +32,7 @@ func (a *API) events(w http.ResponseWriter, r *http.Request) error {
 		return err
 	}
 	defer a.streams.release(q.account.Username)
-	if prefers(r, "text/event-stream") {
+	if prefers(r, "text/event-stream") != "" {
 		return a.stream(w, r, q)
 	}
 	return a.poll(w, r, q)

@@ -238,6 +238,11 @@ func (s *source) read() (sse, error) {
 			e.Event = value
 		case "data":
 			e.Data = value
+			if e.Event == "heartbeat" {
+				if e, err = e.timeless(); err != nil {
+					return e, err
+				}
+			}
 		case "": // also a comment
 			if e.Data != "" {
 				return e, nil
@@ -250,6 +255,18 @@ func (s *source) read() (sse, error) {
 			return e, fmt.Errorf("line is %q", line)
 		}
 	}
+}
+
+// timeless takes the time out of a heartbeat, which must be of now, or somewhat before.
+func (e sse) timeless() (sse, error) {
+	data, rest, ok := strings.Cut(e.Data, `,"time":"`)
+	text, ok2 := strings.CutSuffix(rest, `"}`)
+	at, err := time.Parse("2006-01-02T15:04:05.000Z", text)
+	if !ok || !ok2 || err != nil || time.Until(at) > 0 || time.Since(at) > time.Minute {
+		return e, fmt.Errorf("the heartbeat is %s", e.Data)
+	}
+	e.Data = data + "}"
+	return e, nil
 }
 
 func (s *source) want(events ...sse) {
@@ -277,6 +294,60 @@ func heartbeat(head, through int) sse {
 		ID: fmt.Sprintf("%s:%d", epoch, through), Event: "heartbeat",
 		Data: fmt.Sprintf(`{"epoch":"%s","head":%d,"through":%d}`, epoch, head, through),
 	}
+}
+
+// aged is a follower that knows heads as old as they may be, of a log with an event each millisecond,
+// and those that are newer than it has maybe not in time.
+type aged struct {
+	*fakeFollower
+	begin time.Time
+	has   time.Duration
+}
+
+func (f aged) headAt(t time.Time) revocation.Seq {
+	return revocation.Seq(t.Sub(f.begin).Milliseconds())
+}
+
+func (f aged) Fresh(ctx context.Context, maxAge time.Duration) (revocation.Position, error) {
+	if maxAge < f.has {
+		<-ctx.Done()
+		return revocation.Position{}, context.Cause(ctx)
+	}
+	return revocation.Position{Epoch: epoch, Seq: f.headAt(time.Now().Add(-maxAge))}, nil
+}
+
+// A heartbeat's time is no later than its head, and not much earlier.
+func TestHeartbeatTime(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		for _, tt := range []struct {
+			has, age time.Duration
+		}{{0, beatAge}, {beatAge, beatAge}, {headAge, headAge}, {time.Hour, -1}} {
+			f := aged{newFakeFollower(t), time.Now().Add(-time.Hour), tt.has}
+			began := time.Now()
+			frame := string(beat(t.Context(), f, revocation.Position{Epoch: epoch}))
+			if took := time.Since(began); took > beatTimeout {
+				t.Errorf("a heartbeat took %s", took)
+			}
+			_, data, ok := strings.Cut(frame, "data: ")
+			if tt.age < 0 {
+				if ok {
+					t.Errorf("it says what it does not know: %s", frame)
+				}
+				continue
+			}
+			var got struct {
+				Head revocation.Seq
+				Time time.Time
+			}
+			if err := json.Unmarshal([]byte(data), &got); err != nil {
+				t.Fatalf("%q: %v", frame, err)
+			}
+			if got.Head != f.headAt(got.Time) || time.Since(got.Time) < tt.age || time.Since(got.Time) > tt.age+time.Millisecond {
+				t.Errorf("%s, at %s: the head was %d then", frame, time.Now(), f.headAt(got.Time))
+			}
+		}
+	})
 }
 
 func reset(epoch revocation.Epoch, seq int) sse {

@@ -48,8 +48,8 @@ func (a *API) snapshot(w http.ResponseWriter, r *http.Request) error {
 	if k.coding, ok = rest.Negotiate(r); !ok {
 		return rest.Status(http.StatusNotAcceptable, "There are zstd, gzip and no content coding.")
 	}
-	if prefers(r, string(formNDJSON)) {
-		k.form = formNDJSON
+	if other := prefers(r, string(formBinary), string(formNDJSON)); other != "" {
+		k.form = form(other)
 	}
 	k.scope = q.scope.key
 	if err := a.readers.take(q.account.Username); err != nil {

@@ -9,6 +9,7 @@ import (
 	"hash/crc32"
 	"io"
 	"math"
+	"math/rand/v2"
 	"net"
 	"net/http"
 	"os"
@@ -19,9 +20,12 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/go-cmp/cmp/cmpopts"
+	"github.com/google/uuid"
 	"github.com/klauspost/compress/gzip"
 	"github.com/klauspost/compress/zstd"
 
@@ -29,6 +33,7 @@ import (
 	"github.com/rescindhq/rescind/api/replica"
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/follow"
+	"github.com/rescindhq/rescind/internal/rest"
 )
 
 var update = flag.Bool("update", false, "rewrite the golden files")
@@ -322,6 +327,7 @@ func TestSnapshotConformance(t *testing.T) {
 			l.Entity(e)
 		})
 		problem(t, s.do(s.request("/v1/snapshots/key-managers")), 500, "about:blank")
+		problem(t, s.do(s.request("/v1/snapshots/key-managers", "Accept", replica.SnapshotType)), 500, "about:blank")
 	})
 }
 
@@ -375,6 +381,228 @@ func TestSnapshotScope(t *testing.T) {
 	}
 }
 
+// load reads a binary snapshot into a state.
+func load(t testing.TB, resp *http.Response) (*replica.State, replica.SnapshotHeader) {
+	t.Helper()
+	var r io.Reader = resp.Body
+	switch resp.Header.Get("Content-Encoding") {
+	case "zstd":
+		z, err := zstd.NewReader(resp.Body, zstd.WithDecoderConcurrency(1))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer z.Close()
+		r = z
+	case "gzip":
+		z, err := gzip.NewReader(resp.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		r = z
+	}
+	s := replica.NewState(replica.StateConfig{})
+	h, err := s.ReadSnapshot(r)
+	if err != nil {
+		t.Fatalf("%s of %s: %v", resp.Status, resp.Header.Get("Content-Type"), err)
+	}
+	return s, h
+}
+
+// revocationsIn is how many s has.
+func revocationsIn(t testing.TB, s *replica.State) int {
+	t.Helper()
+	var b bytes.Buffer
+	if _, err := s.WriteSnapshot(&b); err != nil {
+		t.Fatal(err)
+	}
+	h, err := replica.NewState(replica.StateConfig{}).ReadSnapshot(&b)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return h.Entries
+}
+
+// listed is what a snapshot in lines says: of revocations what they are, of entities their JSON.
+func listed(t testing.TB, body []byte) (revocations []replica.Record, items []string) {
+	t.Helper()
+	for i, line := range bytes.Split(bytes.TrimSpace(body), []byte("\n")) {
+		var item struct {
+			Kind string
+			Item json.RawMessage
+		}
+		if err := json.Unmarshal(line, &item); err != nil {
+			t.Fatal(err)
+		}
+		switch {
+		case i == 0:
+			continue
+		case item.Item == nil:
+			item.Item = line
+		}
+		var r struct {
+			Kind                            revocation.Kind
+			Tenant                          json.RawMessage
+			Iss, JTI, Digest, Sub, SID, KID string
+			ClientID                        string `json:"client_id"`
+			Exp                             int64
+			NotAfter                        int64 `json:"not_after"`
+		}
+		if err := json.Unmarshal(item.Item, &r); err != nil {
+			t.Fatal(err)
+		}
+		if r.Exp == 0 {
+			items = append(items, string(item.Item))
+			continue
+		}
+		rec := replica.Record{Target: revocation.Target{Kind: r.Kind, Iss: r.Iss}, Exp: r.Exp, NotAfter: r.NotAfter}
+		rec.Target.ID, rec.Target.Digest = r.JTI+r.Digest+r.Sub+r.SID+r.KID+r.ClientID, r.Digest != ""
+		if r.Kind == revocation.KindTenant {
+			rec.Target.ID = strings.Trim(string(r.Tenant), `"`)
+		}
+		revocations = append(revocations, rec)
+	}
+	return revocations, items
+}
+
+// revoked reports whether s has rec, to the second.
+func revoked(s *replica.State, rec replica.Record) bool {
+	tok := replica.Token{Iss: rec.Target.Iss, IssuedAt: rec.NotAfter}
+	switch id := rec.Target.ID; rec.Target.Kind {
+	case revocation.KindToken:
+		if tok.JTI = id; rec.Target.Digest {
+			tok.JTI, tok.Digest = "", id
+		}
+	case revocation.KindClient:
+		tok.ClientID = id
+	case revocation.KindSubject:
+		tok.Sub = id
+	case revocation.KindSession:
+		tok.SID = id
+	case revocation.KindTenant:
+		tok.Tenant = id
+	case revocation.KindKey:
+		tok.KID = id
+	}
+	end := rec.Exp + int64(revocation.MaxLeeway/time.Second)
+	kind, ok := s.Check(tok, end)
+	_, later := s.Check(tok, end+1)
+	tok.IssuedAt++
+	_, younger := s.Check(tok, end)
+	return ok && kind == rec.Target.Kind && !later && younger != rec.Target.Kind.HasTime()
+}
+
+// In the binary form a snapshot says what it says as JSON.
+func TestBinarySnapshot(t *testing.T) {
+	t.Parallel()
+	s := serve(t, Config{})
+	s.follower.fill(88213)
+	tags := make(map[string]string)
+	for kind := range kinds {
+		for user, tenants := range map[string][]string{
+			"admin": nil, "gateway": {"carbon.super"}, "pizza-admin": {"pizza.example"}, "gateway-two": {"carbon.super", "pizza.example"},
+		} {
+			for _, coding := range []string{"identity", "gzip", "zstd"} {
+				name := kind + " of " + user + " as " + coding
+				path := "/v1/snapshots/" + kind
+				resp := s.do(s.request(path, "user", user, "Accept", replica.SnapshotType+", application/json;q=0.9", "Accept-Encoding", coding))
+				tag := resp.Header.Get("ETag")
+				if resp.Header.Get("Content-Type") != replica.SnapshotType || resp.Header.Get("Vary") != "Accept-Encoding, Accept" || tag == "" {
+					t.Errorf("%s: %s %v", name, resp.Status, resp.Header)
+				}
+				if tags[tag] == "" {
+					tags[tag] = kind + user
+				}
+				got, header := load(t, resp)
+				want := replica.SnapshotHeader{Position: revocation.Position{Epoch: epoch, Seq: 88213}, Kind: kind, Tenants: tenants}
+				if diff := cmp.Diff(want, header, cmpopts.IgnoreFields(want, "Entries")); diff != "" {
+					t.Errorf("%s: header (-want +got):\n%s", name, diff)
+				}
+				plain := s.do(s.request(path, "user", user, "Accept", "application/x-ndjson", "Accept-Encoding", "identity"))
+				if other := plain.Header.Get("ETag"); tags[other] != "" {
+					t.Errorf("%s: %s has the ETag of %s", name, plain.Header.Get("Content-Type"), tags[other])
+				}
+				revocations, items := listed(t, body(t, plain))
+				for _, rec := range revocations {
+					if !revoked(got, rec) {
+						t.Errorf("%s: %+v is missing, or another", name, rec)
+					}
+				}
+				if n := revocationsIn(t, got); n != len(revocations) {
+					t.Errorf("%s: %d revocations, want %d", name, n, len(revocations))
+				}
+				if diff := cmp.Diff(items, itemsOf(t, got)); diff != "" {
+					t.Errorf("%s: entities (-JSON +binary):\n%s", name, diff)
+				}
+				if again := s.do(s.request(path, "user", user, "Accept", replica.SnapshotType, "Accept-Encoding", coding, "If-None-Match", tag)); again.StatusCode != http.StatusNotModified {
+					t.Errorf("%s: with its own tag it is %s", name, again.Status)
+				}
+			}
+		}
+	}
+}
+
+// itemsOf is the JSON of the catalog in s.
+func itemsOf(t testing.TB, s *replica.State) (items []string) {
+	t.Helper()
+	for _, all := range contentOf(s, kind{nouns: catalog.Nouns}).entities {
+		for entity := range all {
+			e, err := catalog.NewEvent(catalog.Change{Entity: entity})
+			if err != nil {
+				t.Fatal(err)
+			}
+			items = append(items, string(e.Data))
+		}
+	}
+	return items
+}
+
+// However many issuers take turns, what is sent at once is no more than a few chunks, and
+// a revocation takes no more than 20 bytes.
+func TestBinarySnapshotOfManyIssuers(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		f := newFakeFollower(t)
+		const n, issuers = 90_000, 600
+		exp := time.Now().Add(time.Hour).Unix()
+		rnd := rand.New(rand.NewPCG(1, 2))
+		f.load(revocation.Position{Epoch: epoch, Seq: 1}, func(l *replica.Loader) {
+			for i := range n {
+				l.Revocation(replica.Record{
+					Target: revocation.Target{Kind: revocation.KindToken, Iss: fmt.Sprint(iss, "/", i%issuers), ID: uuid.NewString()},
+					Tenant: revocation.SuperTenant, Exp: exp + rnd.Int64N(3600),
+				})
+			}
+		})
+		c := testCache(t, f, 64<<20)
+		rd := mustOpen(t, c, key{kind: "all", scope: "*", form: formBinary, coding: rest.Identity})
+		defer rd.close()
+		var all bytes.Buffer
+		for {
+			chunk, err := rd.next(t.Context())
+			if err == io.EOF {
+				break
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(chunk) > 2*chunkSize {
+				t.Errorf("a chunk has %d bytes", len(chunk))
+			}
+			all.Write(chunk)
+		}
+		if got := all.Len(); got > 20*n {
+			t.Errorf("%d bytes for %d revocations", got, n)
+		}
+		s := replica.NewState(replica.StateConfig{})
+		if _, err := s.ReadSnapshot(&all); err != nil {
+			t.Fatal(err)
+		}
+		if got := revocationsIn(t, s); got != n {
+			t.Errorf("%d revocations, want %d", got, n)
+		}
+	})
+}
+
 func TestSnapshotHasWhatGatewaysNeed(t *testing.T) {
 	t.Parallel()
 	s := serve(t, Config{})
@@ -386,6 +614,10 @@ func TestSnapshotHasWhatGatewaysNeed(t *testing.T) {
 	got := string(body(t, s.do(s.request("/v1/snapshots/revocations"))))
 	if strings.Contains(got, "at-ended") || !strings.Contains(got, "at-needed") {
 		t.Errorf("snapshot is %s", got)
+	}
+	binary, _ := load(t, s.do(s.request("/v1/snapshots/revocations", "Accept", replica.SnapshotType)))
+	if _, ok := binary.Check(replica.Token{Iss: iss, JTI: "at-needed"}, needed); !ok || revocationsIn(t, binary) != 1 {
+		t.Error("the binary snapshot differs")
 	}
 }
 

@@ -231,7 +231,7 @@ const (
 	staleRetry = time.Second
 )
 
-// headAge is how old a head may be that a snapshot or heartbeat goes by.
+// headAge is how old a head may be that an answer goes by.
 const headAge = time.Second
 
 // freshTimeout is how long a caller waits for the head to be known.
@@ -344,11 +344,11 @@ func (a *API) readQuery(r *http.Request, known ...string) (query, error) {
 	return q, err
 }
 
-// prefers reports whether an Accept field (RFC 9110, section 12.5.1) names mediaType, and
-// does not want JSON more. What it does not name is not sent, since no caller gets a form that
-// it may not know.
-func prefers(r *http.Request, mediaType string) bool {
-	wanted, json := 0.0, 0.0
+// prefers returns which of mediaTypes an Accept field (RFC 9110, section 12.5.1) wants most, of two
+// the first; none if it names none, or wants JSON more. What it does not name is not sent, since no
+// caller gets a form that it may not know.
+func prefers(r *http.Request, mediaTypes ...string) (mediaType string) {
+	wanted, json := make([]float64, len(mediaTypes)), 0.0
 	for item := range strings.SplitSeq(strings.Join(r.Header["Accept"], ","), ",") {
 		name, params, _ := strings.Cut(item, ";")
 		weight := 1.0
@@ -359,12 +359,18 @@ func prefers(r *http.Request, mediaType string) bool {
 				}
 			}
 		}
-		switch strings.ToLower(strings.TrimSpace(name)) {
-		case mediaType:
-			wanted = weight
-		case "application/json":
+		name = strings.ToLower(strings.TrimSpace(name))
+		if name == "application/json" {
 			json = weight
+		} else if i := slices.Index(mediaTypes, name); i >= 0 {
+			wanted[i] = weight
 		}
 	}
-	return wanted > 0 && wanted >= json
+	most := 0.0
+	for i, weight := range wanted {
+		if weight > most && weight >= json {
+			mediaType, most = mediaTypes[i], weight
+		}
+	}
+	return mediaType
 }

@@ -38,13 +38,44 @@ func FuzzParsePosition(f *testing.F) {
 }
 
 func FuzzPrefers(f *testing.F) {
-	for _, s := range []string{"text/event-stream", "application/json, text/event-stream;q=0.9", ";;q=,", "text/event-stream;q=NaN", "*/*"} {
+	for _, s := range []string{
+		"text/event-stream", "application/json, text/event-stream;q=0.9", ";;q=,", "text/event-stream;q=NaN", "*/*",
+		"application/x-ndjson;q=0.5, text/event-stream;q=0.6",
+	} {
 		f.Add(s)
 	}
 	f.Fuzz(func(t *testing.T, accept string) {
 		r := &http.Request{Header: http.Header{"Accept": {accept}}}
-		if prefers(r, "text/event-stream") && !strings.Contains(strings.ToLower(accept), "text/event-stream") {
+		got := prefers(r, "text/event-stream", "application/x-ndjson")
+		if !strings.Contains(strings.ToLower(accept), got) {
 			t.Errorf("Accept: %s is taken to prefer what it does not name", accept)
 		}
+		if one := prefers(r, "text/event-stream"); one != "" && got == "" || one == "" && got == "text/event-stream" {
+			t.Errorf("Accept: %s prefers %q, and of more %q", accept, one, got)
+		}
 	})
+}
+
+func TestPrefers(t *testing.T) {
+	t.Parallel()
+	const binary, lines = string(formBinary), string(formNDJSON)
+	for accept, want := range map[string]string{
+		"":                                     "",
+		"*/*":                                  "",
+		"application/json":                     "",
+		binary:                                 binary,
+		"Application/VND.Rescind.Snapshot.V1 ": binary,
+		"application/vnd.rescind.snapshot.v2":  "",
+		lines + ", " + binary:                  binary,
+		binary + ";q=0.5, " + lines:            lines,
+		binary + ", application/json;q=0.9":    binary,
+		binary + ";q=0.8, application/json":    "",
+		binary + ";q=0":                        "",
+		binary + ";q=0, " + lines:              lines,
+	} {
+		r := &http.Request{Header: http.Header{"Accept": {accept}}}
+		if got := prefers(r, binary, lines); got != want {
+			t.Errorf("Accept: %s prefers %q, want %q", accept, got, want)
+		}
+	}
 }

@@ -85,12 +85,13 @@ func (s *stream) begin(ctx context.Context, lastID string, q query) ([]byte, err
 			return nil, err
 		}
 	default:
+		asked := time.Now()
 		head, err := s.api.fresh(ctx)
 		if err != nil {
 			return nil, err
 		}
-		s.at = s.api.follower.Replica().At()   // at the head, or past it
-		return heartbeatFrame(s.at, head), nil // so that the reader knows where it stands
+		s.at = s.api.follower.Replica().At()                        // at the head, or past it
+		return heartbeatFrame(s.at, head, asked.Add(-headAge)), nil // so that the reader knows where it stands
 	}
 	s.at = after
 	frames, err := s.frames(ctx, freshTimeout, pageFrames)

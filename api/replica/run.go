@@ -1,0 +1,572 @@
+package replica
+
+import (
+	"context"
+	"errors"
+	"maps"
+	"math/rand/v2"
+	"strings"
+	"sync"
+	"time"
+
+	"github.com/rescindhq/rescind/api/revocation"
+)
+
+const (
+	// tickEvery is how often it is looked at what is due.
+	tickEvery = 500 * time.Millisecond
+	// freshEvery is how often the folder is told how old the state is, at most.
+	freshEvery = 2 * time.Second
+	// pollEvery is the time between questions to the source while no feed is connected, and while
+	// what the feeds tell is older than oldAge: their heartbeats may be late, or their clocks wrong, and
+	// the source knows.
+	pollEvery = 3 * time.Second
+	oldAge    = 10 * time.Second
+	// steady is how long a connection must have lasted to be no part of a series that fails.
+	steady = 10 * time.Second
+)
+
+// Run keeps the replica up to date until ctx ends, then returns nil. It is called once. What
+// fails is tried again, with growing waits of 5 s at most unless the service asks for more; it is logged
+// and told by Status.
+func (r *Replica) Run(ctx context.Context) error {
+	var all sync.WaitGroup
+	r.ask(goal{})
+	all.Go(func() { r.serve(ctx) })
+	for _, f := range r.feeds {
+		all.Go(func() { r.follow(ctx, f) })
+	}
+	if r.folder != nil {
+		all.Go(func() { r.keepSaving(ctx) })
+	}
+	r.watch(ctx)
+	all.Wait()
+	if r.folder != nil {
+		r.keepFresh()
+		if err := r.folder.close(); err != nil {
+			r.folderFails(err)
+		}
+	}
+	return nil
+}
+
+// watch does what is due by the clock.
+func (r *Replica) watch(ctx context.Context) {
+	tick := time.NewTicker(tickEvery)
+	defer tick.Stop()
+	var ticked, kept instant
+	polled, poll := r.now(), jittered(pollEvery)
+	for {
+		select {
+		case <-tick.C:
+		case <-ctx.Done():
+			return
+		}
+		now := r.now()
+		r.age.reached(r.state.At())
+		r.checkExpectations(now)
+		if now.since(ticked) >= time.Second {
+			ticked = now
+			r.state.tick(time.Now())
+		}
+		if r.folder != nil && now.since(kept) >= freshEvery {
+			kept = now
+			r.keepFresh()
+		}
+		if r.pending() {
+			polled = now
+		} else if now.since(polled) >= poll && (!r.connected(nil) || r.age.of(now) > oldAge && !r.scope.Load().revocationsOnly) {
+			r.ask(goal{})
+			polled, poll = now, jittered(pollEvery)
+		}
+	}
+}
+
+func jittered(d time.Duration) time.Duration { return d - d/6 + rand.N(d/3) }
+
+// connected reports whether a feed is connected, but for one.
+func (r *Replica) connected(but *feed) bool {
+	for _, f := range r.feeds {
+		if f != but && f.status().Connected {
+			return true
+		}
+	}
+	return false
+}
+
+// expectation is that the state comes to a position without help. Only the first of a kind is kept
+// until it is due.
+type expectation struct {
+	revocation.Position
+	due instant
+}
+
+const (
+	ofOthers     = iota // another feed brings what a heartbeat says was told
+	ofHead              // this feed brings what the log has
+	expectations        // how many kinds there are
+)
+
+// The patience with each kind. A position that moves by heartbeats alone may be as late as these are.
+const (
+	otherPatience = tickEvery
+	headPatience  = 3 * time.Second
+	partPatience  = 7 * time.Second
+)
+
+func (r *Replica) expect(kind int, p revocation.Position, within time.Duration) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if e := &r.expected[kind]; e.Epoch != p.Epoch || reached(r.state.At(), e.Position) {
+		*e = expectation{p, r.now().add(within)}
+	}
+}
+
+// reached reports whether the position at has p, or will never have it.
+func reached(at, p revocation.Position) bool { return at.Epoch != p.Epoch || at.Seq >= p.Seq }
+
+func (r *Replica) checkExpectations(now instant) {
+	at := r.state.At()
+	r.mu.Lock()
+	var missed []goal
+	for kind := range r.expected {
+		e := &r.expected[kind]
+		if e.Epoch == "" || now.mono < e.due.mono {
+			continue
+		}
+		if !reached(at, e.Position) {
+			missed = append(missed, goal{Position: e.Position})
+		}
+		*e = expectation{}
+	}
+	r.mu.Unlock()
+	for _, g := range missed {
+		r.ask(g)
+	}
+}
+
+// feed is a Feed and how it does.
+type feed struct {
+	Feed
+	isSource bool
+	delays   delays // of Follow's goroutine
+
+	mu   sync.Mutex
+	told revocation.Position // everything that it has for this reader, up to it, was told and applied
+	is   FeedStatus
+}
+
+func (f *feed) status() FeedStatus {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	s := f.is
+	s.Name = f.Name()
+	return s
+}
+
+// heard notes that something came.
+func (f *feed) heard(events uint64) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.is.Heard = time.Now().UnixMilli()
+	f.is.Events += events
+}
+
+// at is where the feed may begin: where the state stands or, if that moves by heartbeats, where
+// the feed has come since.
+func (r *Replica) at(f *feed) revocation.Position {
+	f.mu.Lock()
+	told := f.told
+	f.mu.Unlock()
+	at := r.state.At()
+	if told.Epoch == at.Epoch && told.Seq > at.Seq {
+		return told
+	}
+	return at
+}
+
+// follow keeps f connected until ctx ends.
+func (r *Replica) follow(ctx context.Context, f *feed) {
+	var wait backoff
+	log := r.log.With("feed", f.Name())
+	for failed := false; ; failed = true {
+		s := &session{r: r, f: f}
+		err := f.Follow(ctx, func() revocation.Position { return r.at(f) }, s)
+		if err == nil {
+			err = errors.New("the feed has ended")
+		}
+		f.mu.Lock()
+		was := f.is.Connected
+		f.is.Connected, f.is.Error = false, err.Error()
+		f.mu.Unlock()
+		if ctx.Err() != nil {
+			return
+		}
+		switch {
+		case was && r.now().since(s.began) >= steady:
+			wait.reset()
+			failed = false
+			fallthrough
+		case !failed:
+			log.Warn("the feed is not connected; it is tried again until it is", "error", err)
+		default:
+			log.Debug("the feed is still not connected", "error", err)
+		}
+		if _, d := wait.next(err); !sleep(ctx, d, nil) {
+			return
+		}
+	}
+}
+
+// session is a connection of a feed: the [Receiver] that it tells. It is for one goroutine.
+type session struct {
+	r     *Replica
+	f     *feed
+	began instant // when it was connected
+	// anchor is the scope in which the session has missed nothing after the state's position.
+	anchor *scope
+	// revocationsOnly: so is the feed.
+	revocationsOnly bool
+}
+
+// connectPatience is how long a feed waits for what was before, if something is known: what it has
+// to tell would be late.
+const connectPatience = 5 * time.Second
+
+// mend has the source asked for g, and reports whether that was done. If it was not, that is only
+// an error if the feed cannot go on.
+func (s *session) mend(ctx context.Context, g goal, insist bool) (done bool, err error) {
+	r := s.r
+	known := r.state.At().Epoch != ""
+	waiting := ctx
+	if insist && known {
+		var cancel context.CancelFunc
+		waiting, cancel = context.WithTimeoutCause(ctx, connectPatience, errLate)
+		defer cancel()
+	}
+	err = r.await(waiting, r.ask(g), insist)
+	if err != nil && ctx.Err() == nil && r.state.At().Epoch != "" {
+		return false, nil
+	}
+	return err == nil, err
+}
+
+// Connected implements [Receiver].
+func (s *session) Connected(ctx context.Context) error {
+	s.anchor = nil
+	s.f.heard(0)
+	done, err := s.mend(ctx, goal{}, true)
+	if err != nil {
+		return err
+	}
+	if scope := s.r.scope.Load(); done && s.f.isSource && scope.revocationsOnly {
+		s.anchor = scope // the snapshot was of after the feed began
+	}
+	s.f.mu.Lock()
+	was := s.f.is.Connected
+	s.f.is.Connected, s.f.is.Error = true, ""
+	s.f.told = revocation.Position{}
+	s.f.mu.Unlock()
+	if !was {
+		s.began = s.r.now()
+		s.r.log.Info("the feed is connected", "feed", s.f.Name(), "position", s.r.state.At())
+	}
+	return nil
+}
+
+// Event implements [Receiver].
+func (s *session) Event(ctx context.Context, e revocation.Event) error {
+	s.f.heard(1)
+	r := s.r
+	if s.f.isSource && r.scope.Load().learns(e.Tenant.Domain) {
+		r.ask(goal{load: true})
+	}
+	err := r.apply(e)
+	if errors.Is(err, ErrEpoch) {
+		if r.isForeign(e.Epoch) {
+			return nil
+		}
+		r.revokeAhead(e)
+		if known, err := s.meet(ctx, e.Epoch); !known || err != nil {
+			return err
+		}
+		err = r.apply(e)
+	}
+	if err == nil {
+		s.tell(e.Position)
+		return nil
+	}
+	// It is not applied: what was before it is missing, or it cannot be read. What is known of
+	// it holds nevertheless.
+	s.anchor = nil
+	r.revokeAhead(e)
+	g := goal{load: true}
+	if errors.Is(err, ErrGap) {
+		r.settle(ctx) // another feed may have missed the same
+		if r.apply(e) == nil {
+			return nil
+		}
+		g = goal{Position: revocation.Position{Epoch: e.Epoch, Seq: e.Seq - 1}}
+	}
+	done, err := s.mend(ctx, g, false)
+	if err != nil || !done {
+		return err // if it is nil, what is missing comes later, and this event with it
+	}
+	if err := r.apply(e); errors.Is(err, ErrGap) {
+		r.ask(goal{Position: e.Position})
+	}
+	return nil
+}
+
+// tell notes that the feed has come to p, and nothing is missing before.
+func (s *session) tell(p revocation.Position) {
+	if s.anchor == nil || s.anchor != s.r.scope.Load() || p.Epoch != s.anchor.epoch {
+		return
+	}
+	s.f.mu.Lock()
+	defer s.f.mu.Unlock()
+	s.f.told = p
+}
+
+// revokeAhead makes hold what e revokes, if it does and can be read, though e cannot be applied yet.
+func (r *Replica) revokeAhead(e revocation.Event) {
+	if !strings.HasPrefix(e.Type, "revocation.") {
+		return
+	}
+	if rev, err := e.Revocation(); err == nil {
+		r.revoke(Record{
+			Target: rev.Target, Tenant: rev.Tenant, Exp: rev.Exp, NotAfter: rev.NotAfter, Signature: rev.Signature,
+		}, e.Position)
+	}
+}
+
+// Revoked implements [Receiver].
+func (s *session) Revoked(rec Record, at revocation.Position) {
+	s.f.heard(1)
+	s.revocationsOnly = true
+	s.r.revoke(rec, at)
+}
+
+// Heartbeat implements [Receiver].
+func (s *session) Heartbeat(ctx context.Context, b Beat) error {
+	s.f.heard(0)
+	r := s.r
+	when := s.f.delays.moment(b.Time, r.now())
+	if b.Epoch != r.state.At().Epoch {
+		if known, err := s.meet(ctx, b.Epoch); !known || err != nil {
+			return err
+		}
+	}
+	head := revocation.Position{Epoch: b.Epoch, Seq: b.Head}
+	r.age.saw(head, r.state.At(), when)
+	if err := s.through(ctx, b); err != nil {
+		return err
+	}
+	r.age.reached(r.state.At())
+	if within := headPatience; !reached(r.state.At(), head) {
+		if !r.scope.Load().whole() {
+			within = partPatience
+		}
+		r.expect(ofHead, head, within)
+	}
+	return nil
+}
+
+// through brings the state to what b says was told.
+//
+// A state of the whole log knows by itself what is missing. Another has to believe the feed, and
+// does so from a heartbeat on whose position it has reached with what came from the source: a feed
+// tells everything that is after its first heartbeat, but what was before its connection it may
+// have missed, and the source may be behind the feed.
+func (s *session) through(ctx context.Context, b Beat) error {
+	r := s.r
+	scope := r.scope.Load()
+	partial := (b.RevocationsOnly || s.revocationsOnly) && !scope.revocationsOnly
+	if reached(r.state.At(), b.Position) {
+		if !partial && b.Epoch == scope.epoch {
+			s.anchor = scope
+		}
+		return nil
+	}
+	switch {
+	case partial && !scope.whole():
+		r.expect(ofOthers, b.Position, partPatience)
+		return nil
+	case partial, scope.whole() && r.connected(s.f):
+		r.expect(ofOthers, b.Position, otherPatience)
+		return nil
+	case !scope.whole() && s.anchor == scope:
+		if r.state.Through(b.Position) == nil {
+			return nil
+		}
+	}
+	r.settle(ctx)
+	if !reached(r.state.At(), b.Position) {
+		if _, err := s.mend(ctx, goal{Position: b.Position}, false); err != nil {
+			return err
+		}
+	}
+	if !partial && b.Epoch == scope.epoch && scope == r.scope.Load() && r.state.At().Epoch == b.Epoch && reached(r.state.At(), b.Position) {
+		s.anchor = scope
+	}
+	return nil
+}
+
+// foreignFor is how long nobody asks the source again about an epoch of which it knew nothing. What
+// tells of one is old, or ahead of the source. maxForeign bounds how many of them are known.
+const (
+	foreignFor = 10 * time.Second
+	maxForeign = 8
+)
+
+// isForeign reports whether the source was asked about an epoch lately, to no avail.
+func (r *Replica) isForeign(epoch revocation.Epoch) bool {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	now := r.now()
+	maps.DeleteFunc(r.foreign, func(_ revocation.Epoch, asked instant) bool { return now.since(asked) >= foreignFor })
+	_, known := r.foreign[epoch]
+	return known || len(r.foreign) == maxForeign
+}
+
+// meet finds out whether epoch is that of the log now, and reports whether it is that of the state.
+func (s *session) meet(ctx context.Context, epoch revocation.Epoch) (known bool, err error) {
+	r := s.r
+	if r.isForeign(epoch) {
+		return false, nil
+	}
+	done, err := s.mend(ctx, goal{}, false)
+	if known = r.state.At().Epoch == epoch; known || !done || err != nil {
+		return known, err
+	}
+	r.mu.Lock()
+	r.foreign[epoch] = r.now()
+	r.mu.Unlock()
+	r.log.Warn("a feed tells of another epoch of the log than the source, which is believed", "feed", s.f.Name(), "epoch", epoch, "position", r.state.At())
+	return false, nil
+}
+
+// apply keeps and applies an event. Its errors are those of [State.Apply].
+func (r *Replica) apply(e revocation.Event) error {
+	r.keeping.Lock()
+	defer r.keeping.Unlock()
+	at := r.state.At()
+	switch {
+	case e.Epoch != at.Epoch:
+		return ErrEpoch
+	case e.Seq <= at.Seq:
+		return nil
+	case e.Seq != at.Seq+1 && r.scope.Load().whole():
+		return ErrGap
+	}
+	if r.folder != nil {
+		r.kept(r.folder.event(e))
+	}
+	return r.state.Apply(e)
+}
+
+// revoke keeps rec and makes it hold, if the state does not have it.
+func (r *Replica) revoke(rec Record, at revocation.Position) {
+	r.keeping.Lock()
+	defer r.keeping.Unlock()
+	if here := r.state.At(); at.Epoch == here.Epoch && at.Seq <= here.Seq {
+		return
+	}
+	if r.folder != nil {
+		r.kept(r.folder.revoked(rec, at))
+	}
+	r.state.Revoke(rec, at)
+}
+
+// kept notes whether something was kept. What was not is in the next snapshot. It needs r.keeping.
+func (r *Replica) kept(err error) {
+	if err != nil {
+		r.unsaved++
+		r.folderFails(err)
+		signal(r.save)
+	}
+}
+
+// outdated notes that the folder has less than the state, which was loaded from elsewhere.
+func (r *Replica) outdated() {
+	r.keeping.Lock()
+	defer r.keeping.Unlock()
+	r.unsaved++
+	signal(r.save)
+}
+
+// keepFresh tells the folder how old the state is, unless what the folder has is older. It has a
+// snapshot made when one is due.
+func (r *Replica) keepFresh() {
+	r.keeping.Lock()
+	defer r.keeping.Unlock()
+	if r.unsaved != r.saved {
+		return
+	}
+	if fresh := r.age.asOf(); !fresh.IsZero() {
+		r.kept(r.folder.fresh(fresh))
+	}
+	if r.folder.due() {
+		signal(r.save)
+	}
+}
+
+// keepSaving saves the state when that is asked for.
+func (r *Replica) keepSaving(ctx context.Context) {
+	wait := backoff{}
+	for {
+		select {
+		case <-r.save:
+		case <-ctx.Done():
+			return
+		}
+		if r.state.At().Epoch == "" {
+			continue // there is nothing to save, and it may take the place of something
+		}
+		r.keeping.Lock()
+		unsaved := r.unsaved
+		r.keeping.Unlock()
+		fresh, began := r.age.asOf(), r.now()
+		err := r.folder.save(r.state, fresh)
+		r.folderFails(err)
+		if err == nil {
+			wait.reset()
+			r.keeping.Lock()
+			r.saved = unsaved
+			r.keeping.Unlock()
+			r.log.Debug("the state was saved", "position", r.state.At(), "took", r.now().since(began))
+			continue
+		}
+		signal(r.save)
+		if _, d := wait.next(err); !sleep(ctx, 10*d, nil) {
+			return
+		}
+	}
+}
+
+// sourceFails notes how the source does.
+func (r *Replica) sourceFails(err error) {
+	r.fails(&r.sourceErr, err, "the source cannot be asked; it is tried again until it can", "the source can be asked again")
+}
+
+// folderFails notes how the folder does.
+func (r *Replica) folderFails(err error) {
+	r.fails(&r.folderErr, err, "the folder cannot be used: what happens now would be missing after a restart without the source", "the folder can be used again")
+}
+
+// fails logs changes only.
+func (r *Replica) fails(last *string, err error, broken, healed string) {
+	r.mu.Lock()
+	was := *last
+	*last = ""
+	if err != nil {
+		*last = err.Error()
+	}
+	r.mu.Unlock()
+	switch {
+	case err != nil && was == "":
+		r.log.Warn(broken, "error", err)
+	case err == nil && was != "":
+		r.log.Info(healed)
+	}
+}

@@ -1,0 +1,476 @@
+package sidecar
+
+import (
+	"context"
+	"crypto/tls"
+	"crypto/x509"
+	"encoding/json"
+	"errors"
+	"flag"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"os"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/rescindhq/rescind/api/gateway"
+	"github.com/rescindhq/rescind/api/replica"
+	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/internal/obs"
+)
+
+var update = flag.Bool("update", false, "write the golden files")
+
+// runConfig has a listener of each kind, on free ports.
+func runConfig(upstream string) Config {
+	cfg := Config{
+		Auth: &Listener{Listen: "127.0.0.1:0"}, Envoy: &Listener{Listen: "127.0.0.1:0"}, OpsListen: "127.0.0.1:0",
+		Staleness: replica.Staleness{Max: 300 * time.Second}, MaxInFlight: 100, ShutdownGrace: time.Minute,
+	}
+	proxy := proxyConfig(upstream)
+	proxy.Listen = "127.0.0.1:0"
+	cfg.Proxy = &proxy
+	return cfg
+}
+
+// runOf runs e, and returns where it listens, and how it is stopped and how it ended.
+func runOf(t testing.TB, cfg Config, e engine) (at Addresses, stop func(), ended <-chan error) {
+	t.Helper()
+	ctx, cancel := context.WithCancel(context.Background())
+	listening, done := make(chan Addresses, 1), make(chan error, 1)
+	finished := make(chan struct{})
+	go func() {
+		defer close(finished)
+		done <- run(ctx, cfg, e, quiet, func(a Addresses) { listening <- a })
+	}()
+	t.Cleanup(func() { cancel(); <-finished })
+	select {
+	case at = <-listening:
+	case err := <-done:
+		t.Fatalf("it ended: %v", err)
+	}
+	return at, cancel, done
+}
+
+func getBody(t testing.TB, url string) (status int, body string) {
+	t.Helper()
+	resp, err := http.Get(url)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return resp.StatusCode, string(b)
+}
+
+var aged = replica.Status{
+	Position: revocation.Position{Epoch: "0198c5b2-0000-7000-8000-000000000001", Seq: 42}, Age: 1500 * time.Millisecond, Ready: true, From: "source",
+	Revocations: 7, Entities: 9, Snapshots: 1, Deltas: 2,
+	Feeds: []replica.FeedStatus{{Name: "sse", Connected: true, Events: 5}, {Name: "amqp", Error: "dial mq.internal: refused"}},
+}
+
+// What operators see, whoever decides.
+func TestOps(t *testing.T) {
+	t.Parallel()
+	e := &fake{decide: clean, ready: true, status: aged}
+	at, _, _ := runOf(t, runConfig("http://127.0.0.1:1"), e)
+	ops := "http://" + at.Ops
+
+	if status, body := getBody(t, ops+"/healthz"); status != 200 || !strings.Contains(body, `"pass"`) {
+		t.Errorf("/healthz: %d %s", status, body)
+	}
+	status, body := getBody(t, ops+"/readyz?verbose=1")
+	if want := `{"status":"warn","checks":{"feeds":{"status":"warn","detail":"not connected: amqp"},"gateway":{"status":"pass"},"replica":{"status":"pass","detail":"at seq 42"}}}` + "\n"; status != 200 || body != want {
+		t.Errorf("/readyz: %d %s", status, body)
+	}
+	var got replica.Status
+	status, body = getBody(t, ops+"/status")
+	if err := json.Unmarshal([]byte(body), &got); err != nil || status != 200 {
+		t.Errorf("/status: %d %s", status, body)
+	}
+	if diff := cmp.Diff(aged, got); diff != "" {
+		t.Errorf("/status: %s", diff)
+	}
+	for _, path := range []string{"/debug/pprof/", "/auth", "/"} {
+		if status, _ := getBody(t, ops+path); status != 404 {
+			t.Errorf("%s: %d", path, status)
+		}
+	}
+	resp, err := http.Post(ops+"/status", "text/plain", nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != 404 {
+		t.Errorf("POST /status: %d", resp.StatusCode)
+	}
+}
+
+func TestReadiness(t *testing.T) {
+	t.Parallel()
+	with := func(change func(*replica.Status)) replica.Status {
+		s := aged
+		s.Feeds = slices.Clone(aged.Feeds[:1])
+		change(&s)
+		return s
+	}
+	for _, tt := range []struct {
+		name   string
+		ready  bool
+		status replica.Status
+		code   int
+		want   obs.Status
+	}{
+		{"all is well", true, with(func(*replica.Status) {}), 200, obs.Pass},
+		{"not ready", false, with(func(*replica.Status) {}), 503, obs.Fail},
+		{"nothing is known, and it is served", true, with(func(s *replica.Status) { s.Age = replica.Never }), 200, obs.Warn},
+		{"old", true, with(func(s *replica.Status) { s.Age = 151 * time.Second }), 200, obs.Warn},
+		{"not old", true, with(func(s *replica.Status) { s.Age = 149 * time.Second }), 200, obs.Pass},
+		{"trouble", true, with(func(s *replica.Status) { s.Error = "write /var/lib: no space" }), 200, obs.Warn},
+		{"a feed is away", true, with(func(s *replica.Status) { s.Feeds[0].Connected = false }), 200, obs.Warn},
+	} {
+		at, _, _ := runOf(t, runConfig("http://127.0.0.1:1"), &fake{decide: clean, ready: tt.ready, status: tt.status})
+		var got struct {
+			Status obs.Status `json:"status"`
+			Checks map[string]struct {
+				Detail string `json:"detail"`
+			} `json:"checks"`
+		}
+		code, body := getBody(t, "http://"+at.Ops+"/readyz?verbose=1")
+		if err := json.Unmarshal([]byte(body), &got); err != nil || code != tt.code || got.Status != tt.want {
+			t.Errorf("%s: %d %s", tt.name, code, body)
+		}
+		if strings.Contains(body, "/var/lib") {
+			t.Errorf("%s: strangers are told %s", tt.name, body)
+		}
+	}
+}
+
+// Every series is there from the start, by its name; the golden file is for whoever writes alerts.
+func TestMetrics(t *testing.T) {
+	t.Parallel()
+	e := &fake{ready: true, status: aged}
+	at, _, _ := runOf(t, runConfig("http://127.0.0.1:1"), e)
+	series := func() (names []string, values map[string]string) {
+		_, body := getBody(t, "http://"+at.Ops+"/metrics")
+		values = make(map[string]string)
+		for line := range strings.Lines(body) {
+			name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+			if !strings.HasPrefix(name, "rescind_gateway_") {
+				continue
+			}
+			values[name] = value
+			if !strings.Contains(name, "_bucket{") && !strings.Contains(name, "{reason=") {
+				names = append(names, name)
+			}
+		}
+		return names, values
+	}
+	names, values := series()
+	golden := filepath.Join("testdata", "metrics.golden")
+	got := strings.Join(names, "\n") + "\n"
+	if *update {
+		if err := os.MkdirAll("testdata", 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(golden, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(golden)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(string(want), got); diff != "" {
+		t.Errorf("run the test with -update if this is meant:\n%s", diff)
+	}
+	for _, reason := range slices.Concat(gateway.Reasons, []string{overloaded, "other"}) {
+		if got := values[`rescind_gateway_decisions_total{reason="`+reason+`",result="refused"}`]; got != "0" {
+			t.Errorf("refusals for the reason %s are %q, want 0", reason, got)
+		}
+	}
+	before := len(values)
+	for name, want := range map[string]string{
+		"rescind_gateway_replica_age_seconds": "1.5", "rescind_gateway_replica_seq": "42", "rescind_gateway_replica_revocations": "7",
+		`rescind_gateway_feed_connected{feed="sse"}`: "1", `rescind_gateway_feed_connected{feed="amqp"}`: "0", `rescind_gateway_feed_events_total{feed="sse"}`: "5",
+		"rescind_gateway_ready": "1", "rescind_gateway_replica_snapshots_total": "1", "rescind_gateway_replica_deltas_total": "2",
+	} {
+		if values[name] != want {
+			t.Errorf("%s is %q, want %s", name, values[name], want)
+		}
+	}
+
+	// Whatever is decided makes no other series.
+	ask := func(d gateway.Decision) {
+		t.Helper()
+		e.decide = func(gateway.Request) gateway.Decision { return d }
+		exchange(t, at.Auth, "GET /auth HTTP/1.1\r\nHost: g\r\nConnection: close\r\nX-Forwarded-Method: GET\r\nX-Forwarded-Uri: /a\r\n\r\n")
+	}
+	asked := func(reason string) gateway.Decision {
+		d := refusedWith(503, replica.CodeGeneral, "")
+		d.Reason, d.Outcome = reason, replica.Ask
+		return d
+	}
+	ask(allowed(pizza))
+	ask(refusedWith(401, replica.CodeInvalidCredentials, challenge))
+	ask(refusedWith(401, replica.CodeInvalidCredentials, challenge))
+	unknown := refusedWith(403, replica.CodeForbidden, "")
+	unknown.Reason = "https://evil.example.com/?token=x"
+	ask(unknown)
+	active := allowed(pizza)
+	active.Outcome = replica.Ask
+	ask(active)
+	ask(asked("introspection_failed"))
+	exchange(t, at.Auth, "GET /auth HTTP/1.1\r\nHost: g\r\nConnection: close\r\n\r\n")
+	after, values := series()
+	if diff := cmp.Diff(names, after); diff != "" || len(values) != before {
+		t.Errorf("%d series became %d\n%s", before, len(values), diff)
+	}
+	for name, want := range map[string]string{
+		`rescind_gateway_decisions_total{reason="",result="allowed"}`: "2", `rescind_gateway_decisions_total{reason="revoked",result="refused"}`: "2",
+		`rescind_gateway_decisions_total{reason="other",result="refused"}`: "1", "rescind_gateway_decision_seconds_count": "6",
+		`rescind_gateway_introspections_total{result="active"}`: "1", `rescind_gateway_introspections_total{result="failed"}`: "1",
+		`rescind_gateway_decisions_total{reason="introspection_failed",result="refused"}`: "1",
+		"rescind_gateway_decisions_in_flight":                                             "0", "rescind_gateway_auth_malformed_total": "1",
+	} {
+		if values[name] != want {
+			t.Errorf("%s is %q, want %s", name, values[name], want)
+		}
+	}
+}
+
+// The reasons that metrics know are those that there are.
+func TestIntrospectionReasons(t *testing.T) {
+	t.Parallel()
+	for reason := range introspectionResults {
+		if reason != "" && !slices.Contains(gateway.Reasons, reason) {
+			t.Errorf("%q is no reason", reason)
+		}
+	}
+	for _, reason := range gateway.Reasons {
+		if _, ok := introspectionResults[reason]; strings.HasPrefix(reason, "introspection_") && !ok {
+			t.Errorf("%q has no result", reason)
+		}
+	}
+	if slices.Contains(gateway.Reasons, overloaded) {
+		t.Errorf("%q is a reason of the gateway too", overloaded)
+	}
+}
+
+// Past the limit decisions are refused as a gateway refuses, and nobody is asked.
+func TestTooManyDecisions(t *testing.T) {
+	t.Parallel()
+	begun, end := make(chan struct{}), make(chan struct{})
+	e := &fake{decide: func(gateway.Request) gateway.Decision { begun <- struct{}{}; <-end; return allowed(pizza) }}
+	_, m := countedOf(e)
+	c := newCounted(e, 2, m)
+	var wg sync.WaitGroup
+	for range 2 {
+		wg.Go(func() {
+			if d := c.Decide(t.Context(), gateway.Request{}); !d.Allowed {
+				t.Errorf("one of two: %+v", d)
+			}
+		})
+		<-begun
+	}
+	if d := c.Decide(t.Context(), gateway.Request{}); d.Allowed || d.Status != 503 || d.Reason != overloaded || !json.Valid(d.Body()) || len(e.questions()) != 2 {
+		t.Errorf("the third of two: %+v", d)
+	}
+	close(end)
+	wg.Wait()
+	go func() { <-begun }()
+	if d := c.Decide(t.Context(), gateway.Request{}); !d.Allowed {
+		t.Errorf("the next one: %+v", d)
+	}
+}
+
+// At its end the process says that it goes, finishes what it has begun, and only then stops what decides.
+func TestRunStops(t *testing.T) {
+	t.Parallel()
+	begun, end := make(chan struct{}), make(chan struct{})
+	upstream := upstreamOf(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/chat" {
+			echoUpgrade(w, r)
+			return
+		}
+		close(begun)
+		<-end
+		_, _ = io.WriteString(w, "whole")
+	})
+	stopped := make(chan struct{})
+	e := &fake{decide: clean, ready: true, status: aged, onStop: func() { close(stopped) }}
+	at, stop, ended := runOf(t, runConfig(upstream), e)
+
+	answer := make(chan string)
+	go func() {
+		resp, err := http.Get("http://" + at.Proxy + "/slow")
+		if err != nil {
+			answer <- err.Error()
+			return
+		}
+		defer resp.Body.Close()
+		b, err := io.ReadAll(resp.Body)
+		answer <- fmt.Sprintf("%d %s %v", resp.StatusCode, b, err)
+	}()
+	<-begun
+	conn, from := upgrade(t, at.Proxy)
+	says(t, conn, from, "before")
+
+	stop()
+	ops := "http://" + at.Ops
+	for { // it says so while the request is at work
+		if status, _ := getBody(t, ops+"/readyz"); status == 503 {
+			break
+		}
+	}
+	for _, address := range []string{at.Proxy, at.Auth, at.Envoy} {
+		for {
+			c, err := net.Dial("tcp", address)
+			if err != nil {
+				break
+			}
+			c.Close()
+		}
+	}
+	select {
+	case <-stopped:
+		t.Error("it decides no more while a request is at work")
+	case err := <-ended:
+		t.Errorf("it ended while a request is at work: %v", err)
+	default:
+	}
+	says(t, conn, from, "while others are at work")
+	close(end)
+	if got := <-answer; got != "200 whole <nil>" {
+		t.Error(got)
+	}
+	if _, err := from.ReadByte(); err == nil {
+		t.Error("a WebSocket outlives the process")
+	}
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+	<-stopped
+	if _, err := net.Dial("tcp", at.Ops); err == nil {
+		t.Error("the operators' listener is still there")
+	}
+}
+
+// A request that does not end is cut off.
+func TestRunStopsInTime(t *testing.T) {
+	t.Parallel()
+	begun := make(chan struct{})
+	upstream := upstreamOf(t, func(_ http.ResponseWriter, r *http.Request) { close(begun); <-r.Context().Done() })
+	cfg := runConfig(upstream)
+	cfg.ShutdownGrace = 50 * time.Millisecond
+	at, stop, ended := runOf(t, cfg, &fake{decide: clean})
+	failed := make(chan error)
+	go func() {
+		resp, err := http.Get("http://" + at.Proxy + "/slow")
+		if err == nil {
+			resp.Body.Close()
+		}
+		failed <- err
+	}()
+	<-begun
+	stop()
+	if err := <-failed; err == nil {
+		t.Error("it was answered")
+	}
+	if err := <-ended; err != nil {
+		t.Error(err)
+	}
+}
+
+func TestRunEnds(t *testing.T) {
+	t.Parallel()
+	broken := errors.New("the folder is gone")
+	_, _, ended := runOf(t, runConfig("http://127.0.0.1:1"), &fake{decide: clean, fails: broken})
+	if err := <-ended; !errors.Is(err, broken) || err.Error() != "gateway: the folder is gone" {
+		t.Errorf("%v", err)
+	}
+	taken, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer taken.Close()
+	cfg := runConfig("http://127.0.0.1:1")
+	cfg.Auth.Listen = taken.Addr().String()
+	err = run(t.Context(), cfg, &fake{}, quiet, nil)
+	if err == nil || !regexp.MustCompile(`^listen as auth.listen says: .*address already in use; free the port or choose another$`).MatchString(err.Error()) {
+		t.Errorf("%v", err)
+	}
+}
+
+// A certificate is renewed without a stop; one that does not fit its key is not taken.
+func TestRunWithTLS(t *testing.T) {
+	t.Parallel()
+	dir := t.TempDir()
+	files := TLSFiles{Cert: filepath.Join(dir, "cert.pem"), Key: filepath.Join(dir, "key.pem")}
+	roots := x509.NewCertPool()
+	modified := time.Now().Add(-time.Hour)
+	write := func(cert, key string) {
+		t.Helper()
+		modified = modified.Add(time.Minute)
+		for name, text := range map[string]string{files.Cert: cert, files.Key: key} {
+			if err := errors.Join(os.WriteFile(name, []byte(text), 0o600), os.Chtimes(name, modified, modified)); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	first, firstKey := makePair(t)
+	second, secondKey := makePair(t)
+	roots.AppendCertsFromPEM([]byte(first))
+	roots.AppendCertsFromPEM([]byte(second))
+	write(first, firstKey)
+	c, err := newCertificate(files, quiet)
+	if err != nil {
+		t.Fatal(err)
+	}
+	served := func() *x509.Certificate {
+		t.Helper()
+		c.mu.Lock()
+		c.looked = time.Time{}
+		c.mu.Unlock()
+		cert, err := c.get(nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return cert.Leaf
+	}
+	before := served()
+	write(second, firstKey)
+	if !served().Equal(before) {
+		t.Error("a certificate is used without its key")
+	}
+	write(second, secondKey)
+	if served().Equal(before) {
+		t.Error("a renewed certificate is not used")
+	}
+
+	cfg := runConfig(upstreamOf(t, func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.Header.Get("X-Forwarded-Proto")) }))
+	cfg.Proxy.TLS = files
+	at, _, _ := runOf(t, cfg, &fake{decide: clean})
+	client := &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: roots}, ForceAttemptHTTP2: true}}
+	defer client.CloseIdleConnections()
+	resp, err := client.Get("https://" + at.Proxy + "/a")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	if body, err := io.ReadAll(resp.Body); err != nil || string(body) != "https" || resp.ProtoMajor != 1 {
+		t.Errorf("%s %q, %v", resp.Proto, body, err)
+	}
+}
