@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -173,7 +172,7 @@ func (f roundTripper) RoundTrip(r *http.Request) (*http.Response, error) { retur
 func TestIntrospectionTakesTime(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		var log bytes.Buffer
+		var log journal
 		fail := true
 		s, rc := stale()
 		w := start(t, s, rc, Config{Logger: slog.New(slog.NewTextHandler(&log, nil)), Introspection: &Introspection{

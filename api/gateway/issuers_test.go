@@ -1,7 +1,6 @@
 package gateway
 
 import (
-	"bytes"
 	"fmt"
 	"log/slog"
 	"net/netip"
@@ -85,7 +84,7 @@ func TestWhereKeysAre(t *testing.T) {
 	}
 	w.accepted(t, "an external issuer", foreign)
 
-	var log bytes.Buffer
+	var log journal
 	w = start(t, s, replica.Config{}, Config{URL: k.URL, Logger: slog.New(slog.NewTextHandler(&log, nil))})
 	unavailable(t, w, "an external issuer inside, which is not allowed", foreign)
 	w.stop()
@@ -156,7 +155,7 @@ func TestKeysOf(t *testing.T) {
 func TestIssuersChange(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		var log bytes.Buffer
+		var log journal
 		s := newService()
 		w := start(t, s, replica.Config{}, Config{
 			Issuers: append(configured(),

@@ -301,6 +301,24 @@ func configured() []token.Issuer {
 	}
 }
 
+// journal is what was logged. Fetches end, and tell how, when they like.
+type journal struct {
+	mu sync.Mutex
+	b  strings.Builder
+}
+
+func (j *journal) Write(p []byte) (int, error) {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.b.Write(p)
+}
+
+func (j *journal) String() string {
+	j.mu.Lock()
+	defer j.mu.Unlock()
+	return j.b.String()
+}
+
 // world is a gateway with a service and something behind it.
 type world struct {
 	*Gateway

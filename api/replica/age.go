@@ -43,8 +43,8 @@ type sighting struct {
 	at   instant
 }
 
-// maxWaiting bounds the sightings that a state far behind has not reached. Past it every second
-// one is forgotten: its age then falls in larger steps.
+// maxWaiting bounds the sightings that a state far behind has not reached. Past it half of them are
+// forgotten: its age then falls in larger steps.
 const maxWaiting = 64
 
 // of is how old the state is at now, [Never] if that is not known. It takes no lock.
@@ -107,12 +107,21 @@ func (a *age) saw(head, reached revocation.Position, at instant) {
 	}
 	a.waiting = slices.Replace(a.waiting, i, end, sighting{head.Seq, at})
 	if len(a.waiting) > maxWaiting {
-		half := (len(a.waiting) + 1) / 2
-		for j := range half {
-			a.waiting[j] = a.waiting[2*j]
-		}
-		a.waiting = a.waiting[:half]
+		a.thin()
 	}
+}
+
+// thin forgets sightings between others that are not far apart. It needs a.mu.
+func (a *age) thin() {
+	last := len(a.waiting) - 1
+	far := (a.waiting[last].at.mono - a.waiting[0].at.mono) / (maxWaiting / 4)
+	kept := a.waiting[:1]
+	for i := 1; i <= last; i++ {
+		if i == last || a.waiting[i+1].at.mono-kept[len(kept)-1].at.mono > far {
+			kept = append(kept, a.waiting[i])
+		}
+	}
+	a.waiting = kept
 }
 
 // reached is told how far the state has come.

@@ -193,7 +193,7 @@ func (f *folder) load(s *State) (fresh time.Time, err error) {
 		if err := f.readJournal(n, &r); err != nil {
 			f.damagedFile(journalName(n), err)
 			f.aside = append(f.aside, n)
-			r.lost = r.lost || n >= r.base
+			r.lost = true
 		}
 		if n >= r.base {
 			f.length += r.chain.end

@@ -157,7 +157,7 @@ func (r *replay) records(n int, b *bufio.Reader) error {
 		}
 		if skipped > 0 {
 			damaged = fmt.Errorf("%d bytes at %d are no record", skipped, r.chain.end)
-			r.lost = r.lost || n >= r.base
+			r.lost = true
 			r.chain.end += skipped
 			skipped = 0
 		}
@@ -217,10 +217,9 @@ func (r *replay) record(n int, payload []byte) {
 	default:
 		ok = false // of a later version
 	}
-	// From before the snapshot there may be events of an epoch that is over.
-	if !ok && (n >= r.base || p.Epoch == r.state.At().Epoch) {
-		r.lost = true
-	}
+	// What does not fit from before the snapshot is of an epoch that is over, or follows what was
+	// missing then.
+	r.lost = r.lost || !ok && n >= r.base
 }
 
 // event applies an event. One that does not fit is not lost if it revokes: what was known to be

@@ -397,7 +397,7 @@ func TestSnapshotClaims(t *testing.T) {
 		claims.block(blockSet, "\x02", len(name), name, math.MaxInt).block(blockRevocations, append([]any{i}, bytesOf(5)...)...)
 	}
 	skipped := newBlocks(1, 0).header("all", 0)
-	for range 10_000 {
+	for range 4000 {
 		skipped.block(0x90, strings.Repeat("x", 10_000))
 	}
 	for name, b := range map[string][]byte{"claims": claims.end(20, 0), "skipped": skipped.end(0, 0)} {
@@ -447,9 +447,9 @@ func TestSnapshotSize(t *testing.T) {
 		n      int
 		issuer func(int) string
 	}{
-		"one issuer":                   {1_000_000, ofOne},
-		"3000 issuers, taking turns":   {size(300_000, 1_000_000), func(i int) string { return many[i%len(many)] }},
-		"300 issuers, each of its own": {300_000, func(i int) string { return many[i/1000] }},
+		"one issuer":                 {1_000_000, ofOne},
+		"3000 issuers, taking turns": {size(150_000, 1_000_000), func(i int) string { return many[i%len(many)] }},
+		"issuers, one after another": {size(100_000, 1_000_000), func(i int) string { return many[i/1000] }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -514,7 +514,7 @@ func TestWriteSnapshotWhileApplying(t *testing.T) {
 	t.Parallel()
 	s := newClock().newReplica(false)
 	load(t, s, revocation.Position{Epoch: epoch})
-	n := size(10_000, 60_000)
+	n := size(3000, 60_000)
 	m := newModel()
 	for i := range n {
 		m.revoke(Record{Target: ofJTI(uuidOf(i)), Tenant: acme, Exp: begin + int64(i)})

@@ -105,7 +105,7 @@ func TestKeysSurviveARestart(t *testing.T) {
 	expect(t, second, "a", nil)
 	expect(t, second, "a", nil)
 	second.mu.Lock()
-	if second.running == nil {
+	if second.running == nil || second.begun != 1 {
 		t.Error("somebody waited for the end of the load, or none began")
 	}
 	second.mu.Unlock()

@@ -16,6 +16,7 @@ import (
 	"net/url"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -165,6 +166,7 @@ func (d *dev) run(ctx context.Context, cfg devstack.Config) (err error) {
 
 // serve runs the service and the gateways until ctx ends, a server dies, or one of them ends.
 func (d *dev) serve(ctx context.Context, environ []string, stack *devstack.Stack) (err error) {
+	told := ctx
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	go func() {
@@ -195,14 +197,20 @@ func (d *dev) serve(ctx context.Context, environ []string, stack *devstack.Stack
 		return c, ctx.Err()
 	}
 	// What ended first is why the others are stopped.
+	var stops []func() error
 	defer func() {
-		if cause := context.Cause(ctx); err != nil && cause != nil && !errors.Is(cause, context.Canceled) {
-			err = cause
+		if told.Err() != nil {
+			err = nil
+		} else if ctx.Err() != nil {
+			err = context.Cause(ctx)
+		}
+		for _, stop := range slices.Backward(stops) {
+			err = errors.Join(err, stop())
 		}
 	}()
 	service, err := run(append(environ, fmt.Sprintf("RESCIND_SHUTDOWN_GRACE=%s", stopPatience-time.Second)), serviceCommand)
 	if service != nil {
-		defer func() { err = errors.Join(err, service.stop()) }()
+		stops = append(stops, service.stop)
 	}
 	if err != nil {
 		return err
@@ -215,17 +223,17 @@ func (d *dev) serve(ctx context.Context, environ []string, stack *devstack.Stack
 		return err
 	}
 	defer upstream.Close() //nolint:errcheck // it has nothing to finish
-	for i := range gateways {
+	for i, at := range d.kept.Gateways {
 		file, err := d.writeGateway(i, upstream.url)
 		if err != nil {
 			return err
 		}
 		gateway, err := run(os.Environ(), gatewayCommand, file)
 		if gateway != nil {
-			defer func() { err = errors.Join(err, gateway.stop()) }()
+			stops = append(stops, gateway.stop)
 		}
 		if err == nil {
-			err = awaitReady(ctx, "http://"+d.kept.Gateways[i].OpsListen)
+			err = awaitReady(ctx, "http://"+at.OpsListen)
 		}
 		if err != nil {
 			return err

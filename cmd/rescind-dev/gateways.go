@@ -36,12 +36,13 @@ func (d *dev) writeGateway(i int, upstream string) (string, error) {
 	at := d.kept.Gateways[i]
 	name := fmt.Sprintf("gateway-%d", i+1)
 	cfg := map[string]any{
-		"service":   map[string]any{"url": "http://" + d.kept.Listen, "username": gatewayUser, "password_env": gatewayPasswordEnv},
-		"folder":    filepath.Join(d.dir, name),
-		"audiences": []string{demoAudience},
-		"proxy":     map[string]any{"listen": at.Listen, "upstreams": []any{map[string]any{"context": demoContext, "url": upstream}}},
-		"ops":       map[string]any{"listen": at.OpsListen},
-		"log":       map[string]any{"level": d.logLevel, "format": "text"},
+		"service":        map[string]any{"url": "http://" + d.kept.Listen, "username": gatewayUser, "password_env": gatewayPasswordEnv},
+		"folder":         filepath.Join(d.dir, name),
+		"audiences":      []string{demoAudience},
+		"proxy":          map[string]any{"listen": at.Listen, "upstreams": []any{map[string]any{"context": demoContext, "url": upstream}}},
+		"ops":            map[string]any{"listen": at.OpsListen},
+		"shutdown_grace": "1s",
+		"log":            map[string]any{"level": d.logLevel, "format": "text"},
 	}
 	if i == 0 {
 		amqp := map[string]any{"url_env": gatewayAMQPEnv}

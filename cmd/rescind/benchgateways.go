@@ -48,8 +48,12 @@ func (b *bench) gateways(ctx context.Context) error {
 				for time.Since(sent) < 10*time.Second {
 					began := time.Since(sent)
 					status, err := call(ctx, url, token.compact)
-					if err != nil || status == http.StatusUnauthorized {
+					switch {
+					case err != nil || status == http.StatusUnauthorized:
 						took[i], errs[i] = began, err
+						return
+					case status != http.StatusOK:
+						errs[i] = fmt.Errorf("call %s with a revoked token: %d", url, status)
 						return
 					}
 				}

@@ -94,7 +94,7 @@ var layers = map[string]layer{
 
 	"cmd/rescind":         {level: 6, outside: []string{fromPgx, fromPrometheus, fromAMQP, fromEtcd, fromEtcdAPI, fromZap, fromUUID}},
 	"cmd/rescind-gateway": {level: 6},
-	"cmd/rescind-dev":     {level: 6, outside: []string{fromPgx}},
+	"cmd/rescind-dev":     {level: 6, outside: []string{fromPgx, fromYAML}},
 }
 
 // goPackage is what go list says of a package.

@@ -196,13 +196,14 @@ func TestReplicasFollow(t *testing.T) {
 	after := admin.revokeIDs(20)
 	admin.must(http.StatusAccepted, http.MethodPost, "/v1/revocations", `{"kind":"tenant","tenant":"acme.example"}`)
 	acmeToken := replica.Token{Iss: ourISS + "/t/acme.example", Tenant: "acme.example", JTI: "x", IssuedAt: time.Now().Unix() - 60}
+	head := w.head()
 	for _, m := range append(members, acme) {
 		await(t, m.name+" has the tenant's revocation", func() bool {
 			return m.replica.Load().Check(acmeToken).Kind == revocation.KindTenant
 		})
 		await(t, m.name+" knows that it has everything", func() bool {
 			st := m.replica.Load().Status()
-			return st.Ready && st.Seq == w.head() && st.Age < time.Minute
+			return st.Ready && st.Seq == head && st.Age < time.Minute
 		})
 		if st := m.replica.Load().Status(); st.Error != "" {
 			t.Errorf("%s: %+v", m.name, st)
@@ -487,27 +488,32 @@ func TestFleetOutlivesChaos(t *testing.T) {
 		return slices.Clip(ids), slices.Clip(tokens)
 	}
 	var work sync.WaitGroup
-	// 50 at a time, ten times a second, each time until it is answered: by whichever service is there.
+	// 50 at a time, ten times a second, each until it is answered, by whichever service is there.
+	order := func(n int) {
+		batch, body := orderIDs(50)
+		for try := n; ; try++ {
+			h := http.Header{"Authorization": {admin.auth}, "Content-Type": {"application/json"}, "Idempotency-Key": {batch[0]}}
+			a, err := send(client, http.MethodPost, "http://"+addresses[try%len(addresses)]+"/v1/revocations", h, body)
+			if err == nil && a.status == http.StatusAccepted {
+				break
+			}
+			if err == nil && a.status < 500 && a.status != http.StatusConflict && a.status != http.StatusTooManyRequests {
+				t.Errorf("revoke: %d %s", a.status, a.body)
+				return
+			}
+			<-time.After(50 * time.Millisecond)
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		ids = append(ids, batch...)
+	}
 	work.Go(func() {
 		tick := time.NewTicker(100 * time.Millisecond)
 		defer tick.Stop()
+		var orders sync.WaitGroup
+		defer orders.Wait()
 		for n := 0; ctx.Err() == nil; n++ {
-			batch, body := orderIDs(50)
-			for try := 0; ; try++ {
-				h := http.Header{"Authorization": {admin.auth}, "Content-Type": {"application/json"}, "Idempotency-Key": {batch[0]}}
-				a, err := send(client, http.MethodPost, "http://"+addresses[(n+try)%len(addresses)]+"/v1/revocations", h, body)
-				if err == nil && a.status == http.StatusAccepted {
-					break
-				}
-				if err == nil && a.status < 500 && a.status != http.StatusConflict && a.status != http.StatusTooManyRequests {
-					t.Errorf("revoke: %d %s", a.status, a.body)
-					return
-				}
-				<-tick.C
-			}
-			mu.Lock()
-			ids = append(ids, batch...)
-			mu.Unlock()
+			orders.Go(func() { order(n) })
 			select {
 			case <-tick.C:
 			case <-ctx.Done():
@@ -589,7 +595,7 @@ func TestFleetOutlivesChaos(t *testing.T) {
 			own.Start(stacktest.RabbitMQ)
 			counted.brokers++
 		}
-		for _, k := range []int{n * 10 % replicas, (n*10 + 4) % replicas} { // with a folder, each of another way
+		for _, k := range []int{2 * n % replicas, (2*n + 24) % replicas, replicas - 2} { // they have folders, and come to be of every way
 			m := members[k]
 			m.end()
 			m.start()

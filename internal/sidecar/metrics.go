@@ -129,11 +129,11 @@ func newCounted(c checker, limit int, m *metrics) *counted {
 
 func (c *counted) Decide(ctx context.Context, r gateway.Request) gateway.Decision {
 	began := time.Now()
-	active := c.active.Add(1)
-	c.m.inFlight.Set(float64(active))
-	defer func() { c.m.inFlight.Set(float64(c.active.Add(-1))) }()
+	c.m.inFlight.Inc()
+	defer c.m.inFlight.Dec()
+	defer c.active.Add(-1)
 	var d gateway.Decision
-	if active > c.limit {
+	if c.active.Add(1) > c.limit {
 		d = gateway.Decision{Status: 503, Reason: overloaded, Authorization: replica.Authorization{Code: replica.CodeGeneral}}
 	} else {
 		d = c.checker.Decide(ctx, r)

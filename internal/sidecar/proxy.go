@@ -98,24 +98,23 @@ type routeKey struct{}
 type route struct {
 	target   *url.URL
 	decision gateway.Decision
-	body     *patientReader // nil if there is none
 }
 
 func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	p.handlers.Add(1)
 	defer p.handlers.Done()
 	patience := patience{http.NewResponseController(w), p.cfg.IdleTimeout}
-	patience.write() // the connection still has that of its last request
-	to := &route{}
+	w = patientWriter{w, patience}
 	if r.Body != nil && r.Body != http.NoBody {
 		patience.read(true)
-		to.body = &patientReader{ReadCloser: r.Body, patience: patience}
-		defer to.body.end()
+		body := &patientReader{ReadCloser: r.Body, patience: patience}
+		defer body.end()
+		r.Body = body
 	}
-	active := p.active.Add(1)
-	p.m.proxying.Set(float64(active))
-	defer func() { p.m.proxying.Set(float64(p.active.Add(-1))) }()
-	if active > int64(p.cfg.MaxInFlight) {
+	p.m.proxying.Inc()
+	defer p.m.proxying.Dec()
+	defer p.active.Add(-1)
+	if p.active.Add(1) > int64(p.cfg.MaxInFlight) {
 		p.m.proxied[tooMany].Inc()
 		w.Header().Set("Retry-After", "5")
 		writeProblem(w, http.StatusServiceUnavailable, "Service Unavailable", "There are too many requests at a time")
@@ -127,8 +126,8 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		d.WriteError(w)
 		return
 	}
-	to.decision, to.target = d, p.upstream(d, r.RequestURI)
-	if to.target == nil {
+	target := p.upstream(d, r.RequestURI)
+	if target == nil {
 		p.m.proxied[noUpstream].Inc()
 		p.warn(d)
 		writeCode(w, http.StatusServiceUnavailable, codeNoEndpoint, "Runtime Error", "The API has no upstream here")
@@ -138,11 +137,7 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if up := r.Header["Upgrade"]; len(up) != 1 || !strings.EqualFold(up[0], "websocket") {
 		delete(r.Header, "Upgrade")
 	}
-	r = r.WithContext(context.WithValue(r.Context(), routeKey{}, to))
-	if to.body != nil {
-		r.Body = to.body
-	}
-	p.reverse.ServeHTTP(patientWriter{w, patience}, r)
+	p.reverse.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), routeKey{}, route{target, d})))
 }
 
 // wait returns once no request is under way, or after some time.
@@ -198,15 +193,10 @@ func (p *proxy) warn(d gateway.Decision) {
 	}
 }
 
-func routeOf(r *http.Request) *route {
-	to, _ := r.Context().Value(routeKey{}).(*route)
-	return to
-}
-
 // rewrite makes the request for the upstream. It comes after the fields are gone that Connection names, so
 // that a client can take away none of ours.
 func (p *proxy) rewrite(r *httputil.ProxyRequest) {
-	route := routeOf(r.In)
+	route, _ := r.In.Context().Value(routeKey{}).(route)
 	// Opaque is sent as it is: URL.Path would be encoded anew, and ReverseProxy has left out of the
 	// query what it cannot read.
 	path, query, hasQuery := strings.Cut(r.In.RequestURI, "?")
@@ -269,7 +259,7 @@ func (p *proxy) answered(r *http.Response) error {
 
 // failed answers for an upstream that did not.
 func (p *proxy) failed(w http.ResponseWriter, r *http.Request, err error) {
-	if body := routeOf(r).body; r.Context().Err() != nil || body != nil && body.failed() {
+	if r.Context().Err() != nil { // also if the client did not send what it said it would
 		p.m.proxied[clientGone].Inc()
 		panic(http.ErrAbortHandler) // nobody would read an answer
 	}
@@ -351,7 +341,6 @@ type patientReader struct {
 
 	mu    sync.Mutex
 	ended bool
-	err   error // what went wrong on the client's side
 }
 
 func (b *patientReader) Read(to []byte) (int, error) {
@@ -359,10 +348,6 @@ func (b *patientReader) Read(to []byte) (int, error) {
 	n, err := b.ReadCloser.Read(to)
 	if err == io.EOF {
 		b.move(false)
-	} else if err != nil {
-		b.mu.Lock()
-		b.err = err
-		b.mu.Unlock()
 	}
 	return n, err
 }
@@ -379,15 +364,7 @@ func (b *patientReader) move(patiently bool) {
 func (b *patientReader) end() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.patience.read(true)
 	b.ended = true
-}
-
-// failed reports whether the client did not send what it said it would.
-func (b *patientReader) failed() bool {
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	return b.err != nil
 }
 
 // limitConnections closes connections past a number as they come.
@@ -408,9 +385,8 @@ func (l *limitedListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		open := l.open.Add(1)
-		if open <= l.most {
-			l.m.connections.Set(float64(open))
+		if l.open.Add(1) <= l.most {
+			l.m.connections.Inc()
 			return &limitedConn{Conn: conn, l: l}, nil
 		}
 		l.open.Add(-1)
@@ -426,6 +402,9 @@ type limitedConn struct {
 }
 
 func (c *limitedConn) Close() error {
-	c.once.Do(func() { c.l.m.connections.Set(float64(c.l.open.Add(-1))) })
+	c.once.Do(func() {
+		c.l.open.Add(-1)
+		c.l.m.connections.Dec()
+	})
 	return c.Conn.Close()
 }

@@ -14,6 +14,7 @@ import (
 	"net/http/httputil"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"sync"
 	"testing"
@@ -505,14 +506,16 @@ func inMemory(t *testing.T, upstream http.HandlerFunc, f func(t *testing.T, p *p
 		if err != nil {
 			t.Fatal(err)
 		}
+		t.Cleanup(func() {
+			conn.Close()
+			p.wait(time.Hour)
+			for _, s := range servers {
+				_ = s.Close()
+			}
+			transport.CloseIdleConnections()
+			wg.Wait()
+		})
 		f(t, p, conn)
-		conn.Close()
-		p.wait(time.Hour)
-		for _, s := range servers {
-			_ = s.Close()
-		}
-		transport.CloseIdleConnections()
-		wg.Wait()
 	})
 }
 
@@ -530,13 +533,14 @@ func TestProxyWebSocket(t *testing.T) {
 // Who sends a body slowly is waited for as long as bytes come; who stops is cut off, and is not the upstream's fault.
 func TestProxySlowClient(t *testing.T) {
 	t.Parallel()
-	got := make(chan string, 2)
+	var got chan string
 	upstream := func(_ http.ResponseWriter, r *http.Request) {
 		b, err := io.ReadAll(r.Body)
 		time.Sleep(10 * time.Minute) // now nobody waits for the client
 		got <- fmt.Sprintf("%s, whole %t", b, err == nil)
 	}
 	inMemory(t, upstream, func(t *testing.T, p *proxy, conn net.Conn) {
+		got = make(chan string, 2)
 		p.reverse.Transport.(*http.Transport).ResponseHeaderTimeout = time.Hour
 		fmt.Fprint(conn, "POST /a HTTP/1.1\r\nHost: api\r\nContent-Length: 6\r\n\r\n")
 		for range 6 {
@@ -581,25 +585,66 @@ func TestProxySlowRefusedClient(t *testing.T) {
 	})
 }
 
+// Who does not even read that it was refused, or that there is nothing to read, is cut off.
+func TestProxyShortAnswers(t *testing.T) {
+	t.Parallel()
+	nothing := func(w http.ResponseWriter, _ *http.Request) { w.WriteHeader(http.StatusNoContent) }
+	for _, target := range []string{"/a/..", "/a"} {
+		inMemory(t, nothing, func(t *testing.T, _ *proxy, conn net.Conn) {
+			fmt.Fprint(conn, "GET "+target+" HTTP/1.1\r\nHost: api\r\n\r\n")
+			time.Sleep(2 * time.Minute)
+			if n, _ := io.Copy(io.Discard, conn); n > 0 {
+				t.Errorf("%s: %d bytes came in the end", target, n)
+			}
+		})
+	}
+}
+
+// deadlines is an answer that keeps the deadlines for reading that are set.
+type deadlines struct {
+	discard
+	set []time.Time
+}
+
+func (d *deadlines) SetReadDeadline(t time.Time) error { d.set = append(d.set, t); return nil }
+
+// A read that outlives its request has no part in the next one of the connection.
+func TestPatientReaderEnds(t *testing.T) {
+	t.Parallel()
+	var d deadlines
+	b := &patientReader{ReadCloser: io.NopCloser(strings.NewReader("ab")), patience: patience{http.NewResponseController(&d), time.Minute}}
+	if _, err := b.Read(make([]byte, 1)); err != nil || len(d.set) != 1 || d.set[0].IsZero() {
+		t.Fatalf("%v, %v", d.set, err)
+	}
+	b.end()
+	if _, err := io.ReadAll(b); err != nil || len(d.set) != 1 {
+		t.Errorf("%v, %v", d.set, err)
+	}
+}
+
 // Who does not read is cut off; who reads slowly is not.
 func TestProxySlowReader(t *testing.T) {
 	t.Parallel()
 	const size = 64 << 10
-	upstream := func(w http.ResponseWriter, _ *http.Request) { _, _ = w.Write(make([]byte, size)) }
+	upstream := func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Length", strconv.Itoa(size)) // without it ReverseProxy waits for a mutex, and time stands still
+		_, _ = w.Write(make([]byte, size))
+	}
 	inMemory(t, upstream, func(t *testing.T, p *proxy, conn net.Conn) {
+		from := bufio.NewReaderSize(conn, 16)
 		for range 2 {
 			fmt.Fprint(conn, "GET /a HTTP/1.1\r\nHost: api\r\n\r\n")
-			resp, err := http.ReadResponse(bufio.NewReaderSize(conn, 16), nil)
+			resp, err := http.ReadResponse(from, nil)
 			if err != nil {
 				t.Fatal(err)
 			}
-			some, n := make([]byte, 8<<10), 0
-			for n < size {
-				time.Sleep(time.Second)
-				k, err := resp.Body.Read(some)
-				if n += k; err != nil && err != io.EOF {
-					t.Fatalf("after %d bytes: %v", n, err)
-				}
+			n := 0
+			for some := make([]byte, 8<<10); err == nil; n += len(some) {
+				time.Sleep(10 * time.Second)
+				_, err = io.ReadFull(resp.Body, some)
+			}
+			if err != io.EOF || n < size {
+				t.Fatalf("after %d bytes: %v", n, err)
 			}
 			time.Sleep(30 * time.Second) // the connection is open for another request
 		}
@@ -737,14 +782,14 @@ func BenchmarkProxy(b *testing.B) {
 		Transport: &http.Transport{MaxIdleConnsPerHost: 256, DisableCompression: true}, BufferPool: &buffers{},
 	}
 	_, gatewayAt := startProxyOf(b, proxyConfig(upstream), &benchEngine{allowed(pizza)})
-	for name, address := range map[string]string{"upstream": strings.TrimPrefix(upstream, "http://"), "plain": serve(b, plain), "gateway": gatewayAt} {
-		b.Run(name, func(b *testing.B) {
+	for _, to := range []struct{ name, address string }{{"upstream", strings.TrimPrefix(upstream, "http://")}, {"plain", serve(b, plain)}, {"gateway", gatewayAt}} {
+		b.Run(to.name, func(b *testing.B) {
 			client := &http.Client{Transport: &http.Transport{MaxIdleConnsPerHost: 256}}
 			b.ReportAllocs()
 			b.SetParallelism(16)
 			b.RunParallel(func(pb *testing.PB) {
 				for pb.Next() {
-					req, _ := http.NewRequest("GET", "http://"+address+"/pizzashack/1.0.0/menu", nil)
+					req, _ := http.NewRequest("GET", "http://"+to.address+"/pizzashack/1.0.0/menu", nil)
 					req.Header.Set("Authorization", "Bearer abc")
 					resp, err := client.Do(req)
 					if err != nil {

@@ -474,3 +474,67 @@ func TestRunWithTLS(t *testing.T) {
 		t.Errorf("%s %q, %v", resp.Proto, body, err)
 	}
 }
+
+// What a configuration asks for is what is made, with everything there is, and with what is needed alone. Nothing is connected to.
+func TestNewEngine(t *testing.T) {
+	t.Parallel()
+	dir := configFolder(t)
+	for name, tt := range map[string]struct {
+		text  string
+		feeds []string
+	}{
+		"everything":  {everything, []string{"sse", "amqp", "etcd"}},
+		"the service": {"service: {url: \"https://km\", username: u, password_env: PASSWORD}\nany_audience: true\nauth: {}\nleeway: 0s\n", []string{"sse"}},
+		"etcd":        {"etcd: {endpoints: [\"https://e:2379\"], issuer: i}\nclaims: claims-only\nissuers: [{iss: i, jwks_file: jwks.json, max_token_lifetime: 1}]\nany_audience: true\nauth: {}\n", []string{"etcd"}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			cfg, err := parseText(tt.text, dir)
+			if err != nil {
+				t.Fatal(err)
+			}
+			e, err := newEngine(t.Context(), cfg, quiet)
+			if err != nil {
+				t.Fatal(err)
+			}
+			t.Cleanup(e.close)
+			var feeds []string
+			for _, f := range e.Status().Feeds {
+				feeds = append(feeds, f.Name)
+			}
+			if diff := cmp.Diff(tt.feeds, feeds); diff != "" {
+				t.Error(diff)
+			}
+		})
+	}
+}
+
+// A gateway that has never known anything, and finds nobody, listens, says that it is not ready, refuses, and can be stopped.
+func TestRunAlone(t *testing.T) {
+	t.Parallel()
+	cfg, err := parseText(fmt.Sprintf("service: {url: %q, username: u, password_env: PASSWORD}\nany_audience: true\nfolder: state\n"+
+		"auth: {listen: \"127.0.0.1:0\"}\nops: {listen: \"127.0.0.1:0\"}\n", "http://127.0.0.1:1"), t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	listening, done := make(chan Addresses, 1), make(chan error, 1)
+	go func() { done <- Run(ctx, cfg, quiet, func(a Addresses) { listening <- a }) }()
+	at := <-listening
+	if status, body := getBody(t, "http://"+at.Ops+"/readyz"); status != 503 {
+		t.Errorf("/readyz: %d %s", status, body)
+	}
+	for _, bearer := range []string{"", "Authorization: Bearer abc\r\n"} {
+		resp, body := exchange(t, at.Auth, "GET /auth HTTP/1.1\r\nHost: g\r\nConnection: close\r\nX-Forwarded-Method: GET\r\nX-Forwarded-Uri: /a\r\n"+bearer+"\r\n")
+		if resp.StatusCode < 400 || !json.Valid([]byte(body)) {
+			t.Errorf("%d %s", resp.StatusCode, body)
+		}
+	}
+	if at.Envoy != "" || at.Proxy != "" {
+		t.Errorf("it listens where it was not told to: %+v", at)
+	}
+	cancel()
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
