@@ -9,7 +9,8 @@ import (
 
 // IdentityHeaders are the names of the header fields that [Decision.SetIdentity] may set, all of which
 // whoever passes requests on must remove from them first. For many backends a name with _ in the place of -
-// is the same one (as CGI and WSGI have it): remove those spellings too, as SetIdentity does.
+// is the same one (as CGI and WSGI have it), for some also one with a dot: remove all names that
+// [IsIdentityHeader] reports, as SetIdentity does.
 var IdentityHeaders = []string{
 	headerIssuer, headerSubject, headerClientID, headerTokenID, headerScope, headerTenant,
 	headerApplication, headerApplicationID, headerKeyType, headerTier, headerAPI,
@@ -32,9 +33,9 @@ const (
 // identityPrefix is what all of them begin with, as ours tells names apart.
 const identityPrefix = "x-rescind-"
 
-// isIdentity reports whether a backend could take a field of this name for one of ours: letters in
-// any case, and _ or . for -.
-func isIdentity(name string) bool {
+// IsIdentityHeader reports whether a backend could take a header field of this name for one of ours, those of later
+// versions among them: whether it begins with X-Rescind-, with letters in any case, and _ or . for -.
+func IsIdentityHeader(name string) bool {
 	if len(name) < len(identityPrefix) {
 		return false
 	}
@@ -61,7 +62,7 @@ func isIdentity(name string) bool {
 // between them, X-Rescind-Api is name:version with a colon in either encoded too.
 func (d Decision) SetIdentity(h http.Header) {
 	for name := range h {
-		if isIdentity(name) {
+		if IsIdentityHeader(name) {
 			delete(h, name)
 		}
 	}
@@ -106,7 +107,7 @@ func cleanConnection(h http.Header) {
 	var options []string
 	for _, value := range values {
 		for option := range strings.SplitSeq(value, ",") {
-			if option = strings.Trim(option, " \t"); option != "" && !isIdentity(option) {
+			if option = strings.Trim(option, " \t"); option != "" && !IsIdentityHeader(option) {
 				options = append(options, option)
 			}
 		}

@@ -191,7 +191,7 @@ func (a *archive) list() Revocations {
 }
 
 // All yields each revocation once, in no order, ended ones too until they are
-// forgotten. Only of a replica with [StateConfig.Records]. The strings in a record share
+// forgotten. Only of a state with [StateConfig.Records]. The strings in a record share
 // memory with many others: clone those that are kept for long.
 func (s Revocations) All() iter.Seq[Record] {
 	return func(yield func(Record) bool) {

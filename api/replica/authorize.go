@@ -1,6 +1,7 @@
 package replica
 
 import (
+	"cmp"
 	"encoding/json"
 	"fmt"
 	"net/http"
@@ -17,7 +18,8 @@ import (
 //
 // A token is self-contained if it has the claim subscribedAPIs. One that is believed must have
 // application too, and all of the types that the contract says: else it is refused. It is believed
-// about subscriptions of its issuer's tenant only.
+// about subscriptions of its issuer's tenant only, to APIs of that tenant: those are in the
+// catalog, or with ClaimsOnly have contexts that are the tenant's, see [Config.Tenant].
 type ClaimsMode uint8
 
 const (
@@ -29,7 +31,8 @@ const (
 	CatalogFirst
 	// ClaimsOnly: the catalog is not looked at, but for the key manager, if it is there. Needed
 	// where only revocations are known. Nobody knows of operations then, so neither their scopes
-	// nor their kinds of token are asked for, and none is without authentication.
+	// nor their kinds of token are asked for, and none is without authentication. An issuer can
+	// let itself into whatever is below the contexts of its tenant.
 	ClaimsOnly
 )
 
@@ -65,8 +68,9 @@ type Request struct {
 	// Path is the path of the request, as [CleanPath] returns it. Others are refused.
 	Path string
 	// Tenant is the domain of the tenant that the token's issuer belongs to. It counts only
-	// where the catalog does not have the issuer: with ClaimsOnly. Empty: the token is believed,
-	// if it names one alone.
+	// where the catalog does not have the issuer: with ClaimsOnly. Empty: the only tenant that is
+	// served, else the token is believed, if it names one alone. Such an issuer can let itself
+	// in everywhere.
 	Tenant string
 }
 
@@ -241,9 +245,9 @@ const (
 // and the scopes, in this order. T is nil for a request without a token, which only operations without
 // authentication let through; those do so with any token, and at any age of what is known. It asks nobody.
 //
-// An API is found by the longest of the contexts that Path begins with, whichever tenant has it. Of
-// several tenants with one context the token's issuer's counts, and no token is good for an API of
-// another tenant. Of its operations the most specific one that Method and Path match counts, segment
+// An API is found by the longest of the contexts that Path begins with, whosever token it is, and no
+// token is good for an API of another tenant. Since tenants choose contexts themselves, one whose
+// context is not its tenant's is not there, unless one tenant alone is served: see [Config.Tenant]. Of its operations the most specific one that Method and Path match counts, segment
 // by segment: a text before a {variable} before what ends in /*, which is for the path without it as
 // well. HEAD is GET if no operation is for HEAD; OPTIONS is no exception. "/menu/" is not "/menu": where
 // the catalog has only one of them, the other is refused, even with a /* beside it. An API
@@ -256,6 +260,7 @@ func (r *Replica) Authorize(t *token.Token, req Request) (a Authorization) {
 	staleness := r.StalenessOf(req.Path)
 	by := authorizer{
 		mode:         r.cfg.Claims,
+		only:         r.cfg.Tenant,
 		environments: r.cfg.Environments,
 		check:        func(t Token) Decision { return r.CheckWith(t, staleness) },
 	}
@@ -263,9 +268,27 @@ func (r *Replica) Authorize(t *token.Token, req Request) (a Authorization) {
 	return a
 }
 
+// Tenant is the domain of the only tenant that is served: Config.Tenant, or else the one that the
+// state is about. Empty if it is not one alone.
+func (r *Replica) Tenant() (domain string) {
+	r.state.View(func(v *View) { domain = cmp.Or(r.cfg.Tenant, v.content.part.only()) })
+	return domain
+}
+
+// only is the domain of the only tenant that a state is about, empty if it is not one alone. Nil is
+// everything.
+func (p *part) only() (domain string) {
+	if p != nil && len(p.tenants) == 1 {
+		for domain = range p.tenants {
+		}
+	}
+	return domain
+}
+
 // authorizer is what Authorize goes by besides the state.
 type authorizer struct {
 	mode         ClaimsMode
+	only         string // the domain of the only tenant that is served; empty: the state knows
 	environments []string
 	check        func(Token) Decision
 }
@@ -276,9 +299,10 @@ func (by *authorizer) authorize(a *Authorization, v *View, t *token.Token, req R
 		return
 	}
 	path := unescaped(req.Path)
+	by.only = cmp.Or(by.only, v.content.part.only())
 	var b bearer
 	if t != nil {
-		b = bearer{token: t, manager: v.KeyManager(t.Issuer), tenant: req.Tenant}
+		b = bearer{token: t, manager: v.KeyManager(t.Issuer), tenant: cmp.Or(req.Tenant, by.only)}
 		if b.manager != nil {
 			b.tenant = b.manager.Tenant.Domain
 		}
@@ -295,26 +319,17 @@ func (by *authorizer) authorize(a *Authorization, v *View, t *token.Token, req R
 		return
 	}
 
-	p, rest, several := v.content.shelves.placeOf(path, b.tenant, by.environments)
-	switch {
-	case p != nil:
-		if !a.find(p, req.Method, rest) {
-			return
-		}
-		if a.Operation != nil && a.Operation.AuthType == "None" {
-			a.allow()
-			return
-		}
-	case !several:
-		a.refuse(CodeForbidden, reasonNoAPI)
-		return
-	}
-	if !by.accept(a, &b, true) {
-		return
-	}
+	p, rest := v.content.shelves.placeOf(path, by.only, by.environments)
 	switch {
 	case p == nil:
-		a.refuse(CodeForbidden, reasonNoAPI) // it is there for others
+		a.refuse(CodeForbidden, reasonNoAPI)
+		return
+	case !a.find(p, req.Method, rest):
+		return
+	case a.Operation != nil && a.Operation.AuthType == "None":
+		a.allow()
+		return
+	case !by.accept(a, &b, true):
 		return
 	case !takes(a.Operation, a.Info.UserType):
 		a.refuse(CodeWrongTokenType, reasonTokenType)
@@ -345,7 +360,7 @@ func (by *authorizer) byClaims(a *Authorization, path string, b bearer) {
 		a.refuse(CodeInvalidCredentials, reasonClaims)
 		return
 	}
-	item, ok := c.below(path, b.tenant)
+	item, ok := c.below(path, b.tenant, by.only)
 	if !ok {
 		a.refuse(CodeForbidden, reasonNoSubscription)
 		return
@@ -387,7 +402,7 @@ func (by *authorizer) accept(a *Authorization, b *bearer, known bool) bool {
 	case b.token == nil:
 		a.refuse(CodeMissingCredentials, reasonNoCredentials)
 		return false
-	case b.manager == nil && known, b.manager != nil && !b.manager.Enabled:
+	case b.manager == nil && known, b.manager != nil && !b.manager.Enabled, by.only != "" && b.tenant != by.only:
 		a.refuse(CodeInvalidCredentials, reasonIssuer)
 		return false
 	}
@@ -418,7 +433,7 @@ func (a *Authorization) tellToken(b *bearer) (ok bool) {
 	t, claims := b.token, b.token.Claims()
 	b.key = t.ClientID
 	ok = true
-	scope := t.Scope
+	scope := "scope"
 	if m := b.manager; m != nil {
 		if m.ConsumerKeyClaim != "" && m.ConsumerKeyClaim != "azp" {
 			keys, err := claims.Texts(m.ConsumerKeyClaim)
@@ -427,13 +442,13 @@ func (a *Authorization) tellToken(b *bearer) (ok bool) {
 				b.key = keys[0]
 			}
 		}
-		if m.ScopesClaim != "" && m.ScopesClaim != "scope" {
-			scopes, err := claims.Texts(m.ScopesClaim)
-			ok = ok && err == nil
-			scope = strings.Join(scopes, " ")
-		}
+		scope = cmp.Or(m.ScopesClaim, scope)
 	}
 	i := &a.Info
+	var err error
+	if i.Scopes, err = readScopes(claims, scope); err != nil {
+		ok = false
+	}
 	i.UserType = ofUser
 	switch aut, err := claims.Text("aut"); {
 	case err != nil:
@@ -441,11 +456,24 @@ func (a *Authorization) tellToken(b *bearer) (ok bool) {
 	case aut == ofApplication, aut != ofUser && (t.Subject == "" || t.Subject == b.key):
 		i.UserType = ofApplication
 	}
-	i.ConsumerKey, i.EndUserName, i.Scopes = b.key, t.Subject, strings.Fields(scope)
+	i.ConsumerKey, i.EndUserName = b.key, t.Subject
 	i.IssuedTime = t.IssuedAt * 1000
 	i.ValidityPeriod = max(0, t.Expiry-t.IssuedAt) * 1000
 	i.SubscriberTenantDomain = b.tenant
 	return ok
+}
+
+// readScopes reads a claim that has scopes: a string with spaces between them (RFC 6749 section 3.3, and
+// nothing else that Unicode calls a space), or an array with one in each string. What no scope can be,
+// since it is empty or has a space, is left out: nobody could tell it from two where they are joined.
+func readScopes(claims token.Object, name string) ([]string, error) {
+	list, err := claims.Texts(name)
+	if len(list) == 1 {
+		if s, err := claims.Text(name); err == nil {
+			list = strings.Split(s, " ")
+		}
+	}
+	return slices.DeleteFunc(list, func(scope string) bool { return scope == "" || strings.Contains(scope, " ") }), err
 }
 
 // find finds the operation at a place, and tells of the API.

@@ -26,16 +26,19 @@ import (
 
 var update = flag.Bool("update", false, "write the golden files")
 
-// Issuers besides iss, of acme.
+// Issuers besides iss, of home, the tenant that has what these tests are about.
 const (
 	otherKM    = "https://other.example.com"    // of other
-	disabledKM = "https://disabled.example.com" // of acme, not enabled
-	renamingKM = "https://renaming.example.com" // of acme, with claims of its own names
+	disabledKM = "https://disabled.example.com" // of home, not enabled
+	renamingKM = "https://renaming.example.com" // of home, with claims of its own names
 	thirdKM    = "https://third.example.com"    // of a tenant without APIs
 	strangerKM = "https://stranger.example.com" // not in the catalog
 )
 
-var otherTenant = revocation.Tenant{ID: 2, Domain: "other.example"}
+var (
+	home        = revocation.SuperTenant
+	otherTenant = revocation.Tenant{ID: 2, Domain: "other.example"}
+)
 
 // mint makes tokens that were verified.
 type mint struct {
@@ -107,46 +110,46 @@ var subscriptionStates = []string{
 
 func newWorld() *world {
 	w := new(world)
-	for _, tenant := range []revocation.Tenant{acme, otherTenant} {
+	for _, tenant := range []revocation.Tenant{home, otherTenant} {
 		w.add(tenant, &catalog.Tenant{})
 		for _, kind := range []string{catalog.PolicySubscription, catalog.PolicyApplication, catalog.PolicyAPI} {
 			w.add(tenant, &catalog.Policy{Kind: kind, Name: "Unlimited", QuotaType: "requestCount"})
 		}
 	}
-	w.add(acme, &catalog.Policy{
+	w.add(home, &catalog.Policy{
 		Kind: catalog.PolicySubscription, Name: "Gold", QuotaType: "requestCount", RateLimitCount: 10, RateLimitTimeUnit: "sec",
 		StopOnQuotaReach: true, GraphQLMaxDepth: 5, GraphQLMaxComplexity: 400,
 	})
-	w.add(acme, &catalog.Policy{Kind: catalog.PolicyAPI, Name: "10KPerMin", QuotaType: "requestCount"})
-	w.add(acme, &catalog.Policy{Kind: catalog.PolicyApplication, Name: "Bytes", QuotaType: "bandwidthVolume"})
-	w.add(acme, &catalog.Policy{Kind: catalog.PolicyAPI, Name: "Bytes", QuotaType: "bandwidthVolume"})
-	w.add(acme, &catalog.Policy{Kind: catalog.PolicySubscription, Name: "Bytes", QuotaType: "bandwidthVolume"})
-	w.add(acme, &catalog.KeyManager{Name: "STS", Enabled: true, Iss: iss})
-	w.add(acme, &catalog.KeyManager{Name: "off", Iss: disabledKM})
-	w.add(acme, &catalog.KeyManager{Name: "renaming", Enabled: true, Iss: renamingKM, ConsumerKeyClaim: "cid", ScopesClaim: "scp"})
+	w.add(home, &catalog.Policy{Kind: catalog.PolicyAPI, Name: "10KPerMin", QuotaType: "requestCount"})
+	w.add(home, &catalog.Policy{Kind: catalog.PolicyApplication, Name: "Bytes", QuotaType: "bandwidthVolume"})
+	w.add(home, &catalog.Policy{Kind: catalog.PolicyAPI, Name: "Bytes", QuotaType: "bandwidthVolume"})
+	w.add(home, &catalog.Policy{Kind: catalog.PolicySubscription, Name: "Bytes", QuotaType: "bandwidthVolume"})
+	w.add(home, &catalog.KeyManager{Name: "STS", Enabled: true, Iss: iss})
+	w.add(home, &catalog.KeyManager{Name: "off", Iss: disabledKM})
+	w.add(home, &catalog.KeyManager{Name: "renaming", Enabled: true, Iss: renamingKM, ConsumerKeyClaim: "cid", ScopesClaim: "scp"})
 	w.add(otherTenant, &catalog.KeyManager{Name: "other", Enabled: true, Iss: otherKM})
 	w.add(revocation.Tenant{ID: 3, Domain: "third.example"}, &catalog.KeyManager{Name: "third", Enabled: true, Iss: thirdKM})
 
-	app := w.add(acme, &catalog.Application{
+	app := w.add(home, &catalog.Application{
 		Name: "Mobile", Owner: "bob", Policy: "Unlimited", TokenType: "JWT", Attributes: map[string]string{"team": "blue"},
 	})
-	bytes := w.add(acme, &catalog.Application{Name: "Bytes", Owner: "cy", Policy: "Bytes", TokenType: "JWT"})
-	odd := w.add(acme, &catalog.Application{Name: "Odd", Owner: "cy", Policy: "Missing", TokenType: "JWT"})
-	blocked := w.add(acme, &catalog.Application{Name: "Blocked", Owner: "di", Policy: "Unlimited", TokenType: "JWT", Blocked: true})
+	bytes := w.add(home, &catalog.Application{Name: "Bytes", Owner: "cy", Policy: "Bytes", TokenType: "JWT"})
+	odd := w.add(home, &catalog.Application{Name: "Odd", Owner: "cy", Policy: "Missing", TokenType: "JWT"})
+	blocked := w.add(home, &catalog.Application{Name: "Blocked", Owner: "di", Policy: "Unlimited", TokenType: "JWT", Blocked: true})
 	foreign := w.add(otherTenant, &catalog.Application{Name: "Foreign", Owner: "ed", Policy: "Unlimited", TokenType: "JWT"})
 	key := func(tenant revocation.Tenant, app catalog.Ref, iss, key, keyType string) {
 		w.add(tenant, &catalog.KeyMapping{Application: app, ConsumerKey: key, KeyType: keyType, Iss: iss})
 	}
-	key(acme, app, iss, "prod-key", catalog.Production)
-	key(acme, app, iss, "sandbox-key", catalog.Sandbox)
-	key(acme, app, renamingKM, "cid-key", catalog.Production)
-	key(acme, app, renamingKM, "azp-key", catalog.Sandbox)
-	key(acme, app, disabledKM, "prod-key", catalog.Production)
-	key(acme, app, strangerKM, "prod-key", catalog.Production)
-	key(acme, bytes, iss, "bytes-key", catalog.Production)
-	key(acme, odd, iss, "odd-key", catalog.Production)
-	key(acme, blocked, iss, "blocked-key", catalog.Production)
-	key(acme, catalog.Ref{UUID: uuidOf(9999)}, iss, "orphan-key", catalog.Production)
+	key(home, app, iss, "prod-key", catalog.Production)
+	key(home, app, iss, "sandbox-key", catalog.Sandbox)
+	key(home, app, renamingKM, "cid-key", catalog.Production)
+	key(home, app, renamingKM, "azp-key", catalog.Sandbox)
+	key(home, app, disabledKM, "prod-key", catalog.Production)
+	key(home, app, strangerKM, "prod-key", catalog.Production)
+	key(home, bytes, iss, "bytes-key", catalog.Production)
+	key(home, odd, iss, "odd-key", catalog.Production)
+	key(home, blocked, iss, "blocked-key", catalog.Production)
+	key(home, catalog.Ref{UUID: uuidOf(9999)}, iss, "orphan-key", catalog.Production)
 	key(otherTenant, foreign, otherKM, "prod-key", catalog.Production)
 
 	api := func(tenant revocation.Tenant, context, status string, change ...func(*catalog.API)) catalog.Ref {
@@ -159,7 +162,7 @@ func newWorld() *world {
 	subscribe := func(tenant revocation.Tenant, app, api catalog.Ref, policy, state string, byApplication bool) {
 		w.add(tenant, &catalog.Subscription{Application: app, API: api, Policy: policy, State: state, ApplicationBlocked: byApplication})
 	}
-	pizza := api(acme, "/pizza/1.0.0", catalog.APIPublished, func(a *catalog.API) {
+	pizza := api(home, "/pizza/1.0.0", catalog.APIPublished, func(a *catalog.API) {
 		a.Name, a.Version, a.Policy = "Pizza", "1.0.0", "10KPerMin"
 		a.Operations = []catalog.Operation{
 			{Verb: "GET", Target: "/menu", AuthType: "Any"},
@@ -173,32 +176,32 @@ func newWorld() *world {
 		}
 	})
 	for _, app := range []catalog.Ref{app, bytes, odd, blocked} {
-		subscribe(acme, app, pizza, "Gold", catalog.Unblocked, false)
+		subscribe(home, app, pizza, "Gold", catalog.Unblocked, false)
 	}
 	for _, state := range subscriptionStates {
-		subscribe(acme, app, api(acme, "/state/"+strings.ToLower(state), catalog.APIPublished), "Unlimited", state, false)
+		subscribe(home, app, api(home, "/state/"+strings.ToLower(state), catalog.APIPublished), "Unlimited", state, false)
 	}
-	subscribe(acme, app, api(acme, "/by-application", catalog.APIPublished), "Unlimited", catalog.OnHold, true)
+	subscribe(home, app, api(home, "/by-application", catalog.APIPublished), "Unlimited", catalog.OnHold, true)
 	for _, status := range []string{
 		catalog.APICreated, catalog.APIPrototyped, catalog.APIPublished, catalog.APIBlocked, catalog.APIDeprecated, catalog.APIRetired,
 	} {
-		subscribe(acme, app, api(acme, "/status/"+strings.ToLower(status), status), "Unlimited", catalog.Unblocked, false)
+		subscribe(home, app, api(home, "/status/"+strings.ToLower(status), status), "Unlimited", catalog.Unblocked, false)
 	}
-	api(acme, "/unsubscribed", catalog.APIPublished)
-	subscribe(acme, app, api(acme, "/no-tier", catalog.APIPublished), "Missing", catalog.Unblocked, false)
-	subscribe(acme, app, api(acme, "/no-api-policy", catalog.APIPublished, func(a *catalog.API) { a.Policy = "Missing" }), "Unlimited", catalog.Unblocked, false)
-	subscribe(acme, app, api(acme, "/bytes", catalog.APIPublished, func(a *catalog.API) { a.Policy = "Bytes" }), "Unlimited", catalog.Unblocked, false)
-	subscribe(acme, app, api(acme, "/bytes-tier", catalog.APIPublished), "Bytes", catalog.Unblocked, false)
-	subscribe(acme, app, api(acme, "/eu", catalog.APIPublished, func(a *catalog.API) { a.GatewayLabels = []string{"eu"} }), "Unlimited", catalog.Unblocked, false)
-	subscribe(acme, app, api(acme, "/shared", catalog.APIPublished), "Unlimited", catalog.Unblocked, false)
+	api(home, "/unsubscribed", catalog.APIPublished)
+	subscribe(home, app, api(home, "/no-tier", catalog.APIPublished), "Missing", catalog.Unblocked, false)
+	subscribe(home, app, api(home, "/no-api-policy", catalog.APIPublished, func(a *catalog.API) { a.Policy = "Missing" }), "Unlimited", catalog.Unblocked, false)
+	subscribe(home, app, api(home, "/bytes", catalog.APIPublished, func(a *catalog.API) { a.Policy = "Bytes" }), "Unlimited", catalog.Unblocked, false)
+	subscribe(home, app, api(home, "/bytes-tier", catalog.APIPublished), "Bytes", catalog.Unblocked, false)
+	subscribe(home, app, api(home, "/eu", catalog.APIPublished, func(a *catalog.API) { a.GatewayLabels = []string{"eu"} }), "Unlimited", catalog.Unblocked, false)
+	subscribe(home, app, api(home, "/shared", catalog.APIPublished), "Unlimited", catalog.Unblocked, false)
 	subscribe(otherTenant, foreign, api(otherTenant, "/shared", catalog.APIBlocked), "Unlimited", catalog.Unblocked, false)
-	for _, tenant := range []revocation.Tenant{acme, otherTenant} {
+	for _, tenant := range []revocation.Tenant{otherTenant, home} {
 		api(tenant, "/open", catalog.APIPublished, func(a *catalog.API) {
 			a.Operations = []catalog.Operation{{Verb: "GET", Target: "/*", AuthType: "None"}}
 		})
 	}
 	// As no log has it: across tenants.
-	subscribe(acme, app, api(otherTenant, "/theirs", catalog.APIPublished), "Unlimited", catalog.Unblocked, false)
+	subscribe(home, app, api(otherTenant, "/t/other.example/theirs", catalog.APIPublished), "Unlimited", catalog.Unblocked, false)
 	return w
 }
 
@@ -243,13 +246,13 @@ func consistent(t *testing.T, a Authorization) {
 
 var allModes = []ClaimsMode{ClaimsFirst, CatalogFirst, ClaimsOnly}
 
-// selfContained are the claims of a token for the APIs with these contexts, of acme.
+// selfContained are the claims of a token for the APIs with these contexts, of home.
 func selfContained(contexts ...string) claims {
 	list := []any{}
 	for _, context := range contexts {
 		list = append(list, claims{
 			"name": strings.Trim(context, "/"), "context": context, "version": "1", "publisher": "claimed", "subscriptionTier": "Silver",
-			"subscriberTenantDomain": acme.Domain,
+			"subscriberTenantDomain": home.Domain,
 		})
 	}
 	return claims{
@@ -356,8 +359,7 @@ func TestAuthorize(t *testing.T) {
 		{"no authentication, a token of nobody", m.token(t, claims{"iss": strangerKM}), "GET /pizza/1.0.0/public", 0, ""},
 		{"no token", nil, menu, CodeMissingCredentials, "no_credentials"},
 		{"no token, no operations", nil, "GET /state/unblocked", CodeMissingCredentials, "no_credentials"},
-		{"no token, where two tenants have a place without authentication", nil, "GET /open/x", CodeMissingCredentials, "no_credentials"},
-		{"a token decides which place without authentication", tok, "GET /open/x", 0, ""},
+		{"no token, where another tenant has the context too", nil, "GET /open/x", 0, ""},
 
 		{"issuer that nobody knows", m.token(t, claims{"iss": strangerKM}), menu, CodeInvalidCredentials, "issuer"},
 		{"issuer that is disabled", m.token(t, claims{"iss": disabledKM}), menu, CodeInvalidCredentials, "issuer"},
@@ -389,19 +391,25 @@ func TestAuthorize(t *testing.T) {
 		{"blocked by its application, whatever its state", tok, "GET /by-application", CodeSubscriptionBlocked, "subscription_blocked"},
 
 		{"another tenant's token", m.token(t, claims{"iss": otherKM}), menu, CodeForbidden, "no_subscription"},
-		{"another tenant's API, even with a subscription", tok, "GET /theirs", CodeForbidden, "no_subscription"},
-		{"the issuer's tenant decides", tok, "GET /shared/x", 0, ""},
-		{"the issuer's tenant decides, blocked", m.token(t, claims{"iss": otherKM}), "GET /shared/x", CodeAPIBlocked, "api_blocked"},
-
-		{"a tenant that has no API there", m.token(t, claims{"iss": thirdKM}), "GET /shared/x", CodeForbidden, "no_api"},
+		{"another tenant's API, even with a subscription", tok, "GET /t/other.example/theirs", CodeForbidden, "no_subscription"},
+		{"another tenant's API, without one", nil, "GET /t/other.example/theirs", CodeMissingCredentials, "no_credentials"},
+		{"the context decides", tok, "GET /shared/x", 0, ""},
+		{"the context decides, not the issuer's tenant", m.token(t, claims{"iss": otherKM}), "GET /shared/x", CodeForbidden, "no_subscription"},
+		{"a tenant that has no API there", m.token(t, claims{"iss": thirdKM}), "GET /shared/x", CodeForbidden, "no_subscription"},
 
 		{"one of two scopes", tok, "POST /pizza/1.0.0/order", 0, ""},
-		{"scopes in an array", m.token(t, claims{"scope": []string{"x", "y order:admin"}}), "POST /pizza/1.0.0/order", 0, ""},
+		{"scopes in an array", m.token(t, claims{"scope": []string{"x", "order:admin"}}), "POST /pizza/1.0.0/order", 0, ""},
+		{"a scope with a space is none", m.token(t, claims{"scope": []string{"x", "y order:admin"}}), "POST /pizza/1.0.0/order", CodeScope, "scope"},
+		{"nor are those in it, though it is alone", m.token(t, claims{"scope": []string{"order:admin y"}}), "POST /pizza/1.0.0/order", CodeScope, "scope"},
+		{"spaces around scopes", m.token(t, claims{"scope": "  y  order:admin "}), "POST /pizza/1.0.0/order", 0, ""},
+		{"what Unicode calls a space", m.token(t, claims{"scope": "y\u00a0order:admin y\u2003order:admin y\u0085order:admin y\torder:admin"}), "POST /pizza/1.0.0/order", CodeScope, "scope"},
+
 		{"no scope of those", tok, "GET /pizza/1.0.0/order/7", CodeScope, "scope"},
 		{"no scope at all", m.token(t, claims{"scope": nil}), "GET /pizza/1.0.0/order/7", CodeScope, "scope"},
 		{"part of a scope", m.token(t, claims{"scope": "order"}), "GET /pizza/1.0.0/order/7", CodeScope, "scope"},
 
 		{"claims of other names", m.token(t, claims{"iss": renamingKM, "azp": "azp-key", "cid": "cid-key", "scp": []string{"order:read"}}), "GET /pizza/1.0.0/order/7", 0, ""},
+		{"theirs with a space in one", m.token(t, claims{"iss": renamingKM, "azp": "azp-key", "cid": "cid-key", "scp": []string{"order:read x"}}), "GET /pizza/1.0.0/order/7", CodeScope, "scope"},
 		{"their key is not there", m.token(t, claims{"iss": renamingKM, "azp": "azp-key"}), menu, 0, ""},
 		{"their key is not one", m.token(t, claims{"iss": renamingKM, "azp": "azp-key", "cid": []string{"cid-key", "b"}}), menu, CodeInvalidCredentials, "malformed_claims"},
 		{"their key is one in an array", m.token(t, claims{"iss": renamingKM, "azp": "nobody", "cid": []string{"cid-key"}}), menu, 0, ""},
@@ -474,9 +482,9 @@ func TestAuthorizeRevoked(t *testing.T) {
 	self := m.token(t, full, claims{"sid": "s-1"})
 	for kind, id := range map[revocation.Kind]string{
 		revocation.KindToken: "at-1", revocation.KindClient: "prod-key", revocation.KindSubject: "alice", revocation.KindSession: "s-1",
-		revocation.KindKey: "key-1", revocation.KindTenant: acme.Domain,
+		revocation.KindKey: "key-1", revocation.KindTenant: home.Domain,
 	} {
-		rec := Record{Target: revocation.Target{Kind: kind, Iss: iss, ID: id}, Tenant: acme, Exp: frozen + 3600}
+		rec := Record{Target: revocation.Target{Kind: kind, Iss: iss, ID: id}, Tenant: home, Exp: frozen + 3600}
 		if kind.HasTime() {
 			rec.NotAfter = frozen - 60
 		}
@@ -490,7 +498,7 @@ func TestAuthorizeRevoked(t *testing.T) {
 				}
 				for _, request := range []Request{
 					{Method: "GET", Path: "/state/unblocked"},
-					{Method: "GET", Path: "/state/unblocked", Tenant: acme.Domain},
+					{Method: "GET", Path: "/state/unblocked", Tenant: home.Domain},
 				} {
 					got := ask(s, mode, Valid, self, request)
 					consistent(t, got)
@@ -508,7 +516,7 @@ func TestAuthorizeRevoked(t *testing.T) {
 	}
 
 	// Before the kind of token, the subscription, the scopes.
-	s := w.state(t, Record{Target: ofJTI("at-1"), Tenant: acme, Exp: frozen + 3600})
+	s := w.state(t, Record{Target: ofJTI("at-1"), Tenant: home, Exp: frozen + 3600})
 	for _, path := range []string{"/pizza/1.0.0/application", "/pizza/1.0.0/order/7", "/unsubscribed", "/state/blocked"} {
 		if got := ask(s, ClaimsFirst, Valid, m.token(t), Request{Method: "GET", Path: path}); got.Reason != "revoked" {
 			t.Errorf("%s: %q, want revoked", path, got.Reason)
@@ -520,7 +528,7 @@ func TestAuthorizeRevoked(t *testing.T) {
 
 	renamed := m.token(t, claims{"iss": renamingKM, "azp": "azp-key", "cid": "cid-key"})
 	for _, key := range []string{"azp-key", "cid-key", "unrelated"} {
-		s := w.state(t, Record{Target: revocation.Target{Kind: revocation.KindClient, Iss: renamingKM, ID: key}, Tenant: acme, Exp: frozen + 3600, NotAfter: frozen})
+		s := w.state(t, Record{Target: revocation.Target{Kind: revocation.KindClient, Iss: renamingKM, ID: key}, Tenant: home, Exp: frozen + 3600, NotAfter: frozen})
 		got := ask(s, ClaimsFirst, Valid, renamed, Request{Method: "GET", Path: "/pizza/1.0.0/menu"})
 		if revoked := key != "unrelated"; got.Authorized == revoked || revoked && got.Kind != revocation.KindClient {
 			t.Errorf("client %s is revoked: %+v", key, got)
@@ -588,7 +596,7 @@ type idle struct{ Source }
 func TestReplicaAuthorize(t *testing.T) {
 	t.Parallel()
 	m, w := newMint(t), newWorld()
-	rec := Record{Target: ofJTI("revoked"), Tenant: acme, Exp: time.Now().Unix() + 3600}
+	rec := Record{Target: ofJTI("revoked"), Tenant: home, Exp: time.Now().Unix() + 3600}
 	fill := func(l *Loader) {
 		l.Revocation(rec)
 		for _, e := range w.entities {
@@ -679,7 +687,7 @@ func TestAuthorizeClaims(t *testing.T) {
 	item := func(changes claims) claims {
 		all := claims{
 			"name": "state/unblocked", "context": "/state/unblocked", "version": "1", "publisher": "p", "subscriptionTier": "Silver",
-			"subscriberTenantDomain": acme.Domain,
+			"subscriberTenantDomain": home.Domain,
 		}
 		maps.Copy(all, changes)
 		maps.DeleteFunc(all, func(_ string, value any) bool { return value == nil })
@@ -750,7 +758,7 @@ func TestAuthorizeClaims(t *testing.T) {
 		}
 		if want := tt.want[ClaimsOnly]; known.Issuer == iss {
 			for _, request := range []Request{
-				{Method: "BREW", Path: "/state/unblocked/x/", Tenant: acme.Domain}, {Method: "GET", Path: "/state/unblocked", Tenant: acme.Domain},
+				{Method: "BREW", Path: "/state/unblocked/x/", Tenant: home.Domain}, {Method: "GET", Path: "/state/unblocked", Tenant: home.Domain},
 			} {
 				got := ask(only, ClaimsOnly, Valid, known, request)
 				consistent(t, got)
@@ -762,7 +770,7 @@ func TestAuthorizeClaims(t *testing.T) {
 	}
 
 	// Where nobody else knows the tenant, the token does, unless it names several.
-	two := m.token(t, selfContained("/a/1"), listing(item(claims{"context": "/a/1"}), item(claims{"context": "/b/1", "subscriberTenantDomain": otherTenant.Domain})))
+	two := m.token(t, selfContained("/a/1"), listing(item(claims{"context": "/a/1"}), item(claims{"context": "/t/other.example/b/1", "subscriberTenantDomain": otherTenant.Domain})))
 	one := m.token(t, selfContained("/a/1", "/a/1/b"))
 	for _, tt := range []struct {
 		token      *token.Token
@@ -772,10 +780,10 @@ func TestAuthorizeClaims(t *testing.T) {
 		{one, "/a/1", "", true},
 		{one, "/a/1", otherTenant.Domain, false},
 		{two, "/a/1", "", false},
-		{two, "/b/1", "", false},
-		{two, "/a/1", acme.Domain, true},
-		{two, "/b/1", acme.Domain, false},
-		{two, "/b/1", otherTenant.Domain, true},
+		{two, "/t/other.example/b/1", "", false},
+		{two, "/a/1", home.Domain, true},
+		{two, "/t/other.example/b/1", home.Domain, false},
+		{two, "/t/other.example/b/1", otherTenant.Domain, true},
 	} {
 		got := ask(only, ClaimsOnly, Valid, tt.token, Request{Method: "GET", Path: tt.path, Tenant: tt.told})
 		if got.Authorized != tt.authorized || got.Authorized && got.Info.SubscriberTenantDomain == "" {
@@ -787,10 +795,10 @@ func TestAuthorizeClaims(t *testing.T) {
 	}
 
 	// The catalog says what there is, whatever the claims say.
-	all := m.token(t, selfContained("/status/blocked", "/status/retired", "/nowhere", "/theirs", "/shared", "/eu"),
+	all := m.token(t, selfContained("/status/blocked", "/status/retired", "/nowhere", "/t/other.example/theirs", "/shared", "/eu"),
 		claims{"azp": "unknown"})
 	for path, want := range map[string]Code{
-		"/status/blocked": CodeAPIBlocked, "/status/retired": CodeForbidden, "/nowhere": CodeForbidden, "/theirs": CodeForbidden, "/shared": 0, "/eu": CodeForbidden,
+		"/status/blocked": CodeAPIBlocked, "/status/retired": CodeForbidden, "/nowhere": CodeForbidden, "/t/other.example/theirs": CodeForbidden, "/shared": 0, "/eu": CodeForbidden,
 	} {
 		if got := ask(s, ClaimsFirst, Valid, all, Request{Method: "GET", Path: path}, environmentsOf(path)...); got.Code != want {
 			t.Errorf("%s: %d (%s), want %d", path, got.Code, got.Reason, want)
@@ -803,6 +811,157 @@ func TestAuthorizeClaims(t *testing.T) {
 		method, rest, _ := strings.Cut(request, " ")
 		if got := ask(s, ClaimsFirst, Valid, pizza, Request{Method: method, Path: "/pizza/1.0.0" + rest}); got.Code != want {
 			t.Errorf("%s: %d (%s), want %d", request, got.Code, got.Reason, want)
+		}
+	}
+}
+
+// Tenants choose the contexts of their APIs themselves. None has a say in the paths of another one.
+func TestAuthorizeTenants(t *testing.T) {
+	t.Parallel()
+	m := newMint(t)
+	acme, evil := acme, otherTenant
+	acmeKM := thirdKM
+	// world has an API at this context of carbon.super and of acme, for which an application of each has a
+	// subscription, and what evil puts there.
+	worldOf := func(evils ...string) *world {
+		w := new(world)
+		for tenant, km := range map[revocation.Tenant]string{home: iss, acme: acmeKM, evil: otherKM} {
+			w.add(tenant, &catalog.Policy{Kind: catalog.PolicySubscription, Name: "Unlimited"})
+			w.add(tenant, &catalog.Policy{Kind: catalog.PolicyApplication, Name: "Unlimited"})
+			w.add(tenant, &catalog.KeyManager{Name: tenant.Domain, Enabled: true, Iss: km})
+			app := w.add(tenant, &catalog.Application{Name: "Mobile", Policy: "Unlimited"})
+			w.add(tenant, &catalog.KeyMapping{Application: app, ConsumerKey: "prod-key", KeyType: catalog.Production, Iss: km})
+			contexts := map[revocation.Tenant][]string{home: {"/shop/1"}, acme: {"/t/acme.example/shop/1", "/plain/1"}, evil: evils}
+			for _, context := range contexts[tenant] {
+				authType := "Any"
+				if tenant == evil {
+					authType = "None"
+				}
+				a := w.add(tenant, &catalog.API{Name: context, Version: "1", Context: context, Status: catalog.APIPublished, Operations: []catalog.Operation{
+					{Verb: "GET", Target: "/*", AuthType: authType}, {Verb: "POST", Target: "/*", AuthType: "Any"},
+				}})
+				w.add(tenant, &catalog.Subscription{Application: app, API: a, Policy: "Unlimited", State: catalog.Unblocked})
+			}
+		}
+		return w
+	}
+	homes, acmes, evils := m.token(t), m.token(t, claims{"iss": acmeKM}), m.token(t, claims{"iss": otherKM})
+	get := func(path string) Request { return Request{Method: "GET", Path: path} }
+	post := func(path string) Request { return Request{Method: "POST", Path: path} }
+	type row struct {
+		name    string
+		token   *token.Token
+		request Request
+		reason  string
+	}
+	check := func(s *State, only string, rows ...row) {
+		t.Helper()
+		for _, tt := range rows {
+			var got Authorization
+			by := authorizer{only: only, check: func(tok Token) Decision { return Decision{Outcome: Valid} }}
+			s.View(func(v *View) { by.authorize(&got, v, tt.token, tt.request) })
+			consistent(t, got)
+			if got.Reason != tt.reason {
+				t.Errorf("%s, %s: %q, want %q", tt.name, tt.request.Path, got.Reason, tt.reason)
+			}
+		}
+	}
+	for _, context := range []string{
+		"/shop/1/orders", // below another's
+		"/shop/1",        // another's
+		"/shop",          // above another's
+		"/%73hop/1",
+		"/t", "/t/acme.example", "/t/acme.example/shop/1", "/t/acme.example/shop/1/orders", "/t/acme%2eexample/shop/1/orders",
+		"/t/other.example.com", "/t/other.exampl", "/T/other.example", "/t%2Fother.example",
+	} {
+		s := worldOf(context).state(t)
+		check(s, "",
+			row{context + ": nobody", nil, get("/shop/1/orders"), "no_credentials"},
+			row{context + ": nobody, of acme's", nil, get("/t/acme.example/shop/1/orders"), "no_credentials"},
+			row{context + ": his own", evils, post("/shop/1/orders"), "no_subscription"},
+			row{context + ": his own, of acme's", evils, post("/t/acme.example/shop/1/orders"), "no_subscription"},
+			row{context + ": home's", homes, get("/shop/1/orders"), ""},
+			row{context + ": acme's", acmes, post("/t/acme.example/shop/1/orders"), ""},
+			row{context + ": above", nil, get("/shop"), "no_api"},
+		)
+	}
+	s := worldOf("/t/other.example", "/t/%6Fther.example/x/1").state(t)
+	check(s, "",
+		row{"his own place", nil, get("/t/other.example/anything"), ""},
+		row{"his own place, encoded", evils, post("/t/other.example/x/1/y"), ""},
+		row{"acme's without its prefix", acmes, post("/plain/1/x"), "no_api"},
+		row{"acme's on home's", acmes, post("/shop/1/x"), "no_subscription"},
+	)
+	w := worldOf()
+	w.add(home, &catalog.API{Name: "t", Version: "1", Context: "/t/acme.example/more", Status: catalog.APIPublished})
+	w.add(home, &catalog.API{Name: "t", Version: "1", Context: "/t", Status: catalog.APIPublished})
+	w.add(home, &catalog.API{Name: "t", Version: "1", Context: "/tea", Status: catalog.APIPublished})
+	s = w.state(t)
+	check(s, "",
+		row{"home's in acme's place", homes, get("/t/acme.example/more"), "no_api"},
+		row{"home's above all", homes, get("/t/nobody.example"), "no_api"},
+		row{"home's beside it", homes, get("/tea"), "no_subscription"},
+	)
+
+	// Where one tenant is served, the prefix is for it to choose, and nobody else is there.
+	s = worldOf("/shop/1", "/plain/1/x", "/t/acme.example/shop/1/orders", "/t/other.example").state(t)
+	alone := []row{
+		{"no prefix", acmes, get("/plain/1/x"), ""},
+		{"prefix", acmes, get("/t/acme.example/shop/1/orders"), ""},
+		{"nobody", nil, get("/plain/1/x"), "no_credentials"},
+		{"another's", nil, get("/t/other.example"), "no_api"},
+		{"another issuer", evils, get("/plain/1/x"), "issuer"},
+		{"home's", homes, get("/shop/1"), "no_api"},
+		{"home's issuer", homes, get("/plain/1/x"), "issuer"},
+	}
+	check(s, acme.Domain, alone...)
+	part := NewState(StateConfig{})
+	load(t, part, revocation.Position{Epoch: epoch, Seq: 1}, func(l *Loader) {
+		l.Tenants([]string{acme.Domain})
+		for _, e := range worldOf().entities {
+			if e.Base().Tenant == acme {
+				l.Entity(e)
+			}
+		}
+	})
+	alone[4].reason, alone[6].reason = "issuer", "issuer"
+	check(part, "", alone...)
+
+	// By claims alone each issuer has a say in its tenant's paths.
+	only := revocationsOnly(t)
+	alone1 := NewState(StateConfig{})
+	load(t, alone1, revocation.Position{Epoch: epoch, Seq: 1}, func(l *Loader) {
+		l.RevocationsOnly()
+		l.Tenants([]string{evil.Domain})
+	})
+	for _, tt := range []struct {
+		tenant, context, path string
+		several, one          bool // served
+	}{
+		{evil.Domain, "/t/other.example/x", "/t/other.example/x/y", true, true},
+		{evil.Domain, "/t/%6fther.example", "/t/other.example/x/y", true, true},
+		{evil.Domain, "/shop/1", "/shop/1/orders", false, true},
+		{evil.Domain, "/t/acme.example/shop/1", "/t/acme.example/shop/1/orders", false, true},
+		{evil.Domain, "/t", "/t/acme.example/shop/1/orders", false, true},
+		{evil.Domain, "/t/other.example", "/t/other.example.com/x", false, false},
+		{home.Domain, "/shop/1", "/shop/1/orders", true, false},
+		{home.Domain, "/t/acme.example/shop/1", "/t/acme.example/shop/1/orders", false, false},
+		{home.Domain, "/t", "/t/acme.example/shop/1/orders", false, false},
+		{"", "/shop/1", "/shop/1/orders", false, false},
+	} {
+		full := selfContained(tt.context)
+		for _, item := range full["subscribedAPIs"].([]any) {
+			item.(claims)["subscriberTenantDomain"] = tt.tenant
+		}
+		tok := m.token(t, full)
+		for s, want := range map[*State]bool{only: tt.several, alone1: tt.one} {
+			for _, told := range []string{tt.tenant, ""} {
+				got := ask(s, ClaimsOnly, Valid, tok, Request{Method: "GET", Path: tt.path, Tenant: told})
+				consistent(t, got)
+				if got.Authorized != want {
+					t.Errorf("%q of %q for %s, told %q, one tenant: %t: %q", tt.context, tt.tenant, tt.path, told, s == alone1, got.Reason)
+				}
+			}
 		}
 	}
 }
@@ -910,13 +1069,13 @@ func big(t testing.TB) *State {
 	t.Helper()
 	w := new(world)
 	for _, kind := range []string{catalog.PolicySubscription, catalog.PolicyApplication, catalog.PolicyAPI} {
-		w.add(acme, &catalog.Policy{Kind: kind, Name: "Unlimited", QuotaType: "requestCount"})
+		w.add(home, &catalog.Policy{Kind: kind, Name: "Unlimited", QuotaType: "requestCount"})
 	}
-	w.add(acme, &catalog.KeyManager{Name: "STS", Enabled: true, Iss: iss})
+	w.add(home, &catalog.KeyManager{Name: "STS", Enabled: true, Iss: iss})
 	var apis []catalog.Ref
 	for i := range 1000 {
-		apis = append(apis, w.add(acme, &catalog.API{
-			Name: fmt.Sprint("api", i), Version: "1.0.0", Context: fmt.Sprintf("/t/acme.example/api%d/1.0.0", i), Status: catalog.APIPublished, Policy: "Unlimited",
+		apis = append(apis, w.add(home, &catalog.API{
+			Name: fmt.Sprint("api", i), Version: "1.0.0", Context: fmt.Sprintf("/acme/api%d/1.0.0", i), Status: catalog.APIPublished, Policy: "Unlimited",
 			Operations: []catalog.Operation{
 				{Verb: "GET", Target: "/menu", AuthType: "Any"},
 				{Verb: "POST", Target: "/order", AuthType: "Any", Scopes: []string{"order:write"}},
@@ -927,13 +1086,13 @@ func big(t testing.TB) *State {
 		}))
 	}
 	for i := range 10000 {
-		app := w.add(acme, &catalog.Application{Name: fmt.Sprint("app", i), Owner: "bob", Policy: "Unlimited", TokenType: "JWT"})
-		w.add(acme, &catalog.KeyMapping{Application: app, ConsumerKey: uuidOf(1<<30 + i), KeyType: catalog.Production, Iss: iss})
+		app := w.add(home, &catalog.Application{Name: fmt.Sprint("app", i), Owner: "bob", Policy: "Unlimited", TokenType: "JWT"})
+		w.add(home, &catalog.KeyMapping{Application: app, ConsumerKey: uuidOf(1<<30 + i), KeyType: catalog.Production, Iss: iss})
 		for j := range 10 {
-			w.add(acme, &catalog.Subscription{Application: app, API: apis[(i+j*97)%len(apis)], Policy: "Unlimited", State: catalog.Unblocked})
+			w.add(home, &catalog.Subscription{Application: app, API: apis[(i+j*97)%len(apis)], Policy: "Unlimited", State: catalog.Unblocked})
 		}
 	}
-	return w.state(t, Record{Target: ofJTI(uuidOf(1)), Tenant: acme, Exp: frozen + 3600})
+	return w.state(t, Record{Target: ofJTI(uuidOf(1)), Tenant: home, Exp: frozen + 3600})
 }
 
 // BenchmarkAuthorize is the decision without the signature: by a catalog of 10,000 applications and 100,000
@@ -945,11 +1104,11 @@ func BenchmarkAuthorize(b *testing.B) {
 	var requests []Request
 	for i := range 500 {
 		tokens = append(tokens, m.token(b, claims{"azp": uuidOf(1<<30 + i*20), "jti": uuidOf(5000 + i)}))
-		requests = append(requests, Request{Method: "GET", Path: fmt.Sprintf("/t/acme.example/api%d/1.0.0/order/%d", (i*20+97*(i%10))%1000, i)})
+		requests = append(requests, Request{Method: "GET", Path: fmt.Sprintf("/acme/api%d/1.0.0/order/%d", (i*20+97*(i%10))%1000, i)})
 	}
 	var self []*token.Token
 	for i := range 500 {
-		api := fmt.Sprintf("/t/acme.example/api%d/1.0.0", (i*20+97*(i%10))%1000)
+		api := fmt.Sprintf("/acme/api%d/1.0.0", (i*20+97*(i%10))%1000)
 		full := selfContained(api+"x", api+"y", api+"z", api)
 		for _, item := range full["subscribedAPIs"].([]any) {
 			item.(claims)["version"] = "1.0.0"
@@ -974,7 +1133,7 @@ func BenchmarkAuthorize(b *testing.B) {
 			t := tokens[i%500]
 			s.View(func(v *View) {
 				app := v.Application(v.keyMapping(t.ClientID, t.Issuer).Application.UUID)
-				if v.Subscription(app.UUID, app.UUID) != nil || v.KeyManager(t.Issuer) == nil || v.Policy(acme.ID, catalog.PolicyApplication, app.Policy) == nil {
+				if v.Subscription(app.UUID, app.UUID) != nil || v.KeyManager(t.Issuer) == nil || v.Policy(home.ID, catalog.PolicyApplication, app.Policy) == nil {
 					b.Fatal("wrong answer")
 				}
 			})

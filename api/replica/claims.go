@@ -118,15 +118,19 @@ func (c *carried) api(a *catalog.API) (carriedAPI, bool) {
 	return named, ok
 }
 
-// below finds the item of a tenant with the longest context that a plain path begins with.
-func (c *carried) below(path, tenant string) (found carriedAPI, ok bool) {
-	if c == nil {
+// below finds the item of a tenant with the longest context that a plain path begins with, where
+// only that tenant is served, or else among those with contexts of its own.
+func (c *carried) below(path, tenant, only string) (found carriedAPI, ok bool) {
+	if c == nil || tenant == "" {
 		return found, false
 	}
 	longest := 0
 	for _, item := range c.apis {
 		context := unescaped(item.context)
 		if item.tenant != tenant || item.version == "" || item.version == "*" || len(context) <= longest {
+			continue
+		}
+		if only == "" && !fits(context, tenant) {
 			continue
 		}
 		if _, within := beneath(path, context); within {

@@ -420,22 +420,10 @@ func (f *folder) save(s *State, fresh time.Time) error {
 }
 
 func (f *folder) trySave(s *State, fresh time.Time) error {
-	f.mu.Lock()
-	if f.closed {
-		f.mu.Unlock()
-		return os.ErrClosed
+	n, before, length, err := f.turn()
+	if err != nil {
+		return err
 	}
-	var before *os.File
-	if f.journal == nil || !f.unsaved {
-		before = f.journal
-		if err := f.begin(); err != nil {
-			f.mu.Unlock()
-			return err
-		}
-		f.unsaved = true
-	}
-	n, length := f.number, f.length-f.end
-	f.mu.Unlock()
 	if before != nil {
 		f.syncFile(before)
 		before.Close()
@@ -461,6 +449,24 @@ func (f *folder) trySave(s *State, fresh time.Time) error {
 	f.whole = f.failures == failures && !pending
 	f.tidy(kept)
 	return nil
+}
+
+// turn begins journal n for snapshot n, unless one was begun for a save that failed. It returns
+// the one before, to be closed, and how long the journals are that the snapshot stands for.
+func (f *folder) turn() (n int, before *os.File, length int64, err error) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.closed {
+		return 0, nil, 0, os.ErrClosed
+	}
+	if f.journal == nil || !f.unsaved {
+		before = f.journal
+		if err := f.begin(); err != nil {
+			return 0, nil, 0, err
+		}
+		f.unsaved = true
+	}
+	return f.number, before, f.length - f.end, nil
 }
 
 // writeSnapshot writes snapshot n.

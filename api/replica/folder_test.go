@@ -565,7 +565,7 @@ func TestFolderDamage(t *testing.T) {
 			}
 			i += recordHead + size
 		}
-		read := func(b []byte) (r replay, damage error, missing int) {
+		read := func(b []byte) (r replay, missing int, damage error) {
 			r = replay{state: newClock().newReplica(false), base: 2, fresh: time.Unix(begin+1+n, 0)}
 			load(t, r.state, revocation.Position{Epoch: epoch, Seq: 1 + n})
 			damage = r.journal(2, bytes.NewReader(b))
@@ -577,17 +577,17 @@ func TestFolderDamage(t *testing.T) {
 			if at := int(r.state.At().Seq); int(r.fresh.Unix()-begin) > at || at < 1+n {
 				t.Errorf("at %d, fresh at %d", at, r.fresh.Unix()-begin)
 			}
-			return r, damage, missing
+			return r, missing, damage
 		}
 		for cut := range b {
-			r, damage, missing := read(b[:cut])
+			r, missing, damage := read(b[:cut])
 			whole, _ := slices.BinarySearch(ends, cut+1)
 			if damage != nil || r.lost || missing != n-whole || int(r.state.At().Seq) != 1+n+whole || int(r.fresh.Unix()-begin) < n+whole {
 				t.Errorf("cut at %d: at %s, fresh at %d, damage %v, %d are missing", cut, r.state.At(), r.fresh.Unix()-begin, damage, missing)
 			}
 		}
 		for i := journalHead; i < len(b); i++ {
-			r, damage, missing := read(flip(i)(bytes.Clone(b)))
+			r, missing, damage := read(flip(i)(bytes.Clone(b)))
 			tail := i >= ends[len(ends)-1] // there it looks like what a crash leaves
 			if missing > 1 || !tail && (damage == nil || !r.lost) {
 				t.Errorf("bit at %d: %d are missing, damage %v, lost %t", i, missing, damage, r.lost)
@@ -649,6 +649,111 @@ func TestFolderDamage(t *testing.T) {
 		want(t, change("journal-2", func(b []byte) []byte { b[len(journalMagic)]++; return b }), 1+n, 1+n, "version 2")
 		want(t, change("snapshot-2", func(b []byte) []byte { b[len(snapshotMagic)]++; return b }), last, last, "version 2")
 	})
+}
+
+// partOf is a log of acme alone, and a state of acme's part of it.
+func partOf(t *testing.T, n int) (*model, *State) {
+	m, s := newModel(), newClock().newReplica(false)
+	for i := range n {
+		e := m.revoke(Record{Target: ofJTI(uuidOf(i)), Tenant: acme, Exp: begin + 1000})
+		m.log[i].Previous = e.Seq - 1
+	}
+	load(t, s, revocation.Position{Epoch: epoch}, func(l *Loader) { l.Tenants([]string{acme.Domain}) })
+	return m, s
+}
+
+// A journal's word is not taken for what it lacks.
+func TestReplayClaims(t *testing.T) {
+	t.Parallel()
+	m, _ := partOf(t, 5)
+	at := func(seq int) revocation.Position { return revocation.Position{Epoch: epoch, Seq: revocation.Seq(seq)} }
+	event := func(seq int) func(b []byte) []byte {
+		return func(b []byte) []byte { return appendEvent(b, m.log[seq-1]) }
+	}
+	fresh := func(p revocation.Position) func(b []byte) []byte {
+		return func(b []byte) []byte { return appendFresh(b, time.Unix(begin+int64(p.Seq), 0), p) }
+	}
+	unknown := func(b []byte) []byte { return appendPosition(append(b, 99), at(3)) }
+	type records []func([]byte) []byte
+	for _, tt := range []struct {
+		name    string
+		follows link
+		records records
+		fresh   int // of a whole state, and of a part; 0: nothing
+		ofPart  int
+	}{
+		{"all", link{number: 1}, records{event(1), fresh(at(1)), event(2), fresh(at(2))}, 2, 2},
+		{"a part of the log", link{number: 1}, records{event(1), event(2), fresh(at(4))}, 0, 4},
+		{"an event is missing", link{number: 1}, records{event(1), fresh(at(1)), event(3), fresh(at(3))}, 1, 1},
+		{"a journal is missing", link{number: 7}, records{event(1), fresh(at(1))}, 0, 0},
+		{"the end of a journal is missing", link{number: 1, end: 1}, records{event(1), fresh(at(1))}, 0, 0},
+		{"it begins with something missing", unlinked, records{event(1), fresh(at(1))}, 0, 0},
+		{"another epoch", link{number: 1}, records{event(1), fresh(revocation.Position{Epoch: newEpoch, Seq: 1})}, 0, 0},
+		{"a record of a later version", link{number: 1}, records{event(1), fresh(at(1)), unknown, fresh(at(1))}, 1, 1},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			t.Parallel()
+			b := appendJournalHead(nil, tt.follows)
+			for _, what := range tt.records {
+				var err error
+				b, err = appendRecord(b, what)
+				must(t, err)
+			}
+			whole := newClock().newReplica(false)
+			load(t, whole, at(0))
+			_, part := partOf(t, 0)
+			for s, want := range map[*State]int{whole: tt.fresh, part: tt.ofPart} {
+				r := replay{state: s, base: 1, chain: link{number: 1}}
+				must(t, r.journal(2, bytes.NewReader(b)))
+				got := 0
+				if !r.fresh.IsZero() {
+					got = int(r.fresh.Unix() - begin)
+				}
+				if got != want || int(s.At().Seq) < got || !holds(s, ofJTI(uuidOf(0)), begin+1000) {
+					t.Errorf("part %t: at %s, fresh at %d, want %d", s == part, s.At(), got, want)
+				}
+			}
+		})
+	}
+}
+
+// What was missing before a snapshot is missing again if that snapshot is damaged.
+func TestFolderFallsBackOverAHole(t *testing.T) {
+	t.Parallel()
+	m, s := partOf(t, 4)
+	path := filepath.Join(t.TempDir(), "folder")
+	f := open(t, path)
+	_, err := f.load(s)
+	must(t, err)
+	must(t, f.save(s, time.Unix(begin, 0)))
+	for i, e := range m.log {
+		f.disk = quick()
+		if i == 2 {
+			f.disk.write = func(*os.File, []byte, int64) error { return syscall.ENOSPC }
+		}
+		if err := f.event(e); (err != nil) != (i == 2) {
+			t.Fatalf("event %d: %v", i+1, err)
+		}
+		must(t, s.Apply(e))
+		must(t, s.Through(e.Position))
+		if i == 2 {
+			f.disk = quick()
+			if !f.due() {
+				t.Error("no snapshot is due after a failure")
+			}
+			must(t, f.save(s, time.Unix(begin+3, 0)))
+		}
+		must(t, f.fresh(time.Unix(begin+int64(e.Seq), 0)))
+	}
+	must(t, f.close())
+	copyFolder(t, path, path+"2")
+	must(t, os.Truncate(filepath.Join(path+"2", "snapshot-2"), 30))
+	for path, want := range map[string]int64{path: 4, path + "2": 2} {
+		_, s, fresh := reopen(t, path)
+		if got := fresh.Unix() - begin; got != want || int64(s.At().Seq) != want || !holds(s, ofJTI(uuidOf(3)), begin+1000) {
+			t.Errorf("%v: at %s, fresh at %d, want %d", filesOf(t, path), s.At(), got, want)
+		}
+	}
 }
 
 func TestFolderIsOfOne(t *testing.T) {
@@ -727,6 +832,46 @@ func TestFolderIsFull(t *testing.T) {
 	want(t, path, 15, 9, "")
 	if names := filesOf(t, path); len(names) > 6 {
 		t.Errorf("there are many files: %v", names)
+	}
+}
+
+// What fails while a snapshot is written, or just before, may be missing from it.
+func TestFolderFailsWhileSaving(t *testing.T) {
+	t.Parallel()
+	for name, during := range map[string]bool{"during": true, "before": false} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			path, m := filled(t, 4)
+			f, s, _ := reopen(t, path)
+			e := m.revoke(Record{Target: ofJTI("late"), Tenant: acme, Exp: begin + 1000})
+			fail := func() {
+				if err := f.event(e); err == nil {
+					t.Error("nothing failed")
+				}
+			}
+			f.disk.write = func(file *os.File, b []byte, at int64) error {
+				inSnapshot := strings.Contains(file.Name(), snapshotPrefix)
+				if inSnapshot && during {
+					fail()
+				}
+				if bytes.HasPrefix(b, []byte(recordMark)) {
+					return syscall.ENOSPC
+				}
+				return realDisk.write(file, b, at)
+			}
+			if !during {
+				fail()
+			}
+			must(t, f.save(s, time.Unix(begin+9, 0)))
+			must(t, s.Apply(e))
+			if !f.due() {
+				t.Error("no snapshot is due")
+			}
+			must(t, f.save(s, time.Unix(begin+10, 0)))
+			if during == !f.due() {
+				t.Errorf("due after another snapshot: %t", f.due())
+			}
+		})
 	}
 }
 

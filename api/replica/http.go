@@ -46,6 +46,7 @@ type HTTP struct {
 	secret        string // the password
 	authorization string // the header field
 	client        *http.Client
+	maxPage       int64 // a constant but in tests
 }
 
 var (
@@ -93,7 +94,7 @@ func NewHTTP(cfg HTTPConfig) (*HTTP, error) {
 	h := &HTTP{
 		url: u.JoinPath("/"), tenant: cfg.Tenant, secret: cfg.Password,
 		authorization: "Basic " + base64.StdEncoding.EncodeToString([]byte(cfg.Username+":"+cfg.Password)),
-		client:        &http.Client{Transport: newTransport()},
+		client:        &http.Client{Transport: newTransport()}, maxPage: maxPage,
 	}
 	if cfg.Client != nil {
 		client := *cfg.Client
@@ -176,10 +177,10 @@ func (h *HTTP) events(ctx context.Context, after revocation.Position) (Page, err
 		Through revocation.Seq    `json:"through"`
 		Events  []json.RawMessage `json:"events"`
 	}
-	limited := &io.LimitedReader{R: a, N: maxPage}
+	limited := &io.LimitedReader{R: a, N: h.maxPage}
 	if err := json.NewDecoder(limited).Decode(&body); err != nil {
 		if limited.N == 0 {
-			err = fmt.Errorf("the answer is longer than %d bytes", maxPage)
+			err = fmt.Errorf("the answer is longer than %d bytes", h.maxPage)
 		}
 		return Page{}, fmt.Errorf("read answer: %w", err)
 	}

@@ -13,6 +13,9 @@ import (
 type Loader struct {
 	content *content
 	err     error
+
+	// Of entries: how many came, and for how many room was made before.
+	came, reserved int
 }
 
 // dropNothing is the cutoff of a snapshot: whoever made it knows what is needed.
@@ -42,17 +45,24 @@ type loaded struct {
 // errNoRecords is the error of a load of entries without identifiers by a state that lists them.
 var errNoRecords = errors.New("load entries without identifiers: a state with StateConfig.Records needs those")
 
-// entries adds many revocations of a class of an issuer ("" for tenants) at once, as
-// Revocation does. About is how many of it are expected in all, 0 if that is not known. It
-// makes Load fail if the state has records.
+// maxReserve is for how many entries more than came room is made: who says how many there will
+// be may be wrong, or want to do harm.
+const maxReserve = 1 << 20
+
+// entries adds many revocations of a class of an issuer ("" for tenants) at once: some thousand
+// are best. About is how many of it are expected in all, 0 if that is not known. Of two with one
+// key the later end counts; those without an end (exp <= 0) are passed over. If the state has
+// records, Load fails.
 func (l *Loader) entries(iss string, c class, list []loaded, about int) {
 	if l.content.archive != nil {
 		l.err = errNoRecords
 		return
 	}
 	set := l.content.marks.set(c, iss)
-	if set.n == 0 && about > 0 {
-		set.reserve(about)
+	if room := min(about, maxReserve+l.came-l.reserved); set.n == 0 && room > 0 {
+		set.reserve(room)
+		l.reserved += room
 	}
 	set.fill(list)
+	l.came += len(list)
 }

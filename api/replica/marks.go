@@ -375,10 +375,10 @@ func (d *directory) find(hash uint64, k key, stride int) entry {
 	}
 }
 
-// equalBytes has the top bits of the bytes that are the tag, and maybe of the one above such a
-// byte, but never of an empty slot's.
+// equalBytes has the top bits of the bytes of a group that are the tag, and maybe of the one above
+// such a byte, but never of an empty slot's.
 func equalBytes(group, tag uint64) uint64 {
-	x := group ^ tag // those that are the tag become 0; an empty one has its top bit set
+	x := group ^ tag // those become 0, and an empty slot's has its top bit set
 	return (x - everyByte) &^ x & topBits
 }
 
@@ -434,14 +434,14 @@ func (e entry) notAfter(s *set) int64 {
 // record is the writer's own.
 func (e entry) record(s *set) uint32 { return uint32(e[s.stride-1]) }
 
-// newTable has room for so many entries.
+// newTable has room for that many entries.
 func newTable(room int, depth uint8, stride int) *table {
 	groups := room/groupMax + 1
 	return &table{tags: make([]uint64, groups), words: make([]uint64, groups*groupSize*stride), depth: depth}
 }
 
-// withRoom is how much room a table gets that has so many entries: a quarter more. The
-// room that is empty is what an entry takes beyond its own words, and copying is cheap.
+// withRoom is how much room a table gets for its entries: for a quarter more. Less would be
+// copied more often, and more takes memory.
 func withRoom(entries int) int { return entries + entries/4 }
 
 func (t *table) room() int  { return groupMax * len(t.tags) }
@@ -475,14 +475,15 @@ func (t *table) vacant(hash uint64) (g, i int) {
 	return g, bits.TrailingZeros64(^t.tags[g]&topBits) / 8
 }
 
-// hide and show have readers see the entry that was written to a vacant slot. Hide is for
-// tables that have no readers yet: there the processor need not wait.
+// show makes an entry of what was written to a vacant slot.
 func (t *table) show(hash uint64, g, i int) {
 	atomic.StoreUint64(&t.tags[g], t.tags[g]|tagOf(hash)<<(8*i))
 	t.n++
 }
 
-func (t *table) hide(hash uint64, g, i int) {
+// take is show in a table that has no readers yet: the processor need not wait until the entry is
+// written.
+func (t *table) take(hash uint64, g, i int) {
 	t.tags[g] |= tagOf(hash) << (8 * i)
 	t.n++
 }
@@ -540,13 +541,13 @@ func (s *set) hasValue(value string, iat, now int64) bool {
 }
 
 func (is *issuer) matchesJTI(jti string, now int64) bool {
-	text, form := uuidText(jti)
-	if dir := is.sets[uuids].dir.Load(); form && dir != nil && dir.mayHave(text.hash()) {
+	all, others := is.sets[uuids].dir.Load(), is.sets[jtis].dir.Load()
+	if text, form := uuidText(jti); form && (others != nil || all != nil && all.mayHave(text.hash())) {
 		if k, ok := uuidKey(jti); ok {
 			return is.sets[uuids].has(k, 0, now)
 		}
 	}
-	return is.sets[jtis].matches(jti, 0, now) // in which no UUID is
+	return others != nil && is.sets[jtis].hasValue(jti, 0, now)
 }
 
 // each may miss what is added meanwhile, and nothing else.
@@ -622,8 +623,7 @@ func (s *set) roomFor(hash uint64, cutoff int64, drop func(record uint32)) *tabl
 // once.
 const fillAtOnce = 64
 
-// fill adds entries, without records, to a set that has no readers. Of two with one key the
-// later end counts.
+// fill adds entries, without records, to a set that has no readers.
 func (s *set) fill(list []loaded) {
 	var hashes [fillAtOnce]uint64
 	for len(list) > 0 {
@@ -657,17 +657,12 @@ func (s *set) fillOne(from *loaded, hash uint64) {
 	}
 	g, i := t.vacant(hash)
 	s.write(t.slot(g, i, s.stride), from.key, from.exp, from.notAfter, 0)
-	t.hide(hash, g, i)
+	t.take(hash, g, i)
 	s.n++
 }
 
-// maxReserve is for how many entries room is made before they come: who says how many there
-// will be may be wrong.
-const maxReserve = 1 << 20
-
 // reserve makes room in an empty set.
 func (s *set) reserve(entries int) {
-	entries = min(entries, maxReserve)
 	depth := uint8(bits.Len(uint(entries / tableMax)))
 	dir := newDirectory(depth)
 	each := entries >> depth
@@ -677,11 +672,6 @@ func (s *set) reserve(entries int) {
 	s.dir.Store(dir)
 }
 
-type staying struct {
-	entry
-	hash uint64
-}
-
 // rebuild replaces table i by one, or two, with room for more and without what ended
 // before cutoff.
 func (s *set) rebuild(i int, cutoff int64, drop func(record uint32)) {
@@ -689,7 +679,7 @@ func (s *set) rebuild(i int, cutoff int64, drop func(record uint32)) {
 	old := dir.tables[i]
 	var left [2]int // for each half, by the next bit of the hash
 	half := func(hash uint64) uint64 { return hash >> (63 - old.depth) & 1 }
-	stay := make([]staying, 0, old.n)
+	hashes := make([]uint64, 0, old.n) // of those that stay
 	old.each(s.stride, func(e entry) {
 		if e.exp() < cutoff {
 			drop(e.record(s))
@@ -697,7 +687,7 @@ func (s *set) rebuild(i int, cutoff int64, drop func(record uint32)) {
 			return
 		}
 		hash := s.hash(e.key())
-		stay = append(stay, staying{e, hash})
+		hashes = append(hashes, hash)
 		left[half(hash)]++
 	})
 	if s.n == 0 {
@@ -715,12 +705,17 @@ func (s *set) rebuild(i int, cutoff int64, drop func(record uint32)) {
 		halves[0] = newTable(withRoom(left[0]+left[1]), old.depth, s.stride)
 		halves[1] = halves[0]
 	}
-	for _, from := range stay {
-		to := halves[half(from.hash)]
-		g, i := to.vacant(from.hash)
-		copy(to.slot(g, i, s.stride), from.entry)
-		to.hide(from.hash, g, i)
-	}
+	old.each(s.stride, func(e entry) {
+		if e.exp() < cutoff {
+			return
+		}
+		hash := hashes[0]
+		hashes = hashes[1:]
+		to := halves[half(hash)]
+		g, i := to.vacant(hash)
+		copy(to.slot(g, i, s.stride), e)
+		to.take(hash, g, i)
+	})
 	next := newDirectory(depth)
 	for j := range next.tables {
 		t := dir.tables[j>>(depth-dir.depth)]

@@ -366,7 +366,7 @@ func (r *Replica) load(ctx context.Context) error {
 	r.from = "source"
 	r.mu.Unlock()
 	r.log.Info("a snapshot was loaded", "position", r.state.At(), "took", r.now().since(asked))
-	r.outdated()
+	signal(r.save) // what the folder has is another state
 	return nil
 }
 

@@ -90,7 +90,7 @@ func runPart(t *testing.T, data []byte) {
 	c := &choices{data}
 	scopes := []partScope{
 		{}, {tenants: []string{acme.Domain}}, {tenants: []string{acme.Domain, "b.example"}}, {tenants: []string{}},
-		{revocationsOnly: true}, {tenants: []string{"b.example"}, revocationsOnly: true},
+		{revocationsOnly: true}, {tenants: []string{acme.Domain}, revocationsOnly: true},
 	}
 	owners := []revocation.Tenant{acme, {ID: 2, Domain: "b.example"}, {ID: 3, Domain: "c.example"}}
 	log := &partLog{epoch: epoch}
@@ -177,27 +177,34 @@ func runPart(t *testing.T, data []byte) {
 		return rec
 	}
 	for c.more() {
-		switch c.n(12) {
-		case 0, 1, 2:
+		switch c.n(24) {
+		case 0, 1, 2, 12, 13:
 			rec := record()
 			log.append(revoke(rec), rec)
-		case 3, 4:
-			change := catalog.Change{Verb: []catalog.Verb{catalog.Updated, catalog.Deleted}[c.n(2)], Entity: c.entity()}
-			owner, base := owners[c.n(len(owners))], change.Entity.Base()
+		case 3, 4, 14, 15, 16:
+			owner := owners[c.n(len(owners))]
+			change := catalog.Change{Verb: catalog.Updated, Entity: c.entity()}
+			if c.n(2) == 0 { // one that is often changed
+				change.Entity = &catalog.Scope{Meta: catalog.Meta{ID: 1, UUID: uuidOf(0), Tenant: acme}, Name: fmt.Sprint(c.n(9))}
+			}
+			if c.n(4) == 0 {
+				change.Verb = catalog.Deleted
+			}
+			base := change.Entity.Base()
 			base.UUID = fmt.Sprint(owner.ID) + base.UUID[1:] // no entity changes its tenant
 			e, err := catalog.NewEvent(change)
 			must(t, err)
 			e.Tenant = owner
 			log.append(e, change)
-		case 5, 6, 7: // some that come next or were there, or too soon
+		case 5, 6, 7, 17, 18, 19: // some that come next or were there, or too soon
 			for range c.n(8) {
-				if near := int(s.At().Seq) - 3 + c.n(12); near >= 0 && near < len(log.events) {
+				if near := int(s.At().Seq) - 2 + c.n(10); near >= 0 && near < len(log.events) {
 					if err := apply(log.events[near]); err != nil && !errors.Is(err, ErrGap) {
 						t.Fatal(err)
 					}
 				}
 			}
-		case 8:
+		case 8, 20:
 			to := complete()
 			must(t, s.Through(log.at(to)))
 			if s.At().Seq != to {
@@ -218,8 +225,11 @@ func runPart(t *testing.T, data []byte) {
 			told.hold(rec)
 		case 10:
 			catchUp()
-		case 11:
+		case 11, 21, 22, 23:
 			next, seq, was := scope, revocation.Seq(c.n(int(log.head())+1)), s.At()
+			if c.n(4) > 0 { // most are about as new as the state
+				seq = min(max(was.Seq-2+revocation.Seq(c.n(8)), 0), log.head())
+			}
 			if c.n(4) == 0 {
 				next = scopes[c.n(len(scopes))]
 			}
@@ -238,16 +248,20 @@ func runPart(t *testing.T, data []byte) {
 				break
 			}
 			if s.At() != log.at(seq) {
-				break // it was old
+				if s.At() != was || was.Epoch != log.epoch || was.Seq < seq || !next.equal(scope) {
+					t.Fatalf("a snapshot of %s in the place of %s leads to %s", log.at(seq), was, s.At())
+				}
+				break // it is old
 			}
-			if !next.equal(scope) || was.Epoch != log.epoch {
-				scope, got = next, map[revocation.Seq]bool{}
+			scope = next
+			if was.Epoch != log.epoch {
+				got = map[revocation.Seq]bool{}
 			}
 			for _, rec := range log.fold(seq, scope).revoked {
 				told.hold(rec)
 			}
+			stays()
 		}
-		stays()
 	}
 	catchUp()
 	stays()
@@ -283,11 +297,61 @@ func matches(s *State, target revocation.Target, now int64) bool {
 
 func TestPartHistories(t *testing.T) {
 	t.Parallel()
-	for seed := range size(60, 1000) {
-		data := make([]byte, 1000)
+	for seed := range size(250, 5000) {
+		data := make([]byte, 600)
 		rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), 1}).Read(data)
 		runPart(t, data)
 	}
+}
+
+// A snapshot wins over what was applied from before it, and loses to what was from after it.
+func TestPartLoadOrder(t *testing.T) {
+	t.Parallel()
+	log, scope := &partLog{epoch: epoch}, partScope{tenants: []string{acme.Domain}}
+	rename := func(name string) revocation.Event {
+		change := catalog.Change{Verb: catalog.Updated, Entity: &catalog.Scope{Meta: catalog.Meta{ID: 1, UUID: uuidOf(0), Tenant: acme}, Name: name}}
+		e, err := catalog.NewEvent(change)
+		must(t, err)
+		log.append(e, change)
+		return log.events[len(log.events)-1]
+	}
+	s := newClock().newReplica(false)
+	must(t, log.load(s, 0, scope))
+	is := func(seq revocation.Seq, name string) {
+		t.Helper()
+		s.View(func(v *View) {
+			if v.Scope(acme.ID, name) == nil || len(v.Scopes()) != 1 || v.At().Seq != seq {
+				t.Fatalf("at %s the scope is %+v, want %q at %d", v.At(), v.Scopes(), name, seq)
+			}
+		})
+	}
+	must(t, s.Apply(rename("one")))
+	is(0, "one")
+	rename("two")
+	must(t, log.load(s, 2, scope))
+	is(2, "two")
+	must(t, s.Apply(rename("three")))
+	four := rename("four")
+	must(t, s.Apply(four))
+	must(t, log.load(s, 3, scope))
+	is(3, "four")
+	rename("five")
+	if err := s.Apply(rename("six")); !errors.Is(err, ErrGap) {
+		t.Fatalf("after %d: %v", four.Seq, err)
+	}
+	must(t, s.Through(four.Position))
+	is(4, "four")
+
+	// Of other tenants, one must not be older than anything that is known.
+	must(t, s.Apply(log.events[4]))
+	must(t, s.Apply(log.events[5]))
+	wider := partScope{tenants: []string{acme.Domain, "b.example"}}
+	if err := log.load(s, 5, wider); err == nil {
+		t.Fatal("an old snapshot of other tenants was loaded")
+	}
+	is(4, "six")
+	must(t, log.load(s, 6, wider))
+	is(6, "six")
 }
 
 func FuzzPart(f *testing.F) {

@@ -11,6 +11,7 @@ import (
 	"unicode/utf8"
 
 	"github.com/rescindhq/rescind/api/catalog"
+	"github.com/rescindhq/rescind/api/revocation"
 )
 
 // CleanPath returns the path of a request target in origin form, as it is on the wire up to the
@@ -110,9 +111,27 @@ func beneath(path, prefix string) (rest string, ok bool) {
 	return rest, ok && (rest == "" || rest[0] == '/')
 }
 
+// tenantPath is what the contexts of all tenants but the super tenant begin with, before their domain.
+const tenantPath = "/t"
+
+// fits reports whether a plain context is one of a tenant's where several are served, see
+// [Config.Tenant]. Tenants choose their contexts themselves, so each has paths of its own.
+func fits(context, domain string) bool {
+	rest, below := beneath(context, tenantPath)
+	if domain == revocation.SuperTenant.Domain {
+		return !below
+	}
+	if !below || rest == "" {
+		return false
+	}
+	_, below = beneath(rest[1:], domain)
+	return below
+}
+
 // place is an API at its context.
 type place struct {
-	api *catalog.API
+	api  *catalog.API
+	fits bool // as the function
 
 	compile sync.Once // when first needed: most who keep a catalog never do
 	targets map[string]*node
@@ -122,7 +141,7 @@ type place struct {
 func (s *shelves) place(a *catalog.API, add bool) {
 	context := unescaped(a.Context)
 	if add {
-		s.places[context] = append(s.places[context], &place{api: a})
+		s.places[context] = append(s.places[context], &place{api: a, fits: fits(context, a.Tenant.Domain)})
 		s.longestContext = max(s.longestContext, len(context))
 		return
 	}
@@ -135,38 +154,36 @@ func (s *shelves) place(a *catalog.API, add bool) {
 }
 
 // placeOf finds what a plain path is for: the API with the longest context that the path begins
-// with, in whole segments, among those that are served in environments; rest is what follows. Of
-// several with that context, each of another tenant, it is the one of this tenant; there is none
-// and several is true if that has none.
+// with, in whole segments, among those that are there where only this tenant is served (empty: any
+// at a context of its own), and are served in environments; rest is what follows. Of two of
+// a tenant whose contexts are the same once decoded, the older one counts.
 //
-// The longest context counts also if it is another tenant's: so whoever passes the request on
-// by its path alone passes it to the API that was looked at.
-func (s *shelves) placeOf(path, tenant string, environments []string) (found *place, rest string, several bool) {
+// The path alone decides, and not whose the token is: so whoever passes the request on by its path
+// passes it to the API that was looked at.
+func (s *shelves) placeOf(path, only string, environments []string) (found *place, rest string) {
 	for end := len(path); end > 0; end = strings.LastIndexByte(path[:end], '/') {
 		if end > s.longestContext {
 			end = s.longestContext + 1 // paths may be long, and have many segments
 			continue
 		}
-		n := 0
 		for _, p := range s.places[path[:end]] {
-			if !p.served(environments) {
-				continue
+			if p.of(only) && p.served(environments) && (found == nil || order(p.api, found.api) < 0) {
+				found = p
 			}
-			n++
-			if p.api.Tenant.Domain == tenant {
-				return p, path[end:], false
-			}
-			found = p
 		}
-		switch n {
-		case 0:
-		case 1:
-			return found, path[end:], false
-		default:
-			return nil, "", true
+		if found != nil {
+			return found, path[end:]
 		}
 	}
-	return nil, "", false
+	return nil, ""
+}
+
+// of reports whether the API is there where only this tenant is served.
+func (p *place) of(only string) bool {
+	if only == "" {
+		return p.fits
+	}
+	return p.api.Tenant.Domain == only
 }
 
 // served reports whether gateways of these environments have the API. They have one that is

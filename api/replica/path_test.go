@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/revocation"
@@ -272,8 +273,7 @@ func TestOperationModel(t *testing.T) {
 
 func TestPlaceOf(t *testing.T) {
 	t.Parallel()
-	other := revocation.Tenant{ID: 2, Domain: "other.example"}
-	third := revocation.Tenant{ID: 3, Domain: "third.example"}
+	super, other := revocation.SuperTenant, revocation.Tenant{ID: 2, Domain: "other.example"}
 	id := int32(0)
 	api := func(tenant revocation.Tenant, context, status string, labels ...string) *catalog.API {
 		id++
@@ -281,71 +281,104 @@ func TestPlaceOf(t *testing.T) {
 			Meta: catalog.Meta{ID: id, UUID: uuidOf(int(id)), Tenant: tenant}, Name: fmt.Sprint(id), Context: context, Version: "1", Status: status, GatewayLabels: labels,
 		}
 	}
-	acmeOnly := api(acme, "/pizza/1", catalog.APIPublished, "eu", "us")
-	acmeExtra := api(acme, "/pizza/1/extra", catalog.APIRetired, "eu")
-	otherExtra := api(other, "/pizza/1/extra/hot", catalog.APIPublished, "us")
-	acmeShared := api(acme, "/shared", catalog.APIDeprecated, "eu")
+	pizza := api(super, "/pizza/1", catalog.APIPublished, "eu", "us")
+	extra := api(super, "/pizza/1/extra", catalog.APIRetired, "eu")
+	hot := api(super, "/pizza/1/extra/hot", catalog.APIPublished, "us")
+	otherHot := api(other, "/pizza/1/extra/hot", catalog.APIPublished, "us")
+	shared := api(super, "/shared", catalog.APIDeprecated, "eu")
 	otherShared := api(other, "/shared", catalog.APIBlocked, "eu", "us")
-	strange := api(acme, "/caf\u00e9@x/%7Bv%7D", catalog.APIPrototyped)
-	created := api(acme, "/created", catalog.APICreated, "eu")
-	slash := api(acme, "/a%2Fb", catalog.APIPublished)
-	all := []*catalog.API{acmeOnly, acmeExtra, otherExtra, acmeShared, otherShared, strange, created, slash}
+	otherOwn := api(other, "/t/other.example/shared", catalog.APIPublished, "eu")
+	superOther := api(super, "/t/other.example/shared", catalog.APIPublished)
+	strange := api(super, "/caf\u00e9@x/%7Bv%7D", catalog.APIPrototyped)
+	again := api(super, "/caf%C3%A9%40x/%7bv%7d", catalog.APIPrototyped) // the same, and younger
+	created := api(super, "/created", catalog.APICreated, "eu")
+	slash := api(super, "/a%2Fb", catalog.APIPublished)
+	all := []*catalog.API{pizza, extra, hot, otherHot, shared, otherShared, otherOwn, superOther, again, strange, created, slash}
 	s := newShelves()
 	for _, a := range all {
 		s.change(a, false)
 	}
 	s.sort()
-	check := func(path, tenant string, environments string, want *catalog.API, wantRest string, wantSeveral bool) {
+	check := func(path, only string, environments string, want *catalog.API, wantRest string) {
 		t.Helper()
 		var labels []string
 		if environments != "" {
 			labels = strings.Split(environments, ",")
 		}
 		var got *catalog.API
-		p, rest, several := s.placeOf(unescaped(path), tenant, labels)
+		p, rest := s.placeOf(unescaped(path), only, labels)
 		if p != nil {
 			got = p.api
 		}
-		if got != want || rest != wantRest || several != wantSeveral {
-			t.Errorf("%s of %q in %q: %+v, %q, %t, want %+v, %q, %t", path, tenant, environments, got, rest, several, want, wantRest, wantSeveral)
+		if got != want || rest != wantRest {
+			t.Errorf("%s where %q is served in %q: %+v, %q, want %+v, %q", path, only, environments, got, rest, want, wantRest)
 		}
 	}
-	check("/pizza/1", acme.Domain, "", acmeOnly, "", false)
-	check("/pizza/1/", acme.Domain, "", acmeOnly, "/", false)
-	check("/pizza/1/menu/2", "", "", acmeOnly, "/menu/2", false)
-	check("/pizza/1/menu/2", other.Domain, "", acmeOnly, "/menu/2", false)
-	check("/pizza/1/extra", acme.Domain, "", acmeOnly, "/extra", false) // retired
-	check("/pizza/1/extra/hot", acme.Domain, "", otherExtra, "", false)
-	check("/pizza/1/extra/hot", acme.Domain, "eu", acmeOnly, "/extra/hot", false)
-	check("/pizza/1", "", "us", acmeOnly, "", false)
-	check("/pizza/1", "", "ap,us", acmeOnly, "", false)
-	check("/pizza/1", "", "ap", nil, "", false)
-	check("/pizza/10", "", "", nil, "", false)
-	check("/pizza", "", "", nil, "", false)
-	check("/Pizza/1", "", "", nil, "", false)
-	check("/", "", "", nil, "", false)
-	check("/shared/x", acme.Domain, "", acmeShared, "/x", false)
-	check("/shared/x", other.Domain, "", otherShared, "/x", false)
-	check("/shared/x", third.Domain, "", nil, "", true)
-	check("/shared/x", "", "", nil, "", true)
-	check("/shared/x", acme.Domain, "us", otherShared, "/x", false)
-	check("/caf%c3%A9%40x/%7Bv%7d/y", "", "", strange, "/y", false)
-	check("/caf%C3%A9@x/%7Bv%7D", "", "", strange, "", false)
-	check("/created", "", "", nil, "", false)
-	check("/a/b", "", "", nil, "", false)
-	check("/pizza/1/"+strings.Repeat("a/", 5000), "", "", acmeOnly, "/"+strings.Repeat("a/", 5000), false)
-	check("/"+strings.Repeat("a", 5000), "", "", nil, "", false)
+	check("/pizza/1", "", "", pizza, "")
+	check("/pizza/1/", "", "", pizza, "/")
+	check("/pizza/1/menu/2", "", "", pizza, "/menu/2")
+	check("/pizza/1/menu/2", super.Domain, "", pizza, "/menu/2")
+	check("/pizza/1/menu/2", other.Domain, "", nil, "")
+	check("/pizza/1/extra", "", "", pizza, "/extra") // retired
+	check("/pizza/1/extra/hot", "", "", hot, "")
+	check("/pizza/1/extra/hot", "", "eu", pizza, "/extra/hot")
+	check("/pizza/1/extra/hot/x", other.Domain, "", otherHot, "/x")
+	check("/pizza/1", "", "us", pizza, "")
+	check("/pizza/1", "", "ap,us", pizza, "")
+	check("/pizza/1", "", "ap", nil, "")
+	check("/pizza/10", "", "", nil, "")
+	check("/pizza", "", "", nil, "")
+	check("/Pizza/1", "", "", nil, "")
+	check("/", "", "", nil, "")
+	check("/shared/x", "", "", shared, "/x")
+	check("/shared/x", super.Domain, "", shared, "/x")
+	check("/shared/x", other.Domain, "", otherShared, "/x")
+	check("/shared/x", "third.example", "", nil, "")
+	check("/shared/x", "", "us", nil, "")
+	check("/t/other.example/shared", "", "", otherOwn, "")
+	check("/t/other.example/shared", super.Domain, "", superOther, "")
+	check("/caf%c3%a9%40x/%7Bv%7d/y", "", "", strange, "/y")
+	check("/caf%C3%A9@x/%7Bv%7D", "", "", strange, "")
+	check("/created", "", "", nil, "")
+	check("/a/b", "", "", nil, "")
+	check("/pizza/1/"+strings.Repeat("a/", 5000), "", "", pizza, "/"+strings.Repeat("a/", 5000))
+	check("/"+strings.Repeat("a", 5000), "", "", nil, "")
 
-	moved := *acmeShared
+	moved := *shared
 	moved.Context = "/moved"
 	s.change(&moved, false)
-	check("/shared/x", acme.Domain, "", otherShared, "/x", false)
-	check("/moved", "", "", &moved, "", false)
+	check("/shared/x", "", "", nil, "")
+	check("/moved", "", "", &moved, "")
 	for _, a := range all {
 		s.change(a, true)
 	}
 	if len(s.places) != 0 {
 		t.Errorf("places that are left: %v", s.places)
+	}
+}
+
+// A route is found by what the path stands for, as the API that it is for is.
+func TestStalenessOfEncodedPaths(t *testing.T) {
+	t.Parallel()
+	strict := Staleness{time.Minute, Introspect}
+	r, err := New(Config{Source: idle{}, Routes: []Route{{"/caf%C3%A9/", strict}, {"/a@b", strict}, {"/c%40d", strict}}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for path, want := range map[string]bool{
+		"/caf%C3%A9": true, "/caf%c3%a9": true, "/caf%c3%A9/x%20y": true, "/caf": false, "/caf%C3%A9s": false,
+		"/a@b": true, "/a%40b/c": true, "/c@d": true, "/c%40d": true, "/A@b": false,
+	} {
+		if clean, ok := CleanPath(path); !ok || clean != path {
+			t.Fatalf("%s is not clean", path)
+		}
+		if got := r.StalenessOf(path) == strict; got != want {
+			t.Errorf("%s has the route's staleness: %t, want %t", path, got, want)
+		}
+	}
+	_, err = New(Config{Source: idle{}, Tenant: "Acme.example", Routes: []Route{{Path: "/caf%C3%A9"}, {Path: "/caf%c3%a9/"}}})
+	if err == nil || !strings.Contains(err.Error(), `Routes[1].Path is "/café", which another`) || !strings.Contains(err.Error(), `Tenant is "Acme.example"`) {
+		t.Errorf("two routes that are one, and a tenant that can be none: %v", err)
 	}
 }
 

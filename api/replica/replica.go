@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/revocation"
 )
 
@@ -39,6 +40,17 @@ type Config struct {
 	// Environments are the gateway environments (labels) of this gateway: APIs that are deployed
 	// to none of them are not there. Empty: all are.
 	Environments []string
+
+	// Tenant is the domain of the only tenant that this gateway serves: APIs and issuers of others are
+	// not there. Empty: the one that the state is about, if it is about one alone, as Source tells.
+	//
+	// Else several tenants are served, each at paths of its own (WSO2's convention), because each
+	// chooses the contexts of its APIs itself: an API of carbon.super is there only if its
+	// context is not /t and does not begin with /t/, one of another tenant only if its
+	// context is /t/<domain> or begins with /t/<domain>/, percent-encoding decoded.
+	// Otherwise a tenant could open or close the paths of another one, or let its own
+	// applications in there.
+	Tenant string
 
 	// Logger is told when feeds break and heal, snapshots are loaded, and the folder cannot
 	// be used. Default: nobody.
@@ -72,7 +84,7 @@ func (s Staleness) withDefault() Staleness {
 // Route is a part of the paths that has a staleness of its own.
 type Route struct {
 	// Path is what paths begin with, for example "/payments", which is no part of "/payments-old". It
-	// is in the form of [CleanPath].
+	// is in the form of [CleanPath], and stands for all ways to encode it.
 	Path string
 	Staleness
 }
@@ -147,8 +159,11 @@ func (cfg Config) check() (Config, error) {
 		staleness(name, &route.Staleness)
 		if clean, ok := CleanPath(route.Path); !ok || clean != route.Path {
 			wrong("%s.Path is %q, must be the beginning of a path as CleanPath returns it, such as /payments", name, route.Path)
-		} else if len(route.Path) > 1 {
-			route.Path = strings.TrimSuffix(route.Path, "/")
+		} else {
+			route.Path = unescaped(route.Path) // for StalenessOf
+			if len(route.Path) > 1 {
+				route.Path = strings.TrimSuffix(route.Path, "/")
+			}
 		}
 		if slices.ContainsFunc(cfg.Routes[:i], func(other Route) bool { return other.Path == route.Path }) {
 			wrong("%s.Path is %q, which another route has: leave one of them out", name, route.Path)
@@ -160,6 +175,9 @@ func (cfg Config) check() (Config, error) {
 	}
 	if cfg.Claims > ClaimsOnly {
 		wrong("Claims is %d, must be ClaimsFirst, CatalogFirst or ClaimsOnly", cfg.Claims)
+	}
+	if cfg.Tenant != "" && !catalog.ValidDomain(cfg.Tenant) {
+		wrong("Tenant is %q, must be the domain of a tenant, such as carbon.super", cfg.Tenant)
 	}
 	cfg.Environments = slices.Clone(cfg.Environments)
 	for i, name := range cfg.Environments {
@@ -177,7 +195,16 @@ func (cfg Config) check() (Config, error) {
 // called from any goroutine.
 //
 // Whatever any feed tells of what is revoked holds at once, also if events are missing before it and
-// the source cannot be asked for them. How old the rest is, [Replica.Age] knows.
+// the source cannot be asked for them; it is on disk before it holds. What is missing is fetched by
+// one goroutine for all feeds: events if the source has them, else a snapshot.
+//
+// A feed is not believed to have told everything because it says so. A state of the whole log counts.
+// One of some tenants cannot, so a connection's heartbeats move its position only from the
+// first one on whose position it has come to with what the source has.
+//
+// A heartbeat that was long on its way does not make the state look fresh, and neither does a clock
+// that was set, or a machine that slept: see [Replica.Age]. When it gets old with all feeds
+// connected the source is asked, whose answer is about now.
 type Replica struct {
 	cfg   Config
 	log   *slog.Logger
@@ -193,9 +220,7 @@ type Replica struct {
 	// keeping is held while what changes the state is kept and applied, one after the other.
 	keeping sync.Mutex
 	folder  *folder       // nil: there is none
-	unsaved uint64        // how often the folder's files became less than the state
-	saved   uint64        // up to which of them that was made good
-	save    chan struct{} // the folder's snapshot is to be made anew
+	save    chan struct{} // a snapshot for the folder may be due
 
 	mu        sync.Mutex
 	from      string
@@ -323,8 +348,10 @@ func (r *Replica) CheckWith(t Token, s Staleness) Decision {
 	return d
 }
 
-// StalenessOf is the staleness of requests for a path, which is as [CleanPath] returns it.
+// StalenessOf is the staleness of requests for a path, which is as [CleanPath] returns it. As APIs are,
+// routes are found by what the path stands for, however it is encoded.
 func (r *Replica) StalenessOf(path string) Staleness {
+	path = unescaped(path)
 	for i := range r.cfg.Routes {
 		route := &r.cfg.Routes[i]
 		rest, ok := strings.CutPrefix(path, route.Path)
@@ -335,7 +362,8 @@ func (r *Replica) StalenessOf(path string) Staleness {
 	return r.cfg.Staleness
 }
 
-// Age is that of [Decision].
+// Age is how old what is known is: everything that was committed longer ago is in it. It errs on the side of
+// more. [Never] while nothing is known, or nobody knows since when it is.
 func (r *Replica) Age() time.Duration { return r.age.of(r.now()) }
 
 // Ready reports whether what a gateway needs is known: a state was loaded from the source or
@@ -360,6 +388,9 @@ func (r *Replica) Status() Status {
 	s.Tenants, s.RevocationsOnly = r.state.Scope()
 	for _, f := range r.feeds {
 		s.Feeds = append(s.Feeds, f.status())
+	}
+	if r.folder != nil {
+		s.Damaged = r.folder.damaged()
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -400,6 +431,9 @@ type Status struct {
 	// Error is the last thing that went wrong with the source or the folder, empty when it
 	// is over.
 	Error string `json:"error,omitempty"`
+	// Damaged is what was wrong with files of the folder when it was read. They were set aside, and
+	// what was missing is fetched from the source.
+	Damaged string `json:"damaged,omitempty"`
 }
 
 // FeedStatus is how a feed does.

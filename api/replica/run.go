@@ -94,8 +94,8 @@ func (r *Replica) connected(but *feed) bool {
 	return false
 }
 
-// expectation is that the state comes to a position without help. Only the first of a kind is kept
-// until it is due.
+// expectation is that the state comes to a position without help until it is due. Of each kind there
+// is one at a time; heartbeats renew it.
 type expectation struct {
 	revocation.Position
 	due instant
@@ -352,6 +352,7 @@ func (s *session) Heartbeat(ctx context.Context, b Beat) error {
 	s.f.heard(0)
 	r := s.r
 	when := s.f.delays.moment(b.Time, r.now())
+	r.state.showed(b.Time)
 	if b.Epoch != r.state.At().Epoch {
 		if known, err := s.meet(ctx, b.Epoch); !known || err != nil {
 			return err
@@ -469,7 +470,9 @@ func (r *Replica) apply(e revocation.Event) error {
 func (r *Replica) revoke(rec Record, at revocation.Position) {
 	r.keeping.Lock()
 	defer r.keeping.Unlock()
-	if here := r.state.At(); at.Epoch == here.Epoch && at.Seq <= here.Seq {
+	// One that knows no events may lack what is before its position: the directory is repaired at the
+	// position where it stands.
+	if here := r.state.At(); at.Epoch == here.Epoch && at.Seq <= here.Seq && r.scope.Load().whole() {
 		return
 	}
 	if r.folder != nil {
@@ -478,31 +481,18 @@ func (r *Replica) revoke(rec Record, at revocation.Position) {
 	r.state.Revoke(rec, at)
 }
 
-// kept notes whether something was kept. What was not is in the next snapshot. It needs r.keeping.
+// kept notes whether something was kept. What was not is in the next snapshot.
 func (r *Replica) kept(err error) {
 	if err != nil {
-		r.unsaved++
 		r.folderFails(err)
 		signal(r.save)
 	}
 }
 
-// outdated notes that the folder has less than the state, which was loaded from elsewhere.
-func (r *Replica) outdated() {
-	r.keeping.Lock()
-	defer r.keeping.Unlock()
-	r.unsaved++
-	signal(r.save)
-}
-
-// keepFresh tells the folder how old the state is, unless what the folder has is older. It has a
-// snapshot made when one is due.
+// keepFresh tells the folder how old the state is, and has a snapshot made when one is due.
 func (r *Replica) keepFresh() {
 	r.keeping.Lock()
 	defer r.keeping.Unlock()
-	if r.unsaved != r.saved {
-		return
-	}
 	if fresh := r.age.asOf(); !fresh.IsZero() {
 		r.kept(r.folder.fresh(fresh))
 	}
@@ -511,29 +501,26 @@ func (r *Replica) keepFresh() {
 	}
 }
 
-// keepSaving saves the state when that is asked for.
+// keepSaving saves the state when that is asked for, and due.
 func (r *Replica) keepSaving(ctx context.Context) {
-	wait := backoff{}
+	var wait backoff
 	for {
 		select {
 		case <-r.save:
 		case <-ctx.Done():
 			return
 		}
-		if r.state.At().Epoch == "" {
-			continue // there is nothing to save, and it may take the place of something
-		}
 		r.keeping.Lock()
-		unsaved := r.unsaved
+		due := r.folder.due()
 		r.keeping.Unlock()
+		if !due {
+			continue
+		}
 		fresh, began := r.age.asOf(), r.now()
 		err := r.folder.save(r.state, fresh)
 		r.folderFails(err)
 		if err == nil {
 			wait.reset()
-			r.keeping.Lock()
-			r.saved = unsaved
-			r.keeping.Unlock()
 			r.log.Debug("the state was saved", "position", r.state.At(), "took", r.now().since(began))
 			continue
 		}

@@ -278,6 +278,53 @@ func TestSnapshotOfParts(t *testing.T) {
 	}
 }
 
+// What a part has from after its position stays: neither what is told again nor an older snapshot
+// changes it.
+func TestSnapshotOfAPartThatIsAhead(t *testing.T) {
+	t.Parallel()
+	m, s := newModel(), newClock().newReplica(false)
+	scope := func(name string) *catalog.Scope {
+		return &catalog.Scope{Meta: catalog.Meta{ID: 3, UUID: uuidOf(3), Tenant: acme}, Name: name}
+	}
+	gone := &catalog.Scope{Meta: catalog.Meta{ID: 4, UUID: uuidOf(4), Tenant: acme}, Name: "gone"}
+	for i, c := range []catalog.Change{
+		{Verb: catalog.Created, Entity: scope("1")}, {Verb: catalog.Created, Entity: gone}, {Verb: catalog.Updated, Entity: scope("3")},
+		{Verb: catalog.Deleted, Entity: gone}, {Verb: catalog.Updated, Entity: scope("5")},
+	} {
+		m.change(c)
+		m.log[i].Previous = revocation.Seq(i)
+	}
+	ofAcme := func(l *Loader) { l.Tenants([]string{acme.Domain}) }
+	load(t, s, revocation.Position{Epoch: epoch}, ofAcme)
+	for _, e := range m.log {
+		must(t, s.Apply(e))
+	}
+	read := newClock().newReplica(false)
+	_, err := read.ReadSnapshot(bytes.NewReader(write(t, s)))
+	must(t, err)
+	check := func(when string) {
+		t.Helper()
+		read.View(func(v *View) {
+			if diff := cmp.Diff([]*catalog.Scope{scope("5")}, v.Scopes()); diff != "" {
+				t.Errorf("%s (-want +got):\n%s", when, diff)
+			}
+		})
+	}
+	check("as it was read")
+	for _, e := range m.log[:4] {
+		must(t, read.Apply(e))
+		check("after " + e.Position.String())
+	}
+	load(t, read, revocation.Position{Epoch: epoch, Seq: 3}, ofAcme, func(l *Loader) {
+		l.Entity(scope("3"))
+		l.Entity(gone)
+	})
+	check("after an older snapshot")
+	if read.At().Seq != 3 {
+		t.Errorf("at %s", read.At())
+	}
+}
+
 // bytesOf is a revocation's bytes with a key of text.
 func bytesOf(exp int) []any { return []any{someKey, exp * 2} }
 

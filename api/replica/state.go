@@ -1,17 +1,20 @@
-// Package replica is the state of the log in memory: what is revoked, and the catalog
-// that subscriptions are validated with. It hides how that is stored, so that a
-// gateway asks nobody on the path of a request. Feed it with a snapshot, then with
-// the events that follow.
+// Package replica keeps in memory what a gateway must know of the log: what is revoked, and the
+// catalog that subscriptions are validated with, so that it asks nobody on the path of a
+// request. It hides how that is stored, and how it is kept up to date.
+//
+// A [State] is that of one position of the log. Feed it with a snapshot, then with the
+// events that follow; the service itself has one. A [Replica] is a State that a gateway
+// embeds: it is loaded from a [Source] and follows [Feed]s, outlives restarts and the
+// service's absence in a folder, and knows how old it is.
 //
 // # Invariants
 //
-// The state is always that of one position of the log. An event that came before
-// changes nothing, one that comes too soon is refused, and one that cannot be read
-// leaves the state before it.
+// The state is always that of one position of the log, or of a part of the log, see
+// [State.Through]. An event that came before changes nothing, one that comes too soon is
+// refused, and one that cannot be read leaves the state before it.
 //
-// A revocation matches until its end plus [revocation.MaxLeeway], whatever is cleaned
-// up, repeated or loaded meanwhile; only a snapshot of the same epoch that is no older
-// than the state can take it back.
+// A revocation that was once known matches until its end plus [revocation.MaxLeeway], whatever
+// is cleaned up, repeated or loaded meanwhile. Nothing takes it back, no snapshot either.
 //
 // # Decisions
 //
@@ -21,13 +24,17 @@
 // takes long.
 //
 // Entries are 16 bytes of an identifier and their end: the collector has no pointers
-// to follow, and a million of them fit in 50 MB. Identifiers in full are kept only for
+// to follow, and a million of them fit in 40 MB. Identifiers in full are kept only for
 // those who serve lists, see [StateConfig.Records].
 //
-// What has ended is forgotten while events are applied, a little at a time, some
-// minutes later than it must be kept, and by the clock that is behind: this process's
-// or the log's, which the events tell. So a clock that is fast here un-revokes nothing,
-// and a snapshot is taken as it is.
+// A snapshot is joined with what was revoked before it, also in the same epoch, where it
+// should have all of that: it takes little, and nobody needs to reckon what a snapshot may lack
+// that is old, about other tenants, of a restored log, or loaded over what came from ahead.
+//
+// What has ended is forgotten a little at a time, some minutes later than it must be
+// kept, and by the clock that is behind: this process's or the log's, which the events tell and
+// which runs on between them. So a clock that is fast here un-revokes nothing, and a snapshot
+// is taken as it is.
 package replica
 
 import (
@@ -121,15 +128,10 @@ type State struct {
 
 	swept int64 // the second up to which owed was reckoned
 	owed  int   // steps of sweep that are due
-
-	// Load needs neither: it takes nothing back. They are here for [State.readSnapshot] until it
-	// does without.
-	ahead   revocation.Seq
-	carried int64
 }
 
 // content is what a snapshot replaces. It belongs to whoever holds State.mu, but for
-// what Check reads of marks.
+// what Check and join read of marks.
 type content struct {
 	marks   *marks
 	archive *archive // nil without StateConfig.Records
@@ -169,6 +171,13 @@ const (
 	kept   = int64(Kept / time.Second)
 )
 
+// showed says that the log's clock showed t, as a heartbeat tells it. Events tell it too.
+func (s *State) showed(t time.Time) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.hear(t, s.now())
+}
+
 // hear notes that the log's clock showed t, now or before. It needs s.mu.
 func (s *State) hear(t, now time.Time) {
 	if t.IsZero() || !s.heard.IsZero() && t.Unix() <= s.logClock(now) {
@@ -184,7 +193,8 @@ func (s *State) logClock(now time.Time) int64 {
 }
 
 // cutoff is the end, in Unix seconds, before which entries are forgotten. Until the log's
-// time is known nothing is, unless there are no events that could tell it. It needs s.mu.
+// time is known nothing is; a state of revocations only may never hear of it, and goes by the
+// clock here. It needs s.mu.
 func (s *State) cutoff(now time.Time) int64 {
 	clock := now.Unix()
 	if !s.heard.IsZero() {
@@ -378,7 +388,8 @@ func (s *State) hold(rec Record, now time.Time) {
 const sweepTime = 120
 
 // tick cleans up what is due. It is to be called each second, whether there are events or not.
-// It may take some milliseconds, and holds up events for a fraction of one at a time.
+// With millions of entries it takes some milliseconds, and holds up events for a fraction of one
+// at a time.
 func (s *State) tick(now time.Time) {
 	for more := true; more; {
 		s.mu.Lock()
@@ -409,7 +420,10 @@ func (s *State) reckon(now time.Time) {
 		return
 	}
 	all := s.content.marks.steps()
-	passed := min(max(second-s.swept, 1), sweepTime)
+	passed := int64(1) // also if the clock was set back
+	if s.swept != 0 && second > s.swept {
+		passed = min(second-s.swept, sweepTime)
+	}
 	s.owed = min(s.owed+all*int(passed)/sweepTime+1, all)
 	s.swept = second
 }

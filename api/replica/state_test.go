@@ -30,7 +30,7 @@ const (
 
 var acme = revocation.Tenant{ID: 1, Domain: "acme.example"}
 
-// clock is the time that a replica under test forgets by.
+// clock is the time that a state under test forgets by.
 type clock struct{ seconds atomic.Int64 }
 
 func newClock() *clock {
@@ -302,7 +302,7 @@ func runHistory(t *testing.T, data []byte) {
 				deliver(r, m.log[n-1])
 			}
 			if r.At() != m.head() {
-				t.Fatalf("the replica is at %s, the log at %s", r.At(), m.head())
+				t.Fatalf("the state is at %s, the log at %s", r.At(), m.head())
 			}
 		}
 		compare(t, r, gateway, m, c, clk.now())
@@ -416,7 +416,7 @@ func compare(t *testing.T, r, gateway *State, m *model, c *choices, now int64) {
 		collect(t, entities, v.Subscriptions())
 	})
 	if diff := cmp.Diff(m.entities, entities); diff != "" {
-		t.Fatalf("the catalog differs (-model +replica):\n%s", diff)
+		t.Fatalf("the catalog differs (-model +state):\n%s", diff)
 	}
 	want := make(map[revocation.Target]Record)
 	for target, rec := range m.revoked {
@@ -429,7 +429,7 @@ func compare(t *testing.T, r, gateway *State, m *model, c *choices, now int64) {
 		}
 	}
 	if diff := cmp.Diff(want, got); diff != "" {
-		t.Fatalf("the revocations differ (-model +replica):\n%s", diff)
+		t.Fatalf("the revocations differ (-model +state):\n%s", diff)
 	}
 }
 
@@ -473,7 +473,7 @@ func compareLookups(t *testing.T, v *View, m *model) {
 			}
 		}
 		if diff := cmp.Diff(want, gotAll); diff != "" {
-			t.Fatalf("%s (-model +replica):\n%s", what, diff)
+			t.Fatalf("%s (-model +state):\n%s", what, diff)
 		}
 	}
 	for id := range int32(6) {
@@ -598,7 +598,7 @@ func TestApplyRefuses(t *testing.T) {
 			t.Errorf("%s: %v", name, err)
 		}
 		if r.At().Seq != 1 {
-			t.Fatalf("%s: the replica is at %s", name, r.At())
+			t.Fatalf("%s: the state is at %s", name, r.At())
 		}
 	}
 	must(t, r.Apply(m.log[1]))
@@ -645,7 +645,7 @@ func TestLoad(t *testing.T) {
 			t.Errorf("Load of an unknown kind: %v", err)
 		}
 		if r.At().Seq != 10 || !revoked(a) || revoked(b) {
-			t.Errorf("after an error the replica is at %s", r.At())
+			t.Errorf("after an error the state is at %s", r.At())
 		}
 
 		// A snapshot from before what was applied would take back revocations.
@@ -727,6 +727,10 @@ func TestOddEntities(t *testing.T) {
 func (r *State) entries() (n int) {
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	return r.entriesLocked()
+}
+
+func (r *State) entriesLocked() (n int) {
 	r.content.marks.each(func(_ string, s *set) { n += s.n })
 	return n
 }
@@ -1011,7 +1015,7 @@ func TestMemory(t *testing.T) {
 	for _, tt := range []struct {
 		records bool
 		limit   int
-	}{{false, 64}, {true, 200}} {
+	}{{false, 40}, {true, 200}} {
 		before := heap()
 		r := NewState(StateConfig{Records: tt.records})
 		load(t, r, revocation.Position{Epoch: epoch}, func(l *Loader) {

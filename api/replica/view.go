@@ -19,7 +19,7 @@ type View struct {
 // At is the position of the state.
 func (v *View) At() revocation.Position { return v.at }
 
-// Loads is how many snapshots the replica has loaded. Between two of them the lists of
+// Loads is how many snapshots the state has loaded. Between two of them the lists of
 // one position are the same, in the same order.
 func (v *View) Loads() uint64 { return v.loads }
 
@@ -27,7 +27,7 @@ func (v *View) Loads() uint64 { return v.loads }
 // panics without [StateConfig.Records]: there is no list that could be taken for an empty one.
 func (v *View) Revocations() Revocations {
 	if v.content.archive == nil {
-		panic("replica: Revocations of a replica without StateConfig.Records")
+		panic("replica: Revocations of a state without StateConfig.Records")
 	}
 	return v.content.archive.list()
 }

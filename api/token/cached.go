@@ -15,7 +15,8 @@ import (
 // organisation serves.
 type CacheConfig struct {
 	// Refresh is the age at which keys are loaded anew, when they are next used.
-	// Keys that their issuer withdrew are trusted about as long. Default 5 min.
+	// Keys that their issuer withdrew are trusted about as long. Default 5 min; at
+	// least Timeout, for else keys could be old before their load has ended.
 	Refresh time.Duration
 	// MaxAge is the age up to which keys are used while they cannot be loaded.
 	// Default 24 h.
@@ -25,7 +26,9 @@ type CacheConfig struct {
 	// keys. Default 30 s.
 	Refetch time.Duration
 	// Patience is how long a verification waits until such a load is due; past
-	// that it is told at once that the keys are unavailable. Default 0.
+	// that it is told at once that the keys are unavailable. With it any number
+	// wait for a load, without it a bounded one does: it is for those who bound
+	// their callers, and need the proof. Default 0.
 	Patience time.Duration
 	// Timeout bounds one load. Default 5 s.
 	Timeout time.Duration
@@ -34,14 +37,22 @@ type CacheConfig struct {
 	Logger *slog.Logger
 }
 
-// retryInterval is the shortest time between loads that only try for newer keys,
-// or for any.
-const retryInterval = 5 * time.Second
+const (
+	// retryInterval is the shortest time from the end of a load to one that only tries
+	// for newer keys, or for any.
+	retryInterval = 5 * time.Second
+	// maxWaiting are who wait for a load at a time. Past it they are told at once that the
+	// keys are unavailable: who waits holds a place elsewhere, anybody can invent what must
+	// wait, and a server can be made to hang.
+	maxWaiting = 64
+)
+
+var errCrowded = fmt.Errorf("%w: %d wait for them already", ErrKeysUnavailable, maxWaiting)
 
 // CachedKeySet keeps an issuer's keys in memory and loads them anew when they
 // are old, or when a kid is asked for that they lack. There is never more than
-// one load at a time; those who need it wait for it together, and each only as
-// long as its context lets it.
+// one load at a time; those who need it wait for it together, 64 of them at most
+// unless there is a Patience, and each only as long as its context lets it.
 //
 // A kid that is held takes no lock while the keys are young, and no waiting while
 // their source is away.
@@ -50,11 +61,14 @@ type CachedKeySet struct {
 	load func(context.Context) (*StaticKeySet, error)
 	// loaded is called after a load that worked, once others can use its keys. Nil: nothing is.
 	loaded func()
+	file   *keyFile                 // nil: keys are not kept
 	held   atomic.Pointer[heldKeys] // of the last load that worked; before, what was kept, or nil
 
+	waiting atomic.Int32 // who wait for a load
+
 	mu          sync.Mutex
-	begun       uint64 // loads begun so far
-	lastBegun   time.Time
+	begun       uint64    // loads begun so far
+	lastEnd     time.Time // of a load
 	lastRefetch time.Time // when the last load for an unknown kid began
 	running     *loading  // nil when none is
 	failing     bool      // the last load failed
@@ -91,6 +105,7 @@ func NewCachedKeySet(cfg CacheConfig, load func(context.Context) (*StaticKeySet,
 			*d.value = d.preset
 		}
 	}
+	cfg.Refresh = max(cfg.Refresh, cfg.Timeout)
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -142,6 +157,15 @@ func (s *CachedKeySet) Held() bool {
 	return h != nil && time.Since(h.at) < s.cfg.MaxAge
 }
 
+// Discard removes the file in which the keys are kept, see [RemoteConfig.File], and lets none be
+// written again: for keys that are trusted no longer, so that no later start begins with them. The
+// keys in memory stay. It waits for a disk that hangs.
+func (s *CachedKeySet) Discard() {
+	if s.file != nil {
+		s.file.discard()
+	}
+}
+
 // Current returns the keys as [CachedKeySet.Key] would use them, loading them
 // first if there are none or if they are old. Its error is [ErrKeysUnavailable].
 func (s *CachedKeySet) Current(ctx context.Context) (*StaticKeySet, error) {
@@ -168,7 +192,7 @@ func (s *CachedKeySet) current(ctx context.Context) (*heldKeys, error) {
 		s.mu.Lock()
 		failing := s.failing
 		l := s.running
-		if l == nil && time.Since(s.lastBegun) >= min(retryInterval, s.cfg.Refetch) {
+		if l == nil && time.Since(s.lastEnd) >= min(retryInterval, s.cfg.Refetch) {
 			l = s.begin()
 		}
 		s.mu.Unlock()
@@ -179,7 +203,7 @@ func (s *CachedKeySet) current(ctx context.Context) (*heldKeys, error) {
 		case l == nil:
 			return nil, fmt.Errorf("%w: loading them has just failed", ErrKeysUnavailable)
 		}
-		if err := l.wait(ctx); err != nil && !usable {
+		if err := s.wait(ctx, l); err != nil && !usable {
 			return nil, err
 		} else if err != nil {
 			return h, nil
@@ -211,11 +235,11 @@ func (s *CachedKeySet) refetched(ctx context.Context, seen uint64) (*heldKeys, e
 			}
 			continue
 		}
-		err := l.wait(ctx)
+		err := s.wait(ctx, l)
 		if err == nil {
 			return s.held.Load(), nil
 		}
-		if l.number > seen || ctx.Err() != nil {
+		if l.number > seen || err == errCrowded || ctx.Err() != nil {
 			return nil, err
 		}
 	}
@@ -224,10 +248,9 @@ func (s *CachedKeySet) refetched(ctx context.Context, seen uint64) (*heldKeys, e
 // begin starts a load. The caller holds s.mu, and no load is running.
 func (s *CachedKeySet) begin() *loading {
 	s.begun++
-	s.lastBegun = time.Now()
+	at := time.Now()
 	l := &loading{number: s.begun, done: make(chan struct{})}
 	s.running = l
-	at := s.lastBegun
 	go func() {
 		// Others wait for it too, so it does not end with the request that began it.
 		ctx, cancel := context.WithTimeoutCause(context.Background(), s.cfg.Timeout,
@@ -267,11 +290,16 @@ func (s *CachedKeySet) finish(l *loading, at time.Time, keys *StaticKeySet, err 
 	}
 	s.failing = err != nil
 	s.running = nil
+	s.lastEnd = time.Now()
 	close(l.done)
 }
 
-// wait returns how the load ended, or why ctx did.
-func (l *loading) wait(ctx context.Context) error {
+// wait returns how l ended, why ctx did, or errCrowded.
+func (s *CachedKeySet) wait(ctx context.Context, l *loading) error {
+	defer s.waiting.Add(-1)
+	if s.waiting.Add(1) > maxWaiting && s.cfg.Patience <= 0 {
+		return errCrowded
+	}
 	select {
 	case <-l.done:
 		return l.err

@@ -208,7 +208,7 @@ func TestOldKeys(t *testing.T) {
 		expect(t, keys, "c", nil)
 		s.expectLoads(1)
 		for range 10 { // in no hurry, and nobody waits for loads that fail
-			time.Sleep(retryInterval)
+			time.Sleep(retryInterval + s.delay) // from the end of a load
 			start := time.Now()
 			expect(t, keys, "c", nil)
 			expect(t, keys, "c", nil)
@@ -266,6 +266,82 @@ func TestLoadTimesOut(t *testing.T) {
 		if waited := time.Since(start); waited != 5*time.Second {
 			t.Errorf("waited %s, want 5s", waited)
 		}
+	})
+}
+
+// While a server hangs, what anybody can invent takes no more than so many places, and the next load
+// is as far off as after any other; keys that are held are used all the while.
+func TestWaitersAreBounded(t *testing.T) {
+	t.Parallel()
+	bubble(t, CacheConfig{}, func(t *testing.T, s *source, keys *CachedKeySet) {
+		s.block = make(chan struct{}) // until the load times out
+		crowd := func(kid string) (waited, turnedAway int) {
+			t.Helper()
+			var wg sync.WaitGroup
+			var mu sync.Mutex
+			for range 3 * maxWaiting {
+				wg.Go(func() {
+					start := time.Now()
+					expect(t, keys, kid, ErrKeysUnavailable)
+					mu.Lock()
+					defer mu.Unlock()
+					if time.Since(start) == 0 {
+						turnedAway++
+					} else {
+						waited++
+					}
+				})
+			}
+			wg.Wait()
+			return waited, turnedAway
+		}
+		if waited, away := crowd("a"); waited != maxWaiting || away != 2*maxWaiting {
+			t.Errorf("without keys %d waited and %d were turned away", waited, away)
+		}
+		time.Sleep(retryInterval - time.Millisecond)
+		if waited, _ := crowd("a"); waited != 0 {
+			t.Errorf("%d waited for a load sooner than %s after one that took as long", waited, retryInterval)
+		}
+		s.expectLoads(1)
+		s.serve("a")
+		block := s.block
+		s.block = nil
+		time.Sleep(time.Millisecond)
+		expect(t, keys, "a", nil)
+		s.expectLoads(1)
+
+		time.Sleep(time.Minute) // the next load for an unknown kid is due
+		s.block = block
+		var wg sync.WaitGroup
+		wg.Go(func() {
+			if waited, away := crowd("invented"); waited != maxWaiting || away != 2*maxWaiting {
+				t.Errorf("for an unknown kid %d waited and %d were turned away", waited, away)
+			}
+		})
+		synctest.Wait()
+		start := time.Now()
+		expect(t, keys, "a", nil)
+		if waited := time.Since(start); waited != 0 {
+			t.Errorf("a key that is held took %s", waited)
+		}
+		wg.Wait()
+		s.expectLoads(1)
+	})
+}
+
+// Keys that are old before their load has ended are not loaded again and again.
+func TestRefreshIsNotShorterThanALoad(t *testing.T) {
+	t.Parallel()
+	bubble(t, CacheConfig{Refresh: time.Millisecond, Refetch: time.Nanosecond}, func(t *testing.T, s *source, keys *CachedKeySet) {
+		s.serve("a")
+		s.delay = 4 * time.Second
+		start := time.Now()
+		expect(t, keys, "a", nil)
+		expect(t, keys, "a", nil)
+		if waited := time.Since(start); waited != s.delay {
+			t.Errorf("waited %s, want one load of %s", waited, s.delay)
+		}
+		s.expectLoads(1)
 	})
 }
 

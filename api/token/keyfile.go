@@ -30,8 +30,9 @@ type keyFile struct {
 
 	next atomic.Pointer[keyDocument] // what save is to write
 
-	mu      sync.Mutex // of save
-	failing bool       // the last write failed
+	mu        sync.Mutex // of save and discard
+	failing   bool       // the last write failed
+	discarded bool       // nothing is written any more
 }
 
 // keyDocument is a key set as it was served. It was asked for at that time.
@@ -132,7 +133,7 @@ func (f *keyFile) save() {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	d := f.next.Swap(nil)
-	if d == nil {
+	if d == nil || f.discarded {
 		return
 	}
 	err := f.write(encodeKeyFile(*d, f.url))
@@ -140,6 +141,18 @@ func (f *keyFile) save() {
 		f.log.Warn("signing keys cannot be kept for the next start", "error", err)
 	}
 	f.failing = err != nil
+}
+
+// discard removes the file, and what was set aside of it.
+func (f *keyFile) discard() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.discarded = true
+	for _, path := range []string{f.path, f.path + ".damaged"} {
+		if err := os.Remove(path); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			f.log.Warn("kept signing keys that are trusted no longer cannot be removed: remove the file", "error", err)
+		}
+	}
 }
 
 func (f *keyFile) write(b []byte) (err error) {

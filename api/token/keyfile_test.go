@@ -213,6 +213,45 @@ func TestKeyFileOfAnotherURL(t *testing.T) {
 	expect(t, keys, "a", ErrKeysUnavailable)
 }
 
+// What is trusted no longer is nowhere for a later start, and no load that ends afterwards brings
+// it back.
+func TestDiscard(t *testing.T) {
+	t.Parallel()
+	server := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		_, _ = w.Write(jwks(t, public("a", "RS256", &rsaTestKey().PublicKey)))
+	}))
+	t.Cleanup(server.Close)
+	folder := t.TempDir()
+	cfg := RemoteConfig{
+		URL: server.URL, AllowedNetworks: loopback, File: filepath.Join(folder, "keys"), Cache: CacheConfig{Refetch: time.Nanosecond},
+	}
+	if err := os.WriteFile(cfg.File, []byte("damaged"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	left := func() []string {
+		names, err := filepath.Glob(filepath.Join(folder, "*"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return names
+	}
+	keys, saved := keptKeys(t, cfg)
+	expect(t, keys, "a", nil)
+	<-saved
+	if n := len(left()); n != 2 {
+		t.Fatalf("there are %q, want what was kept and what was set aside", left())
+	}
+	keys.Discard()
+	expect(t, keys, "b", ErrUnknownKey) // loads once more
+	<-saved
+	if n := len(left()); n != 0 {
+		t.Errorf("there are %q", left())
+	}
+	expect(t, keys, "a", nil)
+	keys.Discard()
+	NewCachedKeySet(CacheConfig{}, nil).Discard()
+}
+
 // A disk that fails takes no key away.
 func TestKeyFileCannotBeWritten(t *testing.T) {
 	t.Parallel()

@@ -33,7 +33,7 @@ type RemoteConfig struct {
 	// File is where the last good key set is kept, so that there are keys after a start while
 	// the server cannot be reached. They count from when they were fetched, as those in memory
 	// do. No two key sets may share one. Its folder must be there, and be writable by nobody
-	// else: whoever writes to it can sign tokens. Empty: nowhere.
+	// else: whoever writes to it can sign tokens. Empty: nowhere. See [CachedKeySet.Discard].
 	File string
 }
 
@@ -52,9 +52,9 @@ var PrivateNetworks = []netip.Prefix{
 
 // NewRemoteKeySet makes a key set of what a URL serves, with the keys that
 // [RemoteConfig.File] has. Nothing is fetched before it is needed; while keys from the
-// file are all there is, none waits for a fetch that it does not need. A fetch follows no redirect, uses no proxy of the environment,
-// reads at most 1 MiB, and connects to no address that is not public: this is
-// checked when it connects, after names are resolved.
+// file are all there is, none waits for a fetch that it does not need. A fetch follows no redirect,
+// uses no proxy of the environment, reads at most 1 MiB, and connects to no address
+// that is not public: this is checked when it connects, after names are resolved.
 func NewRemoteKeySet(cfg RemoteConfig) (*CachedKeySet, error) {
 	u, err := url.Parse(cfg.URL)
 	if err != nil {
@@ -82,7 +82,7 @@ func NewRemoteKeySet(cfg RemoteConfig) (*CachedKeySet, error) {
 	s := NewCachedKeySet(cfg.Cache, fetcher.fetch)
 	if cfg.File != "" {
 		fetcher.file = newKeyFile(cfg.File, cfg.URL, s.cfg.Logger)
-		s.loaded = fetcher.file.save
+		s.file, s.loaded = fetcher.file, fetcher.file.save
 		if keys, at := fetcher.file.read(time.Now()); keys != nil {
 			s.held.Store(&heldKeys{keys: keys, at: at})
 		}

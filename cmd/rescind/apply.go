@@ -29,8 +29,8 @@ A list that is left out of the files says nothing. With --prune, what is missing
 a list that is there is deleted, last of all, and the tokens that it stood for are
 revoked.
 
-Try first with --dry-run. Examples are in api/examples, and rescind export writes
-such files.`
+Try first with --dry-run. Examples are in api/examples/catalog, and rescind export
+writes such files.`
 )
 
 func runApply(ctx context.Context, args []string, stdout, stderr io.Writer) int {

@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/rescindhq/rescind/internal/obs"
+	"github.com/rescindhq/rescind/internal/tlsfile"
 )
 
 // Config is every setting of the process. [ParseConfig] fills it from flags and
@@ -61,14 +62,14 @@ type Config struct {
 type Database struct {
 	// URL logs in as the service, MigrateURL as the owner of the schema.
 	URL, MigrateURL Secret
-	TLS             TLSFiles
+	TLS             tlsfile.Files
 	MaxConns        int
 }
 
 // AMQP is how to reach RabbitMQ, and where its events go.
 type AMQP struct {
 	URL                                    Secret
-	TLS                                    TLSFiles
+	TLS                                    tlsfile.Files
 	Exchange, WSO2Exchange, WSO2RoutingKey string
 	// WSO2MinSpacing and WSO2Sweep are 0 for off.
 	WSO2MinSpacing, WSO2Sweep time.Duration
@@ -83,7 +84,7 @@ type Etcd struct {
 	Endpoints []string
 	Username  string
 	Password  Secret
-	TLS       TLSFiles
+	TLS       tlsfile.Files
 	// Prefix is empty, or begins with a slash and does not end with one.
 	Prefix            string
 	ReconcileInterval time.Duration

@@ -19,6 +19,7 @@ import (
 
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/obs"
+	"github.com/rescindhq/rescind/internal/tlsfile"
 	"github.com/rescindhq/rescind/internal/wso2"
 )
 
@@ -204,7 +205,7 @@ func settings(c *Config) []setting {
 	})
 }
 
-func tlsSettings(prefix, server string, use Use, files *TLSFiles) []setting {
+func tlsSettings(prefix, server string, use Use, files *tlsfile.Files) []setting {
 	return []setting{
 		{name: prefix + "_CA_FILE", use: use, value: fileValue(&files.CA),
 			help: "The authorities, PEM, that may vouch for " + server + ", rather than the system's. Makes TLS with full verification a must."},
@@ -268,13 +269,13 @@ func (p *configParser) checkTogether(c *Config) {
 	}
 }
 
-func (p *configParser) tlsFiles(prefix string, files TLSFiles, isTLS bool, want, url string) {
-	p.together(files != TLSFiles{} && !isTLS,
+func (p *configParser) tlsFiles(prefix string, files tlsfile.Files, isTLS bool, want, url string) {
+	p.together(files != tlsfile.Files{} && !isTLS,
 		fmt.Sprintf("RESCIND_%s_CA_FILE, _CERT_FILE or _KEY_FILE is set, and the connection has no TLS: they need %s. Change one or the other", prefix, want),
 		url, prefix+"_CA_FILE")
 	p.pair(prefix, files.Cert, files.Key)
 	if files.CA != "" {
-		_, err := TLSFiles{CA: files.CA}.Config()
+		err := tlsfile.Files{CA: files.CA}.Check()
 		p.together(err != nil, fmt.Sprintf("RESCIND_%s_CA_FILE is %q: %v. Name a file of PEM certificates", prefix, files.CA, err), prefix+"_CA_FILE")
 	}
 }
@@ -284,7 +285,7 @@ func (p *configParser) pair(prefix, cert, key string) {
 	p.together((cert == "") != (key == ""),
 		fmt.Sprintf("RESCIND_%s and RESCIND_%s belong together: only one is set. Set both, or neither", certName, keyName), certName, keyName)
 	if cert != "" && key != "" {
-		err := checkPair(cert, key)
+		err := tlsfile.Files{Cert: cert, Key: key}.Check()
 		p.together(err != nil, fmt.Sprintf("RESCIND_%s is %q and RESCIND_%s is %q: %v. Name a certificate and its key, both PEM", certName, cert, keyName, key, err), certName, keyName)
 	}
 }

@@ -25,6 +25,7 @@ import (
 	"github.com/jackc/pgx/v5"
 
 	"github.com/rescindhq/rescind/internal/obs"
+	"github.com/rescindhq/rescind/internal/tlsfile"
 )
 
 const (
@@ -495,7 +496,7 @@ func TestDatabaseSecure(t *testing.T) {
 	}
 
 	cc := parse("postgres://a:1,b:2/d") // each host with TLS, then without
-	if err := (Database{TLS: TLSFiles{CA: cert, Cert: cert, Key: key}}).secure(cc); err != nil {
+	if err := (Database{TLS: tlsfile.Files{CA: cert, Cert: cert, Key: key}}).secure(cc); err != nil {
 		t.Fatal(err)
 	}
 	if len(cc.Fallbacks) != 1 || cc.Fallbacks[0].Host != "b" {
@@ -509,10 +510,10 @@ func TestDatabaseSecure(t *testing.T) {
 	}
 
 	socket := parse("postgres:///d?host=/run/postgresql")
-	if err := (Database{TLS: TLSFiles{CA: cert}}).secure(socket); err != nil || socket.TLSConfig != nil {
+	if err := (Database{TLS: tlsfile.Files{CA: cert}}).secure(socket); err != nil || socket.TLSConfig != nil {
 		t.Errorf("socket: TLS %v, error %v", socket.TLSConfig, err)
 	}
-	if err := (Database{TLS: TLSFiles{CA: "/no/ca.pem"}}).secure(socket); err == nil {
+	if err := (Database{TLS: tlsfile.Files{CA: "/no/ca.pem"}}).secure(socket); err == nil {
 		t.Error("a missing file is no error")
 	}
 }

@@ -22,6 +22,7 @@ import (
 	"go.yaml.in/yaml/v3"
 
 	"github.com/rescindhq/rescind/api/catalog"
+	"github.com/rescindhq/rescind/api/replica"
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/app"
 	"github.com/rescindhq/rescind/internal/authn"
@@ -47,6 +48,10 @@ func init() {
 	openapi3filter.RegisterBodyDecoder("application/x-ndjson", func(body io.Reader, _ http.Header, _ *openapi3.SchemaRef, _ openapi3filter.EncodingFn) (any, error) {
 		b, err := io.ReadAll(body)
 		return string(b), err
+	})
+	openapi3filter.RegisterBodyDecoder(replica.SnapshotType, func(body io.Reader, _ http.Header, _ *openapi3.SchemaRef, _ openapi3filter.EncodingFn) (any, error) {
+		_, err := replica.NewState(replica.StateConfig{}).ReadSnapshot(body)
+		return "read", err
 	})
 }
 
@@ -435,6 +440,7 @@ func (k *keeper) visitReads(gateway, notifier *person) {
 		}
 	}
 	k.as(gateway, "GET", snapshots, "/v1/snapshots/all", "", 200, "Accept", "application/x-ndjson")
+	k.as(gateway, "GET", snapshots, "/v1/snapshots/all", "", 200, "Accept", replica.SnapshotType)
 	k.as(gateway, "GET", snapshots, "/v1/snapshots/all?tenant=elsewhere.example", "", 403)
 	k.as(gateway, "GET", snapshots, "/v1/snapshots/all?colour=red", "", 400)
 	k.as(gateway, "GET", snapshots, "/v1/snapshots/all", "", 406, "Accept-Encoding", "br, identity;q=0")

@@ -64,7 +64,9 @@ var layers = map[string]layer{
 	"internal/relay":  {level: 2, outside: []string{fromPrometheus, fromUUID, fromSync, "github.com/cenkalti/backoff/v5"}},
 	"internal/authn": {level: 2, outside: []string{fromPgx, fromPrometheus, "golang.org/x/crypto/argon2", "golang.org/x/time/rate",
 		"github.com/hashicorp/golang-lru/v2/simplelru"}},
-	"internal/obs": {level: 2, outside: []string{fromPrometheus}},
+	"internal/obs":     {level: 2, outside: []string{fromPrometheus}},
+	"internal/process": {level: 2},
+	"internal/tlsfile": {level: 2},
 
 	"api/replica/amqpfeed": {level: 3, outside: []string{fromAMQP}},
 	"api/replica/etcdfeed": {level: 3, outside: []string{fromEtcd, fromEtcdAPI, fromZap, fromGRPC}},
@@ -75,6 +77,7 @@ var layers = map[string]layer{
 	"internal/revoke":    {level: 3},
 	"internal/catalog":   {level: 3, outside: []string{fromPgx, fromUUID}},
 	"internal/follow":    {level: 3, outside: []string{fromPrometheus, fromSync, "github.com/cenkalti/backoff/v5"}},
+	"internal/yamlfile":  {level: 3, outside: []string{fromYAML}},
 	"internal/wso2test":  {level: 3, testOnly: true, outside: []string{fromAMQP}},
 	"internal/relaytest": {level: 3, testOnly: true, outside: []string{"github.com/google/go-cmp/cmp"}},
 

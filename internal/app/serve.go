@@ -22,6 +22,7 @@ import (
 	"github.com/rescindhq/rescind/internal/follow"
 	"github.com/rescindhq/rescind/internal/ledger"
 	"github.com/rescindhq/rescind/internal/obs"
+	"github.com/rescindhq/rescind/internal/process"
 	"github.com/rescindhq/rescind/internal/relay"
 	"github.com/rescindhq/rescind/internal/sink"
 )
@@ -115,21 +116,21 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 		ErrorLog: slog.NewLogLogger(log.With("component", "ops").Handler(), slog.LevelWarn),
 	}
 	grace := cfg.ShutdownGrace
-	parts := []part{
-		{"operators' listener", grace, func(ctx context.Context) error { return serveHTTP(ctx, opsServer, ops, time.Second, log) }},
-		{"ledger", cfg.CommitTimeout + grace, ledgers.Run},
-		{"replica", grace, state.Run},
-		{"issuers", grace, func(ctx context.Context) error { return public.issuers.run(ctx, state) }},
-		{"callers", grace, public.forget},
-		{"catalog", grace, public.announce},
-		{"relay", grace, feeds.Run},
-		{"listener", 2 * grace, func(ctx context.Context) error {
+	parts := []process.Part{
+		{Name: "operators' listener", Grace: grace, Run: func(ctx context.Context) error { return process.ServeHTTP(ctx, opsServer, ops, time.Second, log) }},
+		{Name: "ledger", Grace: cfg.CommitTimeout + grace, Run: ledgers.Run},
+		{Name: "replica", Grace: grace, Run: state.Run},
+		{Name: "issuers", Grace: grace, Run: func(ctx context.Context) error { return public.issuers.run(ctx, state) }},
+		{Name: "callers", Grace: grace, Run: public.forget},
+		{Name: "catalog", Grace: grace, Run: public.announce},
+		{Name: "relay", Grace: grace, Run: feeds.Run},
+		{Name: "listener", Grace: 2 * grace, Run: func(ctx context.Context) error {
 			stopDrain := context.AfterFunc(ctx, func() {
 				readiness.Drain()
 				public.drain()
 			})
 			defer stopDrain()
-			return serveHTTP(ctx, server, publicListener, grace, log)
+			return process.ServeHTTP(ctx, server, publicListener, grace, log)
 		}},
 	}
 	at := Addresses{HTTP: listener.Addr().String(), Ops: ops.Addr().String()}
@@ -137,7 +138,7 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 	if ready != nil {
 		ready(at)
 	}
-	if err := runParts(ctx, parts); err != nil {
+	if err := process.Run(ctx, parts); err != nil {
 		return err
 	}
 	log.Info("stopped")
@@ -157,25 +158,6 @@ func warnOfStrangers(ctx context.Context, l *ledger.Ledger, own []string, log *s
 				"if no process does, the owner of the schema can delete it from rescind.sink_cursors", "sink", name, "seq", seq)
 		}
 	}
-}
-
-// serveHTTP serves until ctx ends, then waits for open requests, at most grace. Who reads
-// a long answer slowly is cut off then, which is no failure of ours.
-func serveHTTP(ctx context.Context, server *http.Server, on net.Listener, grace time.Duration, log *slog.Logger) error {
-	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(on) }()
-	select {
-	case err := <-failed:
-		return err
-	case <-ctx.Done():
-	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
-	defer cancel()
-	if err := server.Shutdown(ctx); err != nil {
-		log.Warn("requests that were not over in time are cut off", "grace", grace)
-		return server.Close()
-	}
-	return nil
 }
 
 func listen(address, setting string) (net.Listener, error) {
@@ -211,7 +193,7 @@ func newLedger(cfg Config, pool *pgxpool.Pool, reg prometheus.Registerer, log *s
 // newSinks makes the sinks that cfg names; etcd is also returned by itself, nil if
 // it is not among them.
 func newSinks(cfg Config, l *ledger.Ledger, state *follow.Follower, log *slog.Logger) (named []relay.Named, etcd *sink.Etcd, err error) {
-	amqpTLS, err := cfg.AMQP.TLS.Config()
+	amqpTLS, err := cfg.AMQP.TLS.Client()
 	if err != nil {
 		return nil, nil, fmt.Errorf("read the TLS files of RabbitMQ: %w", err)
 	}
@@ -253,7 +235,7 @@ func newSinks(cfg Config, l *ledger.Ledger, state *follow.Follower, log *slog.Lo
 }
 
 func newEtcd(cfg Config, state *ledger.Ledger, log *slog.Logger) (*sink.Etcd, error) {
-	etcdTLS, err := cfg.Etcd.TLS.Config()
+	etcdTLS, err := cfg.Etcd.TLS.Client()
 	if err != nil {
 		return nil, fmt.Errorf("read the TLS files of etcd: %w", err)
 	}

@@ -10,6 +10,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/rescindhq/rescind/internal/httpapi"
+	"github.com/rescindhq/rescind/internal/tlsfile"
 )
 
 func httpConfig(cfg Config) httpapi.Config {
@@ -27,9 +28,9 @@ func newServer(cfg Config, handler http.Handler, on net.Listener, reg prometheus
 	if err != nil || cfg.HTTP.CertFile == "" {
 		return server, on, err
 	}
-	cert, err := newCertificate(cfg.HTTP.CertFile, cfg.HTTP.KeyFile, log)
+	tlsConfig, err := tlsfile.Files{Cert: cfg.HTTP.CertFile, Key: cfg.HTTP.KeyFile}.Server(log)
 	if err != nil {
 		return nil, nil, err
 	}
-	return server, tls.NewListener(on, cert.config()), nil
+	return server, tls.NewListener(on, tlsConfig), nil
 }

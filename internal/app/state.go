@@ -17,6 +17,7 @@ import (
 	"github.com/rescindhq/rescind/internal/follow"
 	"github.com/rescindhq/rescind/internal/ledger"
 	"github.com/rescindhq/rescind/internal/sink"
+	"github.com/rescindhq/rescind/internal/tlsfile"
 )
 
 // stateSource is the log and the state as the service's own replica sees them.
@@ -68,7 +69,7 @@ func newWebhook(hook Webhook) (*sink.Webhook, error) {
 	var tlsConfig *tls.Config
 	if hook.CA != "" {
 		var err error
-		if tlsConfig, err = (TLSFiles{CA: hook.CA}).Config(); err != nil {
+		if tlsConfig, err = (tlsfile.Files{CA: hook.CA}).Client(); err != nil {
 			return nil, fmt.Errorf("webhook %s of RESCIND_WEBHOOKS_FILE: ca_file: %w", hook.Name, err)
 		}
 	}

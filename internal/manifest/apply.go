@@ -60,7 +60,7 @@ func (e *StepError) Error() string {
 	case errors.Is(e.Err, store.ErrNotFound):
 		what = "somebody else deleted it, or what it refers to, after the plan was made; plan again"
 	}
-	return Mistake{e.Step.At, fmt.Sprintf("%s %s: %s", e.Step.Op, e.Step, what)}.Error()
+	return Mistake{Place: e.Step.At, Text: fmt.Sprintf("%s %s: %s", e.Step.Op, e.Step, what)}.Error()
 }
 
 // Unwrap returns Err.

@@ -54,7 +54,7 @@ func (w *Desired) add(doc *document, found *Mistakes) {
 		f := &doc.Tenants[i]
 		t := w.tenant(f.Domain, f.at)
 		if t.made != nil {
-			found.add(f.at, "tenant %q is listed twice, first at %s: leave one", f.Domain, t.made.at)
+			found.Add(f.at, "tenant %q is listed twice, first at %s: leave one", f.Domain, t.made.at)
 			continue
 		}
 		t.made = f
@@ -116,7 +116,7 @@ func (f *applicationForm) twice(found *Mistakes) {
 	for i := range f.Subscriptions {
 		s := &f.Subscriptions[i]
 		if first, twice := subscribed[s.API]; twice {
-			found.add(s.at, "application %s subscribes to %s twice, first at %s: leave one", f.title(), quote(s.API), first)
+			found.Add(s.at, "application %s subscribes to %s twice, first at %s: leave one", f.title(), quote(s.API), first)
 		}
 		subscribed[s.API] = s.at
 	}
@@ -128,7 +128,7 @@ func (i *identity) place() Place { return i.at }
 
 func enter[F interface{ place() Place }](t *desiredTenant, into map[string]F, n catalog.Noun, key string, f F, found *Mistakes) {
 	if first, twice := into[key]; twice {
-		found.add(f.place(), "%s is listed twice in tenant %s, first at %s: leave one", title(n, key), t.domain, first.place())
+		found.Add(f.place(), "%s is listed twice in tenant %s, first at %s: leave one", title(n, key), t.domain, first.place())
 		return
 	}
 	into[key] = f

@@ -49,81 +49,17 @@
 // ends the run. Nothing needs to be known of a run that ended early: planning again
 // finds what is left.
 //
-// Files are parsed strictly. They have no anchors, aliases, merge keys or tags: without
-// them a file is never larger than it looks, and never says two things.
-//
-// The parser is go.yaml.in/yaml/v4, where the YAML organisation carries on what
-// gopkg.in/yaml.v3 was. v3 is frozen but for security fixes; it does not say the column of
-// a syntax error, nor lets depth be limited. sigs.k8s.io/yaml goes by way of JSON, so what
-// is wrong with a value has no line. goccy/go-yaml took nearly four times the time, and
-// two and a half times the memory, for the syntax tree of 100,000 subscriptions.
+// Files are parsed strictly, by package yamlfile: a file is never larger than it looks, and
+// never says two things.
 package manifest
 
-import (
-	"fmt"
-	"strconv"
-	"strings"
+import "github.com/rescindhq/rescind/internal/yamlfile"
+
+type (
+	// Place is where something stands in a file.
+	Place = yamlfile.Place
+	// Mistake is something that is wrong with the files.
+	Mistake = yamlfile.Mistake
+	// Mistakes are what is wrong with the files: nothing was changed.
+	Mistakes = yamlfile.Mistakes
 )
-
-// Place is where something stands in a file.
-type Place struct {
-	File string
-	// Line and Column begin at 1. 0 is not known.
-	Line, Column int
-}
-
-// String is file:line:column, as editors and compilers write it.
-func (p Place) String() string {
-	s := p.File
-	for _, n := range []int{p.Line, p.Column} {
-		if n == 0 {
-			break
-		}
-		s += ":" + strconv.Itoa(n)
-	}
-	return s
-}
-
-// Mistake is something that is wrong with the files.
-type Mistake struct {
-	Place Place
-	Text  string
-}
-
-// Error says where and what.
-func (m Mistake) Error() string {
-	if m.Place.File == "" {
-		return m.Text
-	}
-	return m.Place.String() + ": " + m.Text
-}
-
-// Mistakes are what is wrong with the files: nothing was changed.
-type Mistakes []Mistake
-
-// maxTold is how many mistakes people are told of at once.
-const maxTold = 100
-
-// Error has a line for each of the first 100.
-func (m Mistakes) Error() string {
-	lines := make([]string, 0, min(len(m), maxTold)+1)
-	for i := range m[:min(len(m), maxTold)] {
-		lines = append(lines, m[i].Error())
-	}
-	if more := len(m) - maxTold; more > 0 {
-		lines = append(lines, fmt.Sprintf("… and %d more", more))
-	}
-	return strings.Join(lines, "\n")
-}
-
-func (m *Mistakes) add(at Place, format string, args ...any) {
-	*m = append(*m, Mistake{at, fmt.Sprintf(format, args...)})
-}
-
-// err returns nil if there are none.
-func (m Mistakes) err() error {
-	if len(m) == 0 {
-		return nil
-	}
-	return m
-}

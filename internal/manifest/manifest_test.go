@@ -195,7 +195,7 @@ func TestExamples(t *testing.T) {
 		t.Run("examples/"+path, func(t *testing.T) {
 			t.Parallel()
 			w := newService(t)
-			path := filepath.Join("../../api/examples", path)
+			path := filepath.Join("../../api/examples/catalog", path)
 			if plan := w.mustPlan(path, true); plan.Secrets != secrets {
 				t.Errorf("%d secrets are made, want %d", plan.Secrets, secrets)
 			}

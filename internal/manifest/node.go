@@ -13,47 +13,13 @@ import (
 	"go.yaml.in/yaml/v4"
 
 	"github.com/rescindhq/rescind/api/catalog"
+	"github.com/rescindhq/rescind/internal/yamlfile"
 )
 
 // decoder makes values of one file's nodes, and collects what is wrong with them.
 type decoder struct {
-	file   string
-	found  Mistakes
+	*yamlfile.File
 	fields map[reflect.Type]map[string][]int
-}
-
-// maxMistakes is how many are told of one file.
-const maxMistakes = 20
-
-// full: more would not be told.
-func (d *decoder) full() bool { return len(d.found) >= maxMistakes }
-
-func (d *decoder) place(n *yaml.Node) Place { return Place{d.file, n.Line, n.Column} }
-
-func (d *decoder) wrong(n *yaml.Node, format string, args ...any) {
-	if !d.full() {
-		d.found.add(d.place(n), format, args...)
-	}
-}
-
-// plain reports what no node may have, wherever it stands.
-func (d *decoder) plain(n *yaml.Node) bool {
-	before := len(d.found)
-	switch {
-	case n.Kind == yaml.AliasNode:
-		d.wrong(n, "an alias (*%s) has no place in these files: write out what it stands for", shorten(n.Value))
-	case n.Anchor != "":
-		d.wrong(n, "an anchor (&%s) has no place in these files: take it away", shorten(n.Anchor))
-	case n.Style&yaml.TaggedStyle != 0:
-		d.wrong(n, "a tag (%s) has no place in these files: take it away", shorten(n.Tag))
-	}
-	for _, child := range n.Content {
-		if d.full() {
-			break
-		}
-		d.plain(child)
-	}
-	return len(d.found) == before
 }
 
 // A value that is decoded may have these.
@@ -68,8 +34,8 @@ type (
 
 // decode sets v to what n says. What names it in what is reported.
 func (d *decoder) decode(n *yaml.Node, v reflect.Value, what string) {
-	if n.Kind == yaml.ScalarNode && n.ShortTag() == "!!null" {
-		d.wrong(n, "%s has no value: give one, or leave it out%s", what, emptyList(v))
+	if yamlfile.IsNull(n) {
+		d.Wrong(n, "%s has no value: give one, or leave it out%s", what, emptyList(v))
 		return
 	}
 	switch v.Kind() {
@@ -84,7 +50,7 @@ func (d *decoder) decode(n *yaml.Node, v reflect.Value, what string) {
 		}
 		v.Set(reflect.MakeSlice(v.Type(), len(n.Content), len(n.Content)))
 		for i, item := range n.Content {
-			if d.full() {
+			if d.Full() {
 				return
 			}
 			d.decode(item, v.Index(i), "an item of "+what)
@@ -107,13 +73,9 @@ func emptyList(v reflect.Value) string {
 	return ""
 }
 
-var kindNames = map[yaml.Kind]string{
-	yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping of members", yaml.ScalarNode: "a single value",
-}
-
 func (d *decoder) is(n *yaml.Node, kind yaml.Kind, what string) bool {
 	if n.Kind != kind {
-		d.wrong(n, "%s is %s, must be %s", what, kindNames[n.Kind], kindNames[kind])
+		d.Wrong(n, "%s is %s, must be %s", what, yamlfile.KindName(n.Kind), yamlfile.KindName(kind))
 		return false
 	}
 	return true
@@ -122,14 +84,14 @@ func (d *decoder) is(n *yaml.Node, kind yaml.Kind, what string) bool {
 // members yields the members of a mapping, each name once.
 func (d *decoder) members(n *yaml.Node, yield func(name string, key, value *yaml.Node)) {
 	first := make(map[string]int, len(n.Content)/2)
-	for i := 0; i+1 < len(n.Content) && !d.full(); i += 2 {
+	for i := 0; i+1 < len(n.Content) && !d.Full(); i += 2 {
 		key, value := n.Content[i], n.Content[i+1]
 		if key.Kind != yaml.ScalarNode {
-			d.wrong(key, "the name of a member is %s, must be text", kindNames[key.Kind])
+			d.Wrong(key, "the name of a member is %s, must be text", yamlfile.KindName(key.Kind))
 			continue
 		}
 		if line, twice := first[key.Value]; twice {
-			d.wrong(key, "%s is given twice, first in line %d: leave one", quote(key.Value), line)
+			d.Wrong(key, "%s is given twice, first in line %d: leave one", quote(key.Value), line)
 			continue
 		}
 		first[key.Value] = key.Line
@@ -141,13 +103,13 @@ func (d *decoder) structure(n *yaml.Node, v reflect.Value, what string) {
 	if !d.is(n, yaml.MappingNode, what) {
 		return
 	}
-	before := len(d.found)
+	before := d.Count()
 	self := v.Addr().Interface()
 	if s, ok := self.(defaulted); ok {
 		s.setDefaults()
 	}
 	if s, ok := self.(placed); ok {
-		s.setPlace(d.place(n))
+		s.setPlace(d.Place(n))
 	}
 	fields := d.fieldsOf(v.Type())
 	d.members(n, func(name string, key, value *yaml.Node) {
@@ -156,12 +118,12 @@ func (d *decoder) structure(n *yaml.Node, v reflect.Value, what string) {
 		case known:
 			d.decode(value, v.FieldByIndex(index), name)
 		case name == "<<":
-			d.wrong(key, "a merge key (<<) has no place in these files: write out what it merges")
+			d.Wrong(key, "a merge key (<<) has no place in these files: write out what it merges")
 		default:
-			d.wrong(key, "%s is not known here: correct it to one of %s", quote(name), strings.Join(slices.Sorted(maps.Keys(fields)), ", "))
+			d.Wrong(key, "%s is not known here: correct it to one of %s", quote(name), strings.Join(slices.Sorted(maps.Keys(fields)), ", "))
 		}
 	})
-	if c, ok := self.(checked); ok && len(d.found) == before {
+	if c, ok := self.(checked); ok && d.Count() == before {
 		d.invalid(n, c.check())
 	}
 }
@@ -178,7 +140,7 @@ func (d *decoder) invalid(n *yaml.Node, err error) {
 				break
 			}
 		}
-		d.wrong(at, "%s", strings.TrimPrefix(strings.Join(path, ".")+" "+f.Detail, " "))
+		d.Wrong(at, "%s", strings.TrimPrefix(strings.Join(path, ".")+" "+f.Detail, " "))
 	}
 }
 
@@ -207,12 +169,12 @@ func (d *decoder) mapping(n *yaml.Node, v reflect.Value, what string) {
 	v.Set(reflect.MakeMap(v.Type()))
 	d.members(n, func(name string, key, value *yaml.Node) {
 		if name == "<<" && key.ShortTag() == "!!merge" {
-			d.wrong(key, "a merge key (<<) has no place in these files: write out what it merges")
+			d.Wrong(key, "a merge key (<<) has no place in these files: write out what it merges")
 			return
 		}
 		item := reflect.New(v.Type().Elem()).Elem()
 		if item.Kind() != reflect.Interface || value.ShortTag() != "!!null" { // but for JSON's null
-			d.decode(value, item, what+"."+shorten(name))
+			d.decode(value, item, what+"."+yamlfile.Shorten(name))
 		}
 		v.SetMapIndex(reflect.ValueOf(name), item)
 	})
@@ -242,7 +204,7 @@ func (d *decoder) free(n *yaml.Node, what string) any {
 	case "!!int", "!!float":
 		f, err := strconv.ParseFloat(n.Value, 64)
 		if err != nil || math.IsInf(f, 0) || math.IsNaN(f) || !jsonNumber.MatchString(n.Value) {
-			d.wrong(n, "%s is %s, must be a number as in JSON, or text in quotes", what, quote(n.Value))
+			d.Wrong(n, "%s is %s, must be a number as in JSON, or text in quotes", what, quote(n.Value))
 			return nil
 		}
 		return f
@@ -269,24 +231,24 @@ func (d *decoder) scalar(n *yaml.Node, v reflect.Value, what string) {
 	switch v.Kind() {
 	case reflect.String:
 		if n.ShortTag() != "!!str" {
-			d.wrong(n, "%s is %s, must be text: put it in quotes", what, is)
+			d.Wrong(n, "%s is %s, must be text: put it in quotes", what, is)
 			return
 		}
 		v.SetString(n.Value)
 	case reflect.Bool:
 		if n.Value != "true" && n.Value != "false" || n.ShortTag() != "!!bool" {
-			d.wrong(n, "%s is %s, must be true or false, without quotes", what, quote(n.Value))
+			d.Wrong(n, "%s is %s, must be true or false, without quotes", what, quote(n.Value))
 			return
 		}
 		v.SetBool(n.Value == "true")
 	case reflect.Int, reflect.Int32, reflect.Int64:
 		i, err := strconv.ParseInt(n.Value, 10, v.Type().Bits())
 		if n.ShortTag() != "!!int" || !wholeNumber.MatchString(n.Value) {
-			d.wrong(n, "%s is %s, must be a whole number in decimal digits, without quotes", what, quote(n.Value))
+			d.Wrong(n, "%s is %s, must be a whole number in decimal digits, without quotes", what, quote(n.Value))
 			return
 		}
 		if err != nil {
-			d.wrong(n, "%s is %s, which is too large", what, quote(n.Value))
+			d.Wrong(n, "%s is %s, which is too large", what, quote(n.Value))
 			return
 		}
 		v.SetInt(i)
@@ -313,12 +275,4 @@ func (d *decoder) fieldsOf(t reflect.Type) map[string][]int {
 }
 
 // quote is s, which may be long and strange, for a message.
-func quote(s string) string { return strconv.Quote(shorten(s)) }
-
-func shorten(s string) string {
-	const most = 80
-	if len(s) > most {
-		s = strings.ToValidUTF8(s[:most], "") + "…"
-	}
-	return s
-}
+func quote(s string) string { return strconv.Quote(yamlfile.Shorten(s)) }

@@ -128,7 +128,7 @@ func NewPlan(want *Desired, have *State, prune bool) (*Plan, error) {
 			t.plan()
 		}
 	}
-	if err := p.found.err(); err != nil {
+	if err := p.found.Err(); err != nil {
 		return nil, err
 	}
 	plan := &Plan{Secrets: p.secrets}
@@ -171,7 +171,7 @@ func (p *planner) tenant(want *desiredTenant) *tenantPlanner {
 		apiKeys: make(map[string]string), keys: make(map[string]Place),
 	}
 	if t.have == nil && want.made == nil {
-		p.found.add(want.at, "there is no tenant %s: correct its domain, or make it with an item of a list of tenants", want.domain)
+		p.found.Add(want.at, "there is no tenant %s: correct its domain, or make it with an item of a list of tenants", want.domain)
 		return nil
 	}
 	t.ref = revocation.Tenant{Domain: want.domain}
@@ -212,10 +212,10 @@ func (t *tenantPlanner) put(n catalog.Noun, key string, given *identity, want, c
 	default:
 		c := current.Base()
 		if given.ID != 0 && c.ID != 0 && given.ID != c.ID {
-			t.found.add(given.at, "%s has the id %d, not %d: ids never change", title(n, key), c.ID, given.ID)
+			t.found.Add(given.at, "%s has the id %d, not %d: ids never change", title(n, key), c.ID, given.ID)
 		}
 		if given.UUID != "" && c.UUID != "" && given.UUID != c.UUID {
-			t.found.add(given.at, "%s has the uuid %s, not %s: UUIDs never change", title(n, key), c.UUID, given.UUID)
+			t.found.Add(given.at, "%s has the uuid %s, not %s: UUIDs never change", title(n, key), c.UUID, given.UUID)
 		}
 		m.ID, m.UUID = c.ID, c.UUID
 		if same(want, current) {
@@ -287,20 +287,20 @@ func (t *tenantPlanner) planKeyManagers() {
 		want := f.entity()
 		switch {
 		case f.Resident && t.have.resident != nil && current != t.have.resident:
-			t.found.add(f.at, "the resident key manager of tenant %s is %s, not %s: correct the name", t.want.domain, t.have.resident.Name, name)
+			t.found.Add(f.at, "the resident key manager of tenant %s is %s, not %s: correct the name", t.want.domain, t.have.resident.Name, name)
 			continue
 		case f.Resident && (current == nil || !current.Resident):
-			t.found.add(f.at, "there is no resident key manager %s: the service makes it when it first starts; start it, or take this away", name)
+			t.found.Add(f.at, "there is no resident key manager %s: the service makes it when it first starts; start it, or take this away", name)
 			continue
 		case f.Resident:
 			want = f.ofResident(current)
 		case current != nil && current.Resident:
-			t.found.add(f.at, "the key manager %s is the resident one: give it resident: true, and take away what the service knows", name)
+			t.found.Add(f.at, "the key manager %s is the resident one: give it resident: true, and take away what the service knows", name)
 			continue
 		case current != nil && current.Iss != want.Iss:
-			t.found.add(f.at, "the key manager %s has the iss %q, which never changes: give the new issuer another name", name, current.Iss)
+			t.found.Add(f.at, "the key manager %s has the iss %q, which never changes: give the new issuer another name", name, current.Iss)
 		case current != nil && current.MaxTokenLifetime > want.MaxTokenLifetime:
-			t.found.add(f.at, "the key manager %s has max_token_lifetime %d, which may only rise: tokens of before live that long", name, current.MaxTokenLifetime)
+			t.found.Add(f.at, "the key manager %s has max_token_lifetime %d, which may only rise: tokens of before live that long", name, current.MaxTokenLifetime)
 		}
 		t.put(catalog.NounKeyManager, name, &f.identity, want, orNone(current))
 		t.keyManagers[name] = want
@@ -356,7 +356,7 @@ func (t *tenantPlanner) planAPIs() {
 		t.put(catalog.NounAPI, key, &f.identity, want, orNone(t.have.apis[key]))
 		t.apis[key] = want
 		if other, taken := contexts[want.Context]; taken {
-			t.found.add(f.at, "API %s has the context %s of API %s: give it another", key, want.Context, other)
+			t.found.Add(f.at, "API %s has the context %s of API %s: give it another", key, want.Context, other)
 		}
 		contexts[want.Context] = key
 		t.checkAPI(key, want, f.at)
@@ -368,13 +368,13 @@ func (t *tenantPlanner) planAPIs() {
 		other, taken := contexts[current.Context]
 		if t.prunes(string(catalog.NounAPI)) {
 			if taken {
-				t.found.add(t.want.apis[other].at, "API %s has the context %s of API %s, which is pruned last: prune first, then make it", other, current.Context, key)
+				t.found.Add(t.want.apis[other].at, "API %s has the context %s of API %s, which is pruned last: prune first, then make it", other, current.Context, key)
 			}
 			t.delete(catalog.NounAPI, key, current, 2)
 			continue
 		}
 		if taken {
-			t.found.add(t.want.apis[other].at, "API %s has the context %s of API %s, which is there: give it another", other, current.Context, key)
+			t.found.Add(t.want.apis[other].at, "API %s has the context %s of API %s, which is there: give it another", other, current.Context, key)
 		}
 		t.apis[key] = current
 		t.checkAPI(key, current, Place{})
@@ -402,12 +402,12 @@ func (t *tenantPlanner) refers(who string, at Place, n catalog.Noun, key string)
 	what := title(n, key)
 	if at != (Place{}) {
 		if n == catalog.NounPolicy && !t.policies[key] || n == catalog.NounScope && !t.scopes[key] {
-			t.found.add(at, "%s needs the %s, which tenant %s does not have: list it, or correct the name", who, what, t.want.domain)
+			t.found.Add(at, "%s needs the %s, which tenant %s does not have: list it, or correct the name", who, what, t.want.domain)
 		}
 		return
 	}
 	if t.pruned[what] {
-		t.found.add(t.want.at, "pruning would delete the %s, which %s needs, and the files do not list that: list one of them", what, who)
+		t.found.Add(t.want.at, "pruning would delete the %s, which %s needs, and the files do not list that: list one of them", what, who)
 	}
 }
 
@@ -420,7 +420,7 @@ func (t *tenantPlanner) planApplications() {
 			current = byUUID // it gets another name
 		}
 		if current != nil && taken[current] {
-			t.found.add(f.at, "application %s has the uuid of another one in the files: correct it", f.title())
+			t.found.Add(f.at, "application %s has the uuid of another one in the files: correct it", f.title())
 			continue
 		}
 		taken[current] = true
@@ -503,18 +503,18 @@ func (t *tenantPlanner) planKeys(key string, f *applicationForm, application *ca
 		}
 		switch {
 		case manager == nil && k.KeyManager == "":
-			t.found.add(k.at, "key %s names no key manager, and tenant %s has none of its own: name one, or start the service, which makes it",
+			t.found.Add(k.at, "key %s names no key manager, and tenant %s has none of its own: name one, or start the service, which makes it",
 				quote(k.ConsumerKey), t.want.domain)
 			continue
 		case manager == nil:
-			t.found.add(k.at, "key %s needs the key manager %s, which tenant %s does not have: list it, or correct the name",
+			t.found.Add(k.at, "key %s needs the key manager %s, which tenant %s does not have: list it, or correct the name",
 				quote(k.ConsumerKey), k.KeyManager, t.want.domain)
 			continue
 		}
 		id := keyOf(manager.Iss, k.ConsumerKey)
 		listed[id] = true
 		if first, twice := t.keys[id]; twice {
-			t.found.add(k.at, "key %s of %s is listed twice, first at %s: leave one", quote(k.ConsumerKey), manager.Name, first)
+			t.found.Add(k.at, "key %s of %s is listed twice, first at %s: leave one", quote(k.ConsumerKey), manager.Name, first)
 			continue
 		}
 		t.keys[id] = k.at
@@ -540,18 +540,18 @@ func (t *tenantPlanner) key(f *keyForm, manager *catalog.KeyManager, application
 		return
 	}
 	if current.Application.UUID != application.UUID {
-		t.found.add(f.at, "key %s is another application's: take it there out of the files and prune first", name)
+		t.found.Add(f.at, "key %s is another application's: take it there out of the files and prune first", name)
 		return
 	}
 	if current.KeyType != f.KeyType {
-		t.found.add(f.at, "key %s is of type %s, which never changes: correct key_type, or make another key", name, current.KeyType)
+		t.found.Add(f.at, "key %s is of type %s, which never changes: correct key_type, or make another key", name, current.KeyType)
 	}
 	if f.Client != nil {
 		registered, ok := t.state.clients[current.ConsumerKey]
 		if !ok || !current.Generated {
-			t.found.add(f.at, "key %s is mapped, it gets no client any more: take client away, or make another key", name)
+			t.found.Add(f.at, "key %s is mapped, it gets no client any more: take client away, or make another key", name)
 		} else if !sameClient(registered, f.Client.registration()) {
-			t.found.add(f.at, "key %s is registered with other settings, which never change: correct client, take it away, or make another key", name)
+			t.found.Add(f.at, "key %s is registered with other settings, which never change: correct client, take it away, or make another key", name)
 		}
 	}
 	want := f.entity()
@@ -563,7 +563,7 @@ func (t *tenantPlanner) newKey(f *keyForm, manager *catalog.KeyManager, applicat
 	want := f.entity()
 	want.Application, want.KeyManager, want.Iss = refTo(application), manager.Name, manager.Iss
 	if manager.Resident && f.Client == nil {
-		t.found.add(f.at, "key %s of %s is not there: a key of our own is made with a client member, if need be client: {}", quote(f.ConsumerKey), manager.Name)
+		t.found.Add(f.at, "key %s of %s is not there: a key of our own is made with a client member, if need be client: {}", quote(f.ConsumerKey), manager.Name)
 		return
 	}
 	t.put(catalog.NounKeyMapping, f.ConsumerKey, &f.identity, want, nil)
@@ -577,18 +577,18 @@ func (t *tenantPlanner) newKey(f *keyForm, manager *catalog.KeyManager, applicat
 	switch {
 	case f.Client.SecretEnv != "":
 		if r.Secret = os.Getenv(f.Client.SecretEnv); r.Secret == "" {
-			t.found.add(f.at, "key %s has its secret in the variable %s, which is not set: set it", quote(f.ConsumerKey), quote(f.Client.SecretEnv))
+			t.found.Add(f.at, "key %s has its secret in the variable %s, which is not set: set it", quote(f.ConsumerKey), quote(f.Client.SecretEnv))
 		}
 	case f.Client.SecretFile != "":
 		var err error
 		if r.Secret, err = readSecret(f.at, f.Client.SecretFile); err != nil {
-			t.found.add(f.at, "the secret of key %s: %v", quote(f.ConsumerKey), err)
+			t.found.Add(f.at, "the secret of key %s: %v", quote(f.ConsumerKey), err)
 		}
 	case hasSecret(r.AuthMethod):
 		t.secrets++
 	}
 	if err := r.Validate(); r.Secret != "" && err != nil {
-		t.found.add(f.at, "the secret of key %s: %v", quote(f.ConsumerKey), err)
+		t.found.Add(f.at, "the secret of key %s: %v", quote(f.ConsumerKey), err)
 	}
 }
 
@@ -596,10 +596,10 @@ func (t *tenantPlanner) newKey(f *keyForm, manager *catalog.KeyManager, applicat
 // that f's is to get: a client says nothing else of who it is.
 func (t *tenantPlanner) checkClient(f *keyForm) {
 	if _, taken := t.state.clients[f.ConsumerKey]; taken {
-		t.found.add(f.at, "key %s has the name of another key manager's client: give it another", quote(f.ConsumerKey))
+		t.found.Add(f.at, "key %s has the name of another key manager's client: give it another", quote(f.ConsumerKey))
 	}
 	if first, taken := t.clients[f.ConsumerKey]; taken {
-		t.found.add(f.at, "key %s has the name of the client at %s: give it another", quote(f.ConsumerKey), first)
+		t.found.Add(f.at, "key %s has the name of the client at %s: give it another", quote(f.ConsumerKey), first)
 		return
 	}
 	t.clients[f.ConsumerKey] = f.at
@@ -640,7 +640,7 @@ func (t *tenantPlanner) planSubscriptions(key string, f *applicationForm, applic
 		s := &f.Subscriptions[i]
 		api := t.apis[s.API]
 		if api == nil {
-			t.found.add(s.at, "application %s subscribes to API %s, which tenant %s does not have: list it, or correct the name", f.title(), quote(s.API), t.want.domain)
+			t.found.Add(s.at, "application %s subscribes to API %s, which tenant %s does not have: list it, or correct the name", f.title(), quote(s.API), t.want.domain)
 			continue
 		}
 		name := subscriptionKey(key, s.API)

@@ -1,7 +1,6 @@
 package sidecar
 
 import (
-	"crypto/tls"
 	"fmt"
 	"io"
 	"log/slog"
@@ -19,6 +18,7 @@ import (
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/api/token"
 	"github.com/rescindhq/rescind/internal/obs"
+	"github.com/rescindhq/rescind/internal/tlsfile"
 )
 
 // Config is the file of rescind-gateway. [ParseConfig] fills it and checks it; sections that the file
@@ -67,7 +67,7 @@ type Service struct {
 	URL       string
 	Username  string
 	Password  Secret
-	TLS       TLSFiles // CA only
+	TLS       tlsfile.Files // CA only
 	AllowHTTP bool
 	// Tenant is a domain; empty for all that the account sees.
 	Tenant string
@@ -75,18 +75,22 @@ type Service struct {
 
 // AMQP is how to reach RabbitMQ.
 type AMQP struct {
-	URL      Secret
-	TLS      TLSFiles
-	Exchange string
+	URL Secret
+	TLS tlsfile.Files
+	// AllowPlain lets URL be without TLS, and of another host.
+	AllowPlain bool
+	Exchange   string
 }
 
 // Etcd is how to reach etcd.
 type Etcd struct {
 	Endpoints []string
-	TLS       TLSFiles
-	Username  string
-	Password  Secret
-	Prefix    string
+	TLS       tlsfile.Files
+	// AllowPlain lets Endpoints be without TLS, and of other hosts.
+	AllowPlain bool
+	Username   string
+	Password   Secret
+	Prefix     string
 	// Issuer is that of the super tenant.
 	Issuer string
 }
@@ -96,7 +100,7 @@ type Introspection struct {
 	URL           string
 	ClientID      string
 	ClientSecret  Secret
-	TLS           TLSFiles // CA only
+	TLS           tlsfile.Files // CA only
 	Timeout       time.Duration
 	MaxConcurrent int
 }
@@ -124,18 +128,18 @@ type Listener struct {
 type Proxy struct {
 	Listen string
 	// TLS has a certificate and its key, or nothing for plain HTTP.
-	TLS TLSFiles
+	TLS tlsfile.Files
 	// BehindTLSProxy: a proxy ends TLS before us, and is believed what it says of the caller.
 	BehindTLSProxy bool
 	Upstreams      []Upstream
 	// Default is the URL for APIs without an upstream of their own. Empty: there is none.
 	Default string
 	// UpstreamTLS has an authority for upstreams with https, or nothing for the system's.
-	UpstreamTLS TLSFiles
+	UpstreamTLS tlsfile.Files
 	// ForwardAuthorization sends the token on to upstreams.
 	ForwardAuthorization bool
 	// UpstreamTimeout is until the header of an answer has come, IdleTimeout how long bytes may
-	// take to follow.
+	// take to follow, and how long a WebSocket may be silent both ways.
 	UpstreamTimeout, IdleTimeout time.Duration
 	// MaxInFlight are the most requests at work, MaxConnections the most open connections.
 	MaxInFlight, MaxConnections int
@@ -161,6 +165,15 @@ func (Secret) GoString() string             { return hidden }
 func (Secret) Format(f fmt.State, _ rune)   { _, _ = io.WriteString(f, hidden) }
 func (Secret) LogValue() slog.Value         { return slog.StringValue(hidden) }
 func (Secret) MarshalText() ([]byte, error) { return []byte(hidden), nil }
+
+// decisionTime bounds how long a decision takes: keys may be waited for twice, 5 s each, and then an issuer is asked.
+func (c Config) decisionTime() time.Duration {
+	most := 10 * time.Second
+	if c.Introspection != nil {
+		most += c.Introspection.Timeout
+	}
+	return most
+}
 
 // Logger is the logger that the file asks for, writing to w.
 func (c Config) Logger(w io.Writer) *slog.Logger { return obs.NewLogger(c.Log, w) }
@@ -355,14 +368,24 @@ func readAMQP(s *section) *AMQP {
 		return nil
 	}
 	c := &AMQP{Exchange: "rescind.events"}
+	plain := false
 	c.URL = s.secret("url", "a URL such as amqps://user:password@host:5671/vhost", true, func(text string) error {
 		u, err := url.Parse(text)
 		if err != nil { // its words may quote a part of the password
 			return fmt.Errorf("percent-encode what is special in user and password")
 		}
+		plain = u.Scheme == "amqp" && !isLoopback(u.Host)
 		return ruleIf(u.Scheme != "amqp" && u.Scheme != "amqps" || u.Hostname() == "" || u.Fragment != "" || strings.Count(u.EscapedPath(), "/") > 1)
 	})
 	s.optional("exchange", checkedValue(&c.Exchange, "1 to 127 of A-Z a-z 0-9 . _ : -", exchangeForm.MatchString), c.Exchange)
+	s.optional("allow_plain", boolValue(&c.AllowPlain), "false")
+	from := "url_file"
+	if s.given("url_env") {
+		from = "url_env"
+	}
+	s.together(plain && !c.AllowPlain,
+		s.name(from)+" leads to a URL that begins with amqp://, of another host: the password would travel in the clear, and events could be changed on the way. "+
+			"Begin it with amqps://, or set allow_plain: true if there is TLS in between", from, "allow_plain")
 	c.TLS = s.tlsFiles(strings.HasPrefix(string(c.URL), "amqps:"), "a URL that begins with amqps://", "url_file")
 	s.end()
 	return c
@@ -379,8 +402,14 @@ func readEtcd(s *section) *Etcd {
 	}))
 	s.together(len(c.Endpoints) == 0, s.name("endpoints")+" is not set: it must be a list of URLs such as https://etcd-1:2379. Set it", "endpoints")
 	secure := slices.IndexFunc(c.Endpoints, func(e string) bool { return !strings.HasPrefix(e, "https:") }) < 0
-	s.together(!secure && slices.ContainsFunc(c.Endpoints, func(e string) bool { return strings.HasPrefix(e, "https:") }),
-		s.name("endpoints")+" are some with https and some with http: they must be all of one kind. Change them", "endpoints")
+	mixed := !secure && slices.ContainsFunc(c.Endpoints, func(e string) bool { return strings.HasPrefix(e, "https:") })
+	s.together(mixed, s.name("endpoints")+" are some with https and some with http: they must be all of one kind. Change them", "endpoints")
+	s.optional("allow_plain", boolValue(&c.AllowPlain), "false")
+	if i := slices.IndexFunc(c.Endpoints, isPlain); i >= 0 && !mixed {
+		s.together(!c.AllowPlain,
+			fmt.Sprintf("%s has %s: what is revoked could be changed on the way, and a password would travel in the clear. "+
+				"Begin them with https://, or set allow_plain: true if there is TLS in between", s.name("endpoints"), shown(c.Endpoints[i])), "endpoints", "allow_plain")
+	}
 	s.optional("prefix", value{rule: "empty, or a path such as /rescind that begins with / and does not end with it", text: true, set: func(text string) error {
 		c.Prefix = text
 		return ruleIf(!prefixForm.MatchString(text))
@@ -436,7 +465,7 @@ func readIntrospection(s *section) *Introspection {
 	}))
 	s.required("client_id", checkedValue(&c.ClientID, "1 to 255 bytes", func(s string) bool { return len(s) <= 255 }))
 	c.ClientSecret = s.secret("client_secret", "the client's secret", true, nil)
-	s.optional("timeout", periodValue(&c.Timeout, 10*time.Millisecond, time.Minute), "2s")
+	s.optional("timeout", periodValue(&c.Timeout, 10*time.Millisecond, 10*time.Second), "2s")
 	s.optional("max_concurrent", countValue(&c.MaxConcurrent, "questions", 1, 10_000), "64")
 	c.TLS = s.authority("ca_file", strings.HasPrefix(c.URL, "https:"), "a url that begins with https://", "url")
 	s.end()
@@ -538,19 +567,19 @@ func readProxy(s *section, tenant string) *Proxy {
 }
 
 // authority reads the file of whom to trust instead of the system's authorities.
-func (s *section) authority(member string, isTLS bool, want string, of string) TLSFiles {
-	files := TLSFiles{CA: s.file(member, "certificates (PEM)")}
+func (s *section) authority(member string, isTLS bool, want string, of string) tlsfile.Files {
+	files := tlsfile.Files{CA: s.file(member, "certificates (PEM)")}
 	if files.CA == "" || s.bad[member] {
 		return files
 	}
 	s.together(!isTLS, fmt.Sprintf("%s is set, and the connection has no TLS: it needs %s. Change one or the other", s.name(member), want), member, of)
-	_, err := files.config()
+	err := files.Check()
 	s.together(err != nil, fmt.Sprintf("%s is %q, which cannot be used: %v. Name a file of PEM certificates", s.name(member), files.CA, reason(err)), member)
 	return files
 }
 
 // tlsFiles reads the files of a connection that may show a certificate of ours.
-func (s *section) tlsFiles(isTLS bool, want, of string) TLSFiles {
+func (s *section) tlsFiles(isTLS bool, want, of string) tlsfile.Files {
 	files := s.pair()
 	s.together(files.Cert != "" && !isTLS, fmt.Sprintf("%s is set, and the connection has no TLS: it needs %s. Change one or the other", s.name("cert_file"), want), "cert_file", of)
 	files.CA = s.authority("ca_file", isTLS, want, of).CA
@@ -558,11 +587,11 @@ func (s *section) tlsFiles(isTLS bool, want, of string) TLSFiles {
 }
 
 // pair reads the files of a certificate of ours and its key.
-func (s *section) pair() TLSFiles {
-	files := TLSFiles{Cert: s.file("cert_file", "certificates (PEM)"), Key: s.file("key_file", "a private key (PEM)")}
+func (s *section) pair() tlsfile.Files {
+	files := tlsfile.Files{Cert: s.file("cert_file", "certificates (PEM)"), Key: s.file("key_file", "a private key (PEM)")}
 	s.together((files.Cert == "") != (files.Key == ""), s.name("cert_file")+" and key_file belong together: only one is set. Set both, or neither", "cert_file", "key_file")
 	if files.Cert != "" && files.Key != "" {
-		_, err := tls.LoadX509KeyPair(files.Cert, files.Key)
+		err := files.Check()
 		s.together(err != nil, fmt.Sprintf("%s is %q and key_file is %q, which cannot be used: %v. Name a certificate and its key, both PEM", s.name("cert_file"), files.Cert, files.Key, err), "cert_file", "key_file")
 	}
 	return files

@@ -14,6 +14,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -22,6 +23,7 @@ import (
 
 	"github.com/rescindhq/rescind/api/replica"
 	"github.com/rescindhq/rescind/internal/obs"
+	"github.com/rescindhq/rescind/internal/tlsfile"
 )
 
 const (
@@ -42,7 +44,7 @@ func configFolder(t testing.TB) string {
 	b64 := base64.RawURLEncoding.EncodeToString
 	keys := fmt.Sprintf(`{"keys":[{"kty":"EC","crv":"P-256","kid":"a","x":%q,"y":%q}]}`, b64(x), b64(y))
 	for name, text := range map[string]string{
-		"password": testPassword + "\n", "empty": "\n", "amqp": testAMQPURL, "cert.pem": cert, "key.pem": key, "jwks.json": keys,
+		"password": testPassword + "\n", "empty": "\n", "amqp": testAMQPURL, "plain-amqp": "amqp://user:hunter2@mq", "cert.pem": cert, "key.pem": key, "jwks.json": keys,
 	} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o600); err != nil {
 			t.Fatal(err)
@@ -76,7 +78,8 @@ func makePair(t testing.TB) (cert, key string) {
 
 // environment is what variables the configurations of these tests name.
 func environment(name string) string {
-	return map[string]string{"PASSWORD": testPassword, "AMQP_URL": testAMQPURL, "BAD_AMQP_URL": "https://user:hunter2@mq"}[name]
+	return map[string]string{"PASSWORD": testPassword, "AMQP_URL": testAMQPURL, "BAD_AMQP_URL": "https://user:hunter2@mq",
+		"PLAIN_AMQP_URL": "amqp://user:hunter2@mq:5672/", "LOCAL_AMQP_URL": "amqp://user:hunter2@127.0.0.1:5672/"}[name]
 }
 
 func parseText(text, folder string) (Config, error) {
@@ -91,9 +94,10 @@ service:
   ca_file: cert.pem
   allow_http: false
   tenant: foo.example
-amqp: {url_env: AMQP_URL, exchange: events, ca_file: cert.pem, cert_file: cert.pem, key_file: key.pem}
+amqp: {url_env: AMQP_URL, allow_plain: true, exchange: events, ca_file: cert.pem, cert_file: cert.pem, key_file: key.pem}
 etcd:
   endpoints: [https://etcd-1:2379, https://etcd-2:2379]
+  allow_plain: true
   prefix: /rescind
   issuer: https://rescind.example.com
   username: reader
@@ -141,13 +145,13 @@ func TestParseConfig(t *testing.T) {
 	t.Parallel()
 	dir := configFolder(t)
 	in := func(name string) string { return filepath.Join(dir, name) }
-	ca := TLSFiles{CA: in("cert.pem")}
+	ca := tlsfile.Files{CA: in("cert.pem")}
 	want := Config{
 		Service: &Service{URL: "https://rescind.example.com/base", Username: "gateway-1", Password: testPassword, TLS: ca, Tenant: "foo.example"},
-		AMQP:    &AMQP{URL: testAMQPURL, Exchange: "events", TLS: TLSFiles{in("cert.pem"), in("cert.pem"), in("key.pem")}},
+		AMQP:    &AMQP{URL: testAMQPURL, Exchange: "events", AllowPlain: true, TLS: tlsfile.Files{CA: in("cert.pem"), Cert: in("cert.pem"), Key: in("key.pem")}},
 		Etcd: &Etcd{
 			Endpoints: []string{"https://etcd-1:2379", "https://etcd-2:2379"}, Prefix: "/rescind", Issuer: "https://rescind.example.com",
-			Username: "reader", Password: testPassword, TLS: ca,
+			Username: "reader", Password: testPassword, TLS: ca, AllowPlain: true,
 		},
 		Folder: in("state"), Audiences: []string{"https://api.example.com", "other"}, Leeway: 10 * time.Second, Realm: "my apis",
 		Claims: replica.CatalogFirst, Environments: []string{"Default", "Production and Sandbox"},
@@ -169,7 +173,7 @@ func TestParseConfig(t *testing.T) {
 		Auth:        &Listener{Listen: "127.0.0.1:8081"},
 		Envoy:       &Listener{Listen: "0.0.0.0:9002", AllowRemote: true},
 		Proxy: &Proxy{
-			Listen: "0.0.0.0:8443", TLS: TLSFiles{Cert: in("cert.pem"), Key: in("key.pem")},
+			Listen: "0.0.0.0:8443", TLS: tlsfile.Files{Cert: in("cert.pem"), Key: in("key.pem")},
 			Upstreams: []Upstream{
 				{Tenant: "foo.example", Context: "/pizzashack/1.0.0", URL: "http://127.0.0.1:9000"},
 				{Tenant: "carbon.super", API: "PizzaShackAPI:1.0.0", URL: "https://backend.example.com"},
@@ -230,15 +234,18 @@ func TestConfigMistakes(t *testing.T) {
 
 		{"nothing", "", "f.yaml: the file is empty: see rescind-gateway --help for an example."},
 		{"only a comment", "# a\n", "f.yaml: the file is empty: see rescind-gateway --help for an example."},
-		{"a list", "- a\n", "f.yaml:1:1: the file is a list: it must be a mapping of members.\n…"},
-		{"not YAML", "a: b: c\n", "f.yaml:1:5: this is not YAML: mapping values are not allowed in this context."},
-		{"not UTF-8", "realm: \xff\n", "f.yaml: the file is not UTF-8: save it as UTF-8."},
-		{"two documents", sound + "---\nx: y\n", "f.yaml:5:1: a second document begins here: a configuration is one. Take away the ---."},
-		{"too deep", "a: " + strings.Repeat("[", 40), "f.yaml:1:20: this is not YAML: it nests more than 16 deep, while increasing flow level."},
-		{"an anchor", "service: &a {}\n", "f.yaml:1:10: an anchor (&a) has no place here: take it away."},
-		{"an alias", "service: &a {}\netcd: *a\n", "f.yaml:1:10: an anchor (&a) has no place here: take it away.\nf.yaml:2:7: an alias (*a) has no place here: write out what it stands for."},
-		{"a tag", sound + "realm: !x y\n", "f.yaml:4:8: a tag (!x) has no place here: take it away."},
-		{"large", strings.Repeat("# comment\n", 200_000), "f.yaml: the file has more than 1 MiB: it is no configuration."},
+		{"a list", "- a\n", "f.yaml:1:1: the file is a list: it must be a mapping of members."},
+		{"not YAML", "a: b: c\n", "f.yaml:1:5: mapping values are not allowed in this context."},
+		{"not UTF-8", "realm: \xff\n", "f.yaml:1:8: this is not UTF-8: save the file as UTF-8."},
+		{"two documents", sound + "---\nx: y\n", "f.yaml:5:1: a second document begins here, and the file can have one only: take away the ---."},
+		{"too deep", "a: " + strings.Repeat("[", 40), "f.yaml:1:20: it nests more than 16 deep, while increasing flow level."},
+		{"an anchor", "service: &a {}\n", "f.yaml:1:10: an anchor (&a) has no place in these files: take it away."},
+		{"an alias", "service: &a {}\netcd: *a\n", "f.yaml:1:10: an anchor (&a) has no place in these files: take it away.\nf.yaml:2:7: an alias (*a) has no place in these files: write out what it stands for."},
+		{"a tag", sound + "realm: !x y\n", "f.yaml:4:8: a tag (!x) has no place in these files: take it away."},
+		{"large", strings.Repeat("# comment\n", 200_000), "f.yaml: the file has more than 1 MiB: name another, or make it shorter."},
+		{"many items", "a: [" + strings.Repeat("-,", 1<<18), "f.yaml:1:262147: the file has too many items: take some away."},
+		{"a tab", "auth:\n\tlisten: a\n", "f.yaml:2:1: a tab cannot indent: use spaces."},
+		{"a control character", "realm: a\x01\n", "f.yaml:1:9: this is a control character (U+0001): take it away."},
 
 		{"an unknown member", sound + "audience: [x]\n", "f.yaml:4:1: audience is not known. Correct it to one of amqp, any_audience, audiences, auth, claims, empty, …"},
 		{"an unknown member of a section", service + "any_audience: true\nauth: {port: 1}\n", "f.yaml:3:8: auth.port is not known. Correct it to one of allow_remote, listen."},
@@ -249,6 +256,21 @@ func TestConfigMistakes(t *testing.T) {
 		{"a section without value", service + "any_audience: true\nauth:\n", "f.yaml:3:6: auth has no value: it must be a mapping of members. Give some, write {} for the defaults, or leave it out."},
 		{"a list without value", sound + "routes:\n", "f.yaml:4:8: routes has no value: it must be a list of mappings. Give one, or leave it out."},
 		{"a section that is text", service + "any_audience: true\nauth: 127.0.0.1:8081\n", "f.yaml:3:7: auth is a single value: it must be a mapping of members."},
+		{"a section that is text, with members it must have", "service: foo\nany_audience: true\nauth: {}\n", "f.yaml:1:10: service is a single value: it must be a mapping of members."},
+		{"sections that are none", service + "any_audience: true\nproxy: {upstreams: [foo, ~]}\n", "f.yaml:3:21: proxy.upstreams[0] is a single value: it must be a mapping of members.\n" +
+			"f.yaml:3:26: proxy.upstreams[1] has no value: it must be a mapping of members. Give some, write {} for the defaults, or leave it out."},
+		{"a section after one that is none", sound + "issuers: [[], {iss: i, jwks_uri: \"http://10.1.1.1/jwks\", max_token_lifetime: 0}]\n",
+			"f.yaml:4:11: issuers[0] is a list: it must be a mapping of members.\nf.yaml:4:78: issuers[1].max_token_lifetime is \"0\": it must be …"},
+		{"only sections that are none", "service: ~\netcd: []\nissuers: a\nstaleness: a\nroutes: [a]\namqp: b\nany_audience: true\nproxy: c\nops: d\nlog: e\n",
+			"f.yaml:1:10: service has no value: it must be a mapping of members. Give some, write {} for the defaults, or leave it out.\n" +
+				"f.yaml:2:7: etcd is a list: it must be a mapping of members.\n" +
+				"f.yaml:3:10: issuers is a single value: it must be a list of mappings.\n" +
+				"f.yaml:4:12: staleness is a single value: it must be a mapping of members.\n" +
+				"f.yaml:5:10: routes[0] is a single value: it must be a mapping of members.\n" +
+				"f.yaml:6:7: amqp is a single value: it must be a mapping of members.\n" +
+				"f.yaml:8:8: proxy is a single value: it must be a mapping of members.\n" +
+				"f.yaml:9:6: ops is a single value: it must be a mapping of members.\n" +
+				"f.yaml:10:6: log is a single value: it must be a mapping of members."},
 		{"a list that is text", service + "audiences: a\nauth: {}\n", "f.yaml:2:12: audiences is a single value: it must be a list of text of 1 to 255 bytes."},
 		{"text that is a list", sound + "realm: [a]\n", "f.yaml:4:8: realm is a list: it must be 1 to 100 of printable ASCII but \" and \\. Change it, or leave it out for api."},
 		{"a number for text", sound + "realm: 12\n", "f.yaml:4:8: realm is \"12\", which YAML does not take for text: it must be 1 to 100 of printable ASCII but \" and \\. Change it, or leave it out for api. Or put it in quotes."},
@@ -303,11 +325,22 @@ func TestConfigMistakes(t *testing.T) {
 			"f.yaml:4:17: amqp.url_env leads to what cannot be used (not shown): it must hold a URL such as amqps://user:password@host:5671/vhost. Change it."},
 		{"a broker and etcd", strings.Replace(etcd, "etcd:", "amqp: {url_env: AMQP_URL}\netcd:", 1),
 			"f.yaml:1:7: amqp is set, and service is not: events can be followed only from a state that the service gives. Set service, or take amqp away."},
+		{"a broker without TLS", sound + "amqp: {url_env: PLAIN_AMQP_URL}\n",
+			"f.yaml:4:17: amqp.url_env leads to a URL that begins with amqp://, of another host: the password would travel in the clear, and events could be changed on the way. " +
+				"Begin it with amqps://, or set allow_plain: true if there is TLS in between."},
+		{"a broker without TLS, in a file", sound + "amqp: {url_file: plain-amqp}\n", "f.yaml:4:18: amqp.url_file leads to a URL that begins with amqp://, …"},
+		{"a broker without TLS that is meant", sound + "amqp: {url_env: PLAIN_AMQP_URL, allow_plain: true}\n", ""},
+		{"a broker beside us", sound + "amqp: {url_env: LOCAL_AMQP_URL}\n", ""},
 		{"half a certificate", sound + "amqp: {url_env: AMQP_URL, cert_file: cert.pem}\n", "f.yaml:4:38: amqp.cert_file and key_file belong together: only one is set. Set both, or neither."},
 
 		{"etcd without its members", sound + "etcd: {}\n", "f.yaml:4:7: etcd.endpoints is not set: it must be a list of URLs such as https://etcd-1:2379. Set it.\n" +
 			"f.yaml:4:7: etcd.issuer is not set: it must be the issuer of carbon.super (RESCIND_ISSUER), at most 255 bytes. Set it."},
 		{"etcd with and without TLS", sound + "etcd: {issuer: i, endpoints: [\"https://a\", \"http://b\"]}\n", "f.yaml:4:30: etcd.endpoints are some with https and some with http: they must be all of one kind. Change them."},
+		{"etcd without TLS", sound + "etcd: {issuer: i, endpoints: [\"http://127.0.0.1:2379\", \"http://b:2379\"]}\n",
+			"f.yaml:4:30: etcd.endpoints has \"http://b:2379\": what is revoked could be changed on the way, and a password would travel in the clear. " +
+				"Begin them with https://, or set allow_plain: true if there is TLS in between."},
+		{"etcd without TLS that is meant", sound + "etcd: {issuer: i, endpoints: [\"http://b:2379\"], allow_plain: true}\n", ""},
+		{"etcd beside us", sound + "etcd: {issuer: i, endpoints: [\"http://localhost:2379\", \"http://[::1]:2379\"]}\n", ""},
 		{"etcd's password without a user", sound + "etcd: {issuer: i, endpoints: [\"https://a\"], password_env: PASSWORD}\n", "f.yaml:4:7: etcd.password_file or _env is set, and username is not: they belong together. Set both, or neither."},
 		{"etcd alone, with a catalog", strings.Replace(etcd, "claims-only", "claims-first", 1),
 			"f.yaml:2:9: claims is not claims-only, and service is not set: etcd has no catalog to look at. Set claims: claims-only, or service."},
@@ -322,6 +355,9 @@ func TestConfigMistakes(t *testing.T) {
 		{"introspection without its members", sound + "introspection: {url: \"http://km\"}\n", "f.yaml:4:16: introspection.client_id is not set: it must be 1 to 255 bytes. Set it.\n" +
 			"f.yaml:4:16: introspection.client_secret_file is not set, nor is introspection.client_secret_env: one must lead to the client's secret. Set one of them.\n" +
 			"f.yaml:4:22: introspection.url is \"http://km\": it must be the https URL of an introspection endpoint (http for loopback), without user, query and fragment. Change it."},
+
+		{"patience with an issuer", sound + "introspection: {url: \"https://km\", client_id: gw, client_secret_env: PASSWORD, timeout: 11s}\n",
+			"f.yaml:4:89: introspection.timeout is \"11s\": it must be a duration with its unit, 10ms to 10s. Change it, or leave it out for 2s."},
 
 		{"an issuer without its members", sound + "issuers: [{}]\n", "f.yaml:4:11: issuers[0].iss is not set: it must be text of 1 to 255 bytes. Set it.\n" +
 			"f.yaml:4:11: one of issuers[0].jwks_uri and jwks_file must be set, not both: the keys come from one place.\n" +
@@ -402,6 +438,9 @@ func FuzzParseConfig(f *testing.F) {
 			if l != nil && !l.AllowRemote && !isLoopback(l.Listen) {
 				t.Fatalf("others can reach %s", l.Listen)
 			}
+		}
+		if e := cfg.Etcd; e != nil && !e.AllowPlain && slices.ContainsFunc(e.Endpoints, isPlain) {
+			t.Fatalf("etcd is asked in the clear: %q", e.Endpoints)
 		}
 	})
 }

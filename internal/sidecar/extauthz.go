@@ -2,8 +2,8 @@ package sidecar
 
 import (
 	"context"
+	"log/slog"
 	"net/http"
-	"runtime/debug"
 	"strings"
 	"time"
 
@@ -13,7 +13,6 @@ import (
 	rpcstatus "google.golang.org/genproto/googleapis/rpc/status"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
-	"google.golang.org/grpc/grpclog"
 	healthv1 "google.golang.org/grpc/health/grpc_health_v1"
 	"google.golang.org/grpc/keepalive"
 	"google.golang.org/grpc/status"
@@ -31,15 +30,13 @@ const (
 	// maxChecks are under way on one connection. Envoy has a connection for each of its threads, and
 	// holds back what is more.
 	maxChecks = 1024
-	// checkTimeout bounds a decision, also where Envoy has set no timeout or a longer one. It leaves time for an
-	// introspection, which has 2 s unless told otherwise.
-	checkTimeout = 5 * time.Second
 )
 
 // newEnvoyServer makes the server of Envoy's ext_authz filter: envoy.service.auth.v3.Authorization, and
 // grpc.health.v1.Health, which says SERVING while c is ready. Whoever serves it ends it with GracefulStop,
-// which waits for the questions under way, at most checkTimeout each.
-func newEnvoyServer(c checker) *grpc.Server {
+// which waits for the questions under way. A decision ends after some time, also where Envoy has set no timeout or
+// a longer one. Panics are told to log.
+func newEnvoyServer(c checker, decision time.Duration, log *slog.Logger) *grpc.Server {
 	s := grpc.NewServer(
 		grpc.MaxRecvMsgSize(maxCheckSize),
 		grpc.MaxHeaderListSize(maxCheckMetadata),
@@ -50,7 +47,7 @@ func newEnvoyServer(c checker) *grpc.Server {
 		grpc.KeepaliveParams(keepalive.ServerParameters{Time: 30 * time.Second, Timeout: 10 * time.Second}),
 		grpc.KeepaliveEnforcementPolicy(keepalive.EnforcementPolicy{MinTime: 10 * time.Second, PermitWithoutStream: true}),
 	)
-	authv3.RegisterAuthorizationServer(s, envoyServer{checker: c})
+	authv3.RegisterAuthorizationServer(s, envoyServer{checker: c, decision: decision, log: log})
 	healthv1.RegisterHealthServer(s, envoyHealth{checker: c})
 	return s
 }
@@ -58,7 +55,9 @@ func newEnvoyServer(c checker) *grpc.Server {
 // envoyServer answers Envoy.
 type envoyServer struct {
 	authv3.UnimplementedAuthorizationServer
-	checker checker
+	checker  checker
+	decision time.Duration
+	log      *slog.Logger
 }
 
 // Check implements [authv3.AuthorizationServer]. Its errors make Envoy refuse the request, unless its operator
@@ -68,18 +67,18 @@ func (s envoyServer) Check(ctx context.Context, question *authv3.CheckRequest) (
 	if r == nil {
 		return nil, status.Error(codes.InvalidArgument, "attributes.request.http is missing: this is for Envoy's HTTP filter")
 	}
-	ctx, cancel := context.WithTimeout(ctx, checkTimeout)
+	ctx, cancel := context.WithTimeout(ctx, s.decision)
 	defer cancel()
 	defer func() {
 		// As net/http does for the others: a request that finds a mistake of ours must not end the process.
 		if p := recover(); p != nil {
-			grpclog.Errorf("panic while deciding about a request: %v\n%s", p, debug.Stack())
+			tellPanic(s.log, p)
 			answer, err = nil, status.Error(codes.Internal, "the gateway has failed to decide")
 		}
 	}()
 	d := s.checker.Decide(ctx, gateway.Request{Method: r.GetMethod(), Target: r.GetPath(), Authorization: authorizations(r)})
 	if d.Allowed {
-		return envoyAllows(d), nil
+		return envoyAllows(d, r), nil
 	}
 	return envoyRefuses(d), nil
 }
@@ -106,8 +105,9 @@ func authorizations(r *authv3.AttributeContext_HttpRequest) []string {
 	return values
 }
 
-// envoyAllows passes a request on with who calls, and without what only looks like it.
-func envoyAllows(d gateway.Decision) *authv3.CheckResponse {
+// envoyAllows passes r on with who calls, and without what only looks like it. Envoy removes fields by their exact names
+// only, so other spellings are those that it has sent.
+func envoyAllows(d gateway.Decision, r *authv3.AttributeContext_HttpRequest) *authv3.CheckResponse {
 	identity := make(http.Header, len(gateway.IdentityHeaders))
 	d.SetIdentity(identity)
 	ok := &authv3.OkHttpResponse{}
@@ -117,6 +117,17 @@ func envoyAllows(d gateway.Decision) *authv3.CheckResponse {
 		} else {
 			ok.HeadersToRemove = append(ok.HeadersToRemove, strings.ToLower(name))
 		}
+	}
+	remove := func(name string) {
+		if gateway.IsIdentityHeader(name) && identity.Get(name) == "" {
+			ok.HeadersToRemove = append(ok.HeadersToRemove, strings.ToLower(name)) // once more does no harm
+		}
+	}
+	for name := range r.GetHeaders() {
+		remove(name)
+	}
+	for _, f := range r.GetHeaderMap().GetHeaders() {
+		remove(f.GetKey())
 	}
 	return &authv3.CheckResponse{
 		Status:       &rpcstatus.Status{Code: int32(codes.OK)},

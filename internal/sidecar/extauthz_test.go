@@ -4,11 +4,14 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"log/slog"
 	"net"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -16,10 +19,12 @@ import (
 	bootstrapv3 "github.com/envoyproxy/go-control-plane/envoy/config/bootstrap/v3"
 	corev3 "github.com/envoyproxy/go-control-plane/envoy/config/core/v3"
 	authzv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/ext_authz/v3"
+	mutationv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/header_mutation/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/http/router/v3" // of envoy.yaml
 	managerv3 "github.com/envoyproxy/go-control-plane/envoy/extensions/filters/network/http_connection_manager/v3"
 	_ "github.com/envoyproxy/go-control-plane/envoy/extensions/upstreams/http/v3" // of envoy.yaml
 	authv3 "github.com/envoyproxy/go-control-plane/envoy/service/auth/v3"
+	matcherv3 "github.com/envoyproxy/go-control-plane/envoy/type/matcher/v3"
 	gocmp "github.com/google/go-cmp/cmp"
 	"go.yaml.in/yaml/v4"
 	"google.golang.org/grpc"
@@ -37,11 +42,16 @@ import (
 // dialEnvoyServer serves c, and connects to it as Envoy does.
 func dialEnvoyServer(t testing.TB, c checker) (*grpc.Server, *grpc.ClientConn) {
 	t.Helper()
+	return dialEnvoyServerWith(t, c, time.Minute, quiet)
+}
+
+func dialEnvoyServerWith(t testing.TB, c checker, decision time.Duration, log *slog.Logger) (*grpc.Server, *grpc.ClientConn) {
+	t.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {
 		t.Fatal(err)
 	}
-	server := newEnvoyServer(c)
+	server := newEnvoyServer(c, decision, log)
 	served := make(chan error, 1)
 	go func() { served <- server.Serve(l) }()
 	conn, err := grpc.NewClient(l.Addr().String(), grpc.WithTransportCredentials(insecure.NewCredentials()))
@@ -62,6 +72,23 @@ func envoyAsks(method, path string, header map[string]string) *authv3.CheckReque
 	return &authv3.CheckRequest{Attributes: &authv3.AttributeContext{Request: &authv3.AttributeContext_Request{
 		Http: &authv3.AttributeContext_HttpRequest{Id: "1", Method: method, Path: path, Headers: header, Host: "api.example.com", Scheme: "https", Protocol: "HTTP/2"},
 	}}}
+}
+
+// envoySends adds header to a question, as Envoy does with and without encode_raw_headers.
+func envoySends(r *authv3.AttributeContext_HttpRequest, header http.Header) {
+	for name, values := range header {
+		name = strings.ToLower(name)
+		if r.GetHeaderMap() == nil {
+			if r.Headers == nil {
+				r.Headers = map[string]string{}
+			}
+			r.Headers[name] = strings.Join(values, ",")
+			continue
+		}
+		for _, value := range values {
+			r.HeaderMap.Headers = append(r.HeaderMap.Headers, &corev3.HeaderValue{Key: name, RawValue: []byte(value)})
+		}
+	}
 }
 
 // applied is what becomes of a request header, as Envoy does what it is told.
@@ -128,18 +155,22 @@ func TestEnvoyIsTold(t *testing.T) {
 	} {
 		t.Run(tt.name, func(t *testing.T) {
 			t.Parallel()
+			r := tt.question.GetAttributes().GetRequest().GetHttp()
+			forged := http.Header{"Accept": {"x"}}
+			for _, name := range gateway.IdentityHeaders {
+				for _, as := range []string{name, strings.ReplaceAll(name, "-", "."), strings.ReplaceAll(name, "-", "_"), "X.Rescind-" + name[len("X-Rescind-"):], name + ".x"} {
+					forged[http.CanonicalHeaderKey(as)] = []string{"forged", "twice"}
+				}
+			}
+			envoySends(r, forged)
 			got, err := client.Check(t.Context(), tt.question)
 			if err != nil {
 				t.Fatal(err)
 			}
-			r := tt.question.GetAttributes().GetRequest().GetHttp()
 			d := w.Decide(t.Context(), gateway.Request{Method: r.GetMethod(), Target: r.GetPath(), Authorization: authorizations(r)})
 			if tt.status == 0 {
 				// All that a client can pretend to be is overwritten or removed.
-				forged, want := http.Header{"Accept": {"x"}}, http.Header{"Accept": {"x"}}
-				for _, name := range gateway.IdentityHeaders {
-					forged[http.CanonicalHeaderKey(name)] = []string{"forged", "twice"}
-				}
+				want := http.Header{"Accept": {"x"}}
 				d.SetIdentity(want)
 				if code := codes.Code(got.GetStatus().GetCode()); code != codes.OK || got.GetOkResponse() == nil {
 					t.Fatalf("answer %v, want OK", got)
@@ -185,17 +216,19 @@ func (d deciding) Ready() bool { return d.ready }
 
 func TestEnvoyIsBounded(t *testing.T) {
 	t.Parallel()
-	_, conn := dialEnvoyServer(t, deciding{decide: func(ctx context.Context, r gateway.Request) gateway.Decision {
+	const decision = 12 * time.Second
+	var logs lockedBuffer
+	_, conn := dialEnvoyServerWith(t, deciding{decide: func(ctx context.Context, r gateway.Request) gateway.Decision {
 		switch r.Target {
 		case "/panic":
 			panic("a mistake")
 		case "/deadline":
-			if at, ok := ctx.Deadline(); !ok || time.Until(at) > checkTimeout {
-				t.Errorf("the deadline is %v (%t), want one within %s", at, ok, checkTimeout)
+			if at, ok := ctx.Deadline(); !ok || time.Until(at) > decision {
+				t.Errorf("the deadline is %v (%t), want one within %s", at, ok, decision)
 			}
 		}
 		return gateway.Decision{Allowed: true}
-	}})
+	}}, decision, slog.New(slog.NewTextHandler(&logs, nil)))
 	client := authv3.NewAuthorizationClient(conn)
 	for _, tt := range []struct {
 		name     string
@@ -213,6 +246,9 @@ func TestEnvoyIsBounded(t *testing.T) {
 		if _, err := client.Check(context.WithoutCancel(t.Context()), tt.question); status.Code(err) != tt.want {
 			t.Errorf("a question %s: %v, want %v", tt.name, err, tt.want)
 		}
+	}
+	if got := logs.String(); strings.Count(got, "level=ERROR") != 1 || !strings.Contains(got, `panic="a mistake" stack=`) {
+		t.Errorf("the operator is told %q", got)
 	}
 }
 
@@ -294,7 +330,7 @@ func messageOf[M interface {
 // No Envoy is at hand in tests, but what it makes of its configuration is.
 func TestEnvoyExample(t *testing.T) {
 	t.Parallel()
-	text, err := os.ReadFile("../../api/examples/envoy.yaml")
+	text, err := os.ReadFile("../../api/examples/gateway/envoy.yaml")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -312,7 +348,8 @@ func TestEnvoyExample(t *testing.T) {
 	}
 	filter := config.GetStaticResources().GetListeners()[0].GetFilterChains()[0].GetFilters()[0]
 	manager := messageOf(t, filter.GetTypedConfig(), &managerv3.HttpConnectionManager{})
-	authz := messageOf(t, manager.GetHttpFilters()[0].GetTypedConfig(), &authzv3.ExtAuthz{})
+	mutation := messageOf(t, manager.GetHttpFilters()[0].GetTypedConfig(), &mutationv3.HeaderMutation{})
+	authz := messageOf(t, manager.GetHttpFilters()[1].GetTypedConfig(), &authzv3.ExtAuthz{})
 
 	if !manager.GetNormalizePath().GetValue() || !manager.GetMergeSlashes() ||
 		manager.GetPathWithEscapedSlashesAction() != managerv3.HttpConnectionManager_REJECT_REQUEST {
@@ -323,6 +360,36 @@ func TestEnvoyExample(t *testing.T) {
 	}
 	if authz.GetFailureModeAllow() || authz.GetWithRequestBody() != nil || len(manager.GetUpgradeConfigs()) > 0 {
 		t.Error("requests get through that nobody decides about, or the gateway gets bodies")
+	}
+	matches := func(m *matcherv3.StringMatcher, name string) bool {
+		switch {
+		case m.GetSafeRegex() != nil:
+			return regexp.MustCompile("^(?:" + m.GetSafeRegex().GetRegex() + ")$").MatchString(name) // Envoy matches whole names
+		case m.GetContains() != "":
+			return strings.Contains(name, m.GetContains())
+		}
+		return name == m.GetExact()
+	}
+	// With fields in lower case, as Envoy has them; those with _ it has dropped.
+	for name, want := range map[string]bool{
+		"authorization": true, "x-rescind-subject": true, "x.rescind.subject": true, "x-rescind.subject": true, "cookie": false, "x-authorization": false,
+	} {
+		if got := slices.ContainsFunc(authz.GetAllowedHeaders().GetPatterns(), func(m *matcherv3.StringMatcher) bool { return matches(m, name) }); got != want {
+			t.Errorf("the gateway sees %s: %t, want %t", name, got, want)
+		}
+	}
+	removed := mutation.GetMutations().GetRequestMutations()[0].GetRemoveOnMatch().GetKeyMatcher()
+	for _, name := range otherRequest {
+		for _, as := range append(otherSpellings(name), name) {
+			if !matches(removed, strings.ToLower(as)) {
+				t.Errorf("%s reaches the backend", as)
+			}
+		}
+	}
+	for _, name := range []string{"x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-http", "accept", "authorization"} {
+		if matches(removed, name) {
+			t.Errorf("%s does not reach the backend", name)
+		}
 	}
 	clusters := map[string]bool{}
 	for _, c := range config.GetStaticResources().GetClusters() {

@@ -1,11 +1,9 @@
 package sidecar
 
 import (
-	"bytes"
 	"cmp"
 	"errors"
 	"fmt"
-	"io"
 	"net"
 	"net/netip"
 	"net/url"
@@ -16,144 +14,59 @@ import (
 	"strings"
 	"time"
 	"unicode"
-	"unicode/utf8"
 
 	"go.yaml.in/yaml/v4"
+
+	"github.com/rescindhq/rescind/internal/yamlfile"
 )
 
-// The limits of a file.
-const (
-	maxFileBytes = 1 << 20
-	maxDepth     = 16
-)
+// maxFileBytes are the most of a file.
+const maxFileBytes = 1 << 20
 
-// reader takes a configuration file apart, and collects what is wrong with it. Files have no anchors,
-// aliases, merge keys or tags: what is meant stands where it is read.
+var limits = yamlfile.Limits{Bytes: maxFileBytes, Depth: 16, Marks: 1 << 18, Mistakes: yamlfile.MaxTold, Single: true}
+
+// reader takes a configuration file apart, and collects what is wrong with it.
 type reader struct {
 	file   string // its name, for people
 	folder string // what relative names of files are relative to
 	getenv func(string) string
-	found  []mistake
-}
-
-type mistake struct {
-	line, column int
-	text         string
-}
-
-func (r *reader) wrong(n *yaml.Node, format string, args ...any) {
-	r.found = append(r.found, mistake{n.Line, n.Column, fmt.Sprintf(format, args...) + "."})
+	source *yamlfile.File // from root on
 }
 
 // err has all that was found, in the order of the file.
 func (r *reader) err() error {
-	slices.SortStableFunc(r.found, func(a, b mistake) int {
-		return cmp.Or(cmp.Compare(a.line, b.line), cmp.Compare(a.column, b.column))
-	})
-	errs := make([]error, len(r.found))
-	for i, m := range r.found {
-		place := r.file
-		for _, n := range []int{m.line, m.column} {
-			if n > 0 {
-				place += ":" + strconv.Itoa(n)
-			}
-		}
-		errs[i] = errors.New(place + ": " + m.text)
+	found := r.source.Mistakes()
+	for i := range found {
+		found[i].Text += "."
 	}
-	return errors.Join(errs...)
+	return found.Err()
 }
 
-// root parses the file. With mistakes it is nil.
+// root parses the file. It is nil if there is nothing to take apart.
 func (r *reader) root(text []byte) *section {
-	nowhere := &yaml.Node{}
-	switch {
-	case len(text) > maxFileBytes:
-		r.wrong(nowhere, "the file has more than %d MiB: it is no configuration", maxFileBytes>>20)
-		return nil
-	case !utf8.Valid(text):
-		r.wrong(nowhere, "the file is not UTF-8: save it as UTF-8")
-		return nil
-	}
-	loader, err := yaml.NewLoader(bytes.NewReader(text), yaml.WithPlugin(limits{}))
-	if err != nil {
-		panic(err) // the options are constants
-	}
-	var docs []*yaml.Node
-	for {
-		var n yaml.Node
-		err := loader.Load(&n)
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			r.syntax(err)
-			return nil
-		}
-		if n.Kind == yaml.DocumentNode && len(n.Content) == 1 {
-			docs = append(docs, n.Content[0])
-		}
+	r.source = yamlfile.New(r.file, limits)
+	var root *yaml.Node
+	for n := range r.source.Documents(text) {
+		root = n
 	}
 	switch {
-	case len(docs) == 0 || isNull(docs[0]):
-		r.wrong(nowhere, "the file is empty: see rescind-gateway --help for an example")
+	case r.source.Count() > 0:
 		return nil
-	case len(docs) > 1:
-		r.wrong(docs[1], "a second document begins here: a configuration is one. Take away the ---")
-		return nil
-	case !r.plain(docs[0]):
+	case root == nil || yamlfile.IsNull(root):
+		r.source.Wrong(nil, "the file is empty: see rescind-gateway --help for an example")
 		return nil
 	}
-	return r.section(docs[0], "")
-}
-
-func isNull(n *yaml.Node) bool { return n.Kind == yaml.ScalarNode && n.ShortTag() == "!!null" }
-
-func (r *reader) syntax(err error) {
-	at, what := &yaml.Node{}, err.Error()
-	if e, ok := errors.AsType[*yaml.LoadError](err); ok {
-		at.Line, at.Column, what = e.Mark.Line, e.Mark.Column, e.Message
-		if e.ContextMsg != "" {
-			what += ", " + e.ContextMsg
-		}
-	}
-	r.wrong(at, "this is not YAML: %s", what)
-}
-
-// limits is how deep a file may nest. Aliases are refused as such.
-type limits struct{}
-
-func (limits) CheckDepth(depth int, _ *yaml.DepthContext) error {
-	if depth > maxDepth {
-		return fmt.Errorf("it nests more than %d deep", maxDepth)
-	}
-	return nil
-}
-
-func (limits) CheckAlias(int, int) error { return nil }
-
-// plain reports what no node may have, wherever it stands.
-func (r *reader) plain(n *yaml.Node) bool {
-	before := len(r.found)
-	switch {
-	case n.Kind == yaml.AliasNode:
-		r.wrong(n, "an alias (*%s) has no place here: write out what it stands for", shorten(n.Value))
-	case n.Anchor != "":
-		r.wrong(n, "an anchor (&%s) has no place here: take it away", shorten(n.Anchor))
-	case n.Style&yaml.TaggedStyle != 0:
-		r.wrong(n, "a tag (%s) has no place here: take it away", shorten(n.Tag))
-	}
-	for _, child := range n.Content {
-		r.plain(child)
-	}
-	return len(r.found) == before
+	return r.section(root, "")
 }
 
 // section is a mapping of the file. Its members are taken one by one; what is left over at its end is
-// not known.
+// not known. One that is no mapping has no members, and does not complain that it lacks any.
 type section struct {
 	r       *reader
 	path    string // "" is the whole file
 	node    *yaml.Node
+	mute    bool     // node is no mapping, which was told
+	order   []string // names of members as they stand in the file
 	keys    map[string]*yaml.Node
 	values  map[string]*yaml.Node
 	known   []string        // names that were asked for
@@ -161,11 +74,16 @@ type section struct {
 	bad     map[string]bool // names of members with mistakes
 }
 
-// section returns one without members if n is no mapping.
+// section returns a mute one if n is no mapping.
 func (r *reader) section(n *yaml.Node, path string) *section {
 	s := &section{r: r, path: path, node: n, keys: map[string]*yaml.Node{}, values: map[string]*yaml.Node{}, bad: map[string]bool{}}
 	if n.Kind != yaml.MappingNode {
-		r.wrong(n, "%s is %s: it must be a mapping of members", cmp.Or(path, "the file"), kindNames[n.Kind])
+		s.mute = true
+		if yamlfile.IsNull(n) {
+			r.source.Wrong(n, "%s has no value: it must be a mapping of members. Give some, write {} for the defaults, or leave it out", path)
+		} else {
+			r.source.Wrong(n, "%s is %s: it must be a mapping of members", cmp.Or(path, "the file"), yamlfile.KindName(n.Kind))
+		}
 		return s
 	}
 	for i := 0; i+1 < len(n.Content); i += 2 {
@@ -173,18 +91,15 @@ func (r *reader) section(n *yaml.Node, path string) *section {
 		first, twice := s.keys[key.Value]
 		switch {
 		case key.Kind != yaml.ScalarNode:
-			r.wrong(key, "the name of a member is %s: it must be text", kindNames[key.Kind])
+			r.source.Wrong(key, "the name of a member is %s: it must be text", yamlfile.KindName(key.Kind))
 		case twice:
-			r.wrong(key, "%s is given twice, first in line %d. Leave one", s.name(shorten(key.Value)), first.Line)
+			r.source.Wrong(key, "%s is given twice, first in line %d. Leave one", s.name(yamlfile.Shorten(key.Value)), first.Line)
 		default:
 			s.keys[key.Value], s.values[key.Value] = key, n.Content[i+1]
+			s.order = append(s.order, key.Value)
 		}
 	}
 	return s
-}
-
-var kindNames = map[yaml.Kind]string{
-	yaml.SequenceNode: "a list", yaml.MappingNode: "a mapping", yaml.ScalarNode: "a single value",
 }
 
 // name is how people are told of a member.
@@ -206,26 +121,29 @@ func (s *section) given(member string) bool { return s.values[member] != nil }
 // wrong tells of a mistake of a member, or of the section, if it has no such member.
 func (s *section) wrong(member, format string, args ...any) {
 	s.bad[member] = true
-	s.r.wrong(cmp.Or(s.values[member], s.node), "%s "+format, append([]any{s.name(member)}, args...)...)
+	if !s.mute {
+		s.r.source.Wrong(cmp.Or(s.values[member], s.node), "%s "+format, append([]any{s.name(member)}, args...)...)
+	}
 }
 
 // together tells of a mistake of several members, unless one of them is known to be wrong by itself.
 // The first is where it is told.
 func (s *section) together(broken bool, text string, members ...string) {
-	if broken && !slices.ContainsFunc(members, func(m string) bool { return s.bad[m] }) {
-		s.r.wrong(cmp.Or(s.values[members[0]], s.node), "%s", text)
+	if broken && !s.mute && !slices.ContainsFunc(members, func(m string) bool { return s.bad[m] }) {
+		s.r.source.Wrong(cmp.Or(s.values[members[0]], s.node), "%s", text)
 	}
 }
 
 // end tells of members that nobody took.
 func (s *section) end() {
-	for name, key := range s.keys {
+	for _, name := range s.order {
+		key := s.keys[name]
 		switch {
 		case slices.Contains(s.known, name):
 		case slices.Contains(s.secrets, name):
-			s.r.wrong(key, "%s stands here in the open: a secret is never in this file. Give %s_file or %s_env, and change the secret, which others may have read", s.name(name), name, name)
+			s.r.source.Wrong(key, "%s stands here in the open: a secret is never in this file. Give %s_file or %s_env, and change the secret, which others may have read", s.name(name), name, name)
 		default:
-			s.r.wrong(key, "%s is not known. Correct it to one of %s", s.name(shorten(name)), strings.Join(slices.Sorted(slices.Values(s.known)), ", "))
+			s.r.source.Wrong(key, "%s is not known. Correct it to one of %s", s.name(yamlfile.Shorten(name)), strings.Join(slices.Sorted(slices.Values(s.known)), ", "))
 		}
 	}
 }
@@ -270,16 +188,16 @@ func (s *section) required(member string, v value) {
 func (s *section) read(n *yaml.Node, member string, v value, remedy string) {
 	at := func(format string, args ...any) {
 		s.bad[member] = true
-		s.r.wrong(n, "%s %s: it must be %s. %s", s.name(member), fmt.Sprintf(format, args...), v.rule, remedy)
+		s.r.source.Wrong(n, "%s %s: it must be %s. %s", s.name(member), fmt.Sprintf(format, args...), v.rule, remedy)
 	}
 	switch {
 	case n.Kind != yaml.ScalarNode:
-		at("is %s", kindNames[n.Kind])
-	case isNull(n):
+		at("is %s", yamlfile.KindName(n.Kind))
+	case yamlfile.IsNull(n):
 		at("has no value")
 	case v.text && n.ShortTag() != "!!str":
+		remedy += ". Or put it in quotes"
 		at("is %s, which YAML does not take for text", shown(n.Value))
-		s.r.found[len(s.r.found)-1].text += " Or put it in quotes."
 	default:
 		if err := v.set(n.Value); errors.Is(err, errRule) {
 			at("is %s", shown(n.Value))
@@ -295,10 +213,10 @@ func (s *section) items(member, of string) []*yaml.Node {
 	switch {
 	case n == nil:
 		return nil
-	case n.Kind != yaml.SequenceNode && isNull(n):
+	case n.Kind != yaml.SequenceNode && yamlfile.IsNull(n):
 		s.wrong(member, "has no value: it must be a list of %s. Give one, or leave it out", of)
 	case n.Kind != yaml.SequenceNode:
-		s.wrong(member, "is %s: it must be a list of %s", kindNames[n.Kind], of)
+		s.wrong(member, "is %s: it must be a list of %s", yamlfile.KindName(n.Kind), of)
 	}
 	if n.Kind != yaml.SequenceNode {
 		return nil
@@ -319,19 +237,24 @@ func (s *section) sub(member string) *section {
 	if n == nil {
 		return nil
 	}
-	if isNull(n) {
-		s.wrong(member, "has no value: it must be a mapping of members. Give some, write {} for the defaults, or leave it out")
-		return nil
-	}
-	return s.r.section(n, s.name(member))
+	return s.part(member, s.name(member), n)
 }
 
 // subs reads a list of mappings.
 func (s *section) subs(member string) (all []*section) {
 	for i, n := range s.items(member, "mappings") {
-		all = append(all, s.r.section(n, fmt.Sprintf("%s[%d]", s.name(member), i)))
+		all = append(all, s.part(member, fmt.Sprintf("%s[%d]", s.name(member), i), n))
 	}
 	return all
+}
+
+// part is the section at n, which is a member or an item of it.
+func (s *section) part(member, path string, n *yaml.Node) *section {
+	sub := s.r.section(n, path)
+	if sub.mute {
+		s.bad[member] = true
+	}
+	return sub
 }
 
 // secret reads what <member>_file or <member>_env leads to; must says that one is needed.
@@ -417,15 +340,7 @@ func shown(text string) string {
 			text = hidden + text[i:]
 		}
 	}
-	return strconv.Quote(shorten(text))
-}
-
-func shorten(s string) string {
-	const most = 80
-	if len(s) > most {
-		s = strings.ToValidUTF8(s[:most], "") + "…"
-	}
-	return s
+	return strconv.Quote(yamlfile.Shorten(text))
 }
 
 // textValue is any text but none, without control characters.

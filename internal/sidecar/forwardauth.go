@@ -94,7 +94,7 @@ func (f *forwardAuth) refuse(w http.ResponseWriter, r *http.Request, write func(
 func (f *forwardAuth) warn(err error) {
 	now := time.Now().Unix()
 	if last := f.warned.Load(); now-last >= 60 && f.warned.CompareAndSwap(last, now) {
-		f.log.Warn("the proxy asks wrongly, and its requests are refused; see api/examples for how it is configured", "error", err)
+		f.log.Warn("the proxy asks wrongly, and its requests are refused; see api/examples/gateway for how it is configured", "error", err)
 	}
 }
 

@@ -33,20 +33,21 @@ var introspectionResults = map[string]string{
 	"": "active", "introspection_inactive": "inactive", "introspection_failed": "failed", "introspection_overload": overloaded,
 }
 
-// metrics are what operators see. All series are there from the start.
+// metrics are what operators see. All series are there from the start. The numbers of what is under way are also
+// what limits are held against.
 type metrics struct {
 	allowed  prometheus.Counter
 	refused  map[string]prometheus.Counter // by reason
 	other    prometheus.Counter            // of reasons that are not known
 	took     prometheus.Histogram
-	inFlight prometheus.Gauge
+	inFlight atomic.Int64
 
 	malformed    prometheus.Counter
 	introspected map[string]prometheus.Counter // by reason of a refusal, "" for those that are active
 
 	proxied            map[string]prometheus.Counter // by result
-	proxying           prometheus.Gauge
-	connections        prometheus.Gauge
+	proxying           atomic.Int64
+	connections        atomic.Int64
 	connectionsRefused prometheus.Counter
 }
 
@@ -72,14 +73,9 @@ func newMetrics(reg prometheus.Registerer, e engine) *metrics {
 			Help:    "Time to decide. Past a few milliseconds somebody was asked: for keys, or about a token.",
 			Buckets: []float64{2e-6, 5e-6, 1e-5, 2e-5, 5e-5, 1e-4, 2e-4, 5e-4, 1e-3, 2e-3, 5e-3, 1e-2, 5e-2, 0.25, 1, 5},
 		}),
-		inFlight:     prometheus.NewGauge(prometheus.GaugeOpts{Name: "rescind_gateway_decisions_in_flight", Help: "Decisions under way."}),
 		malformed:    prometheus.NewCounter(prometheus.CounterOpts{Name: "rescind_gateway_auth_malformed_total", Help: "Questions to /auth that a proxy asked wrongly."}),
 		introspected: make(map[string]prometheus.Counter),
 		proxied:      make(map[string]prometheus.Counter),
-		proxying:     prometheus.NewGauge(prometheus.GaugeOpts{Name: "rescind_gateway_proxy_requests_in_flight", Help: "Requests that the reverse proxy works on, with open streams."}),
-		connections: prometheus.NewGauge(prometheus.GaugeOpts{
-			Name: "rescind_gateway_proxy_connections", Help: "Open connections to the reverse proxy.",
-		}),
 		connectionsRefused: prometheus.NewCounter(prometheus.CounterOpts{
 			Name: "rescind_gateway_proxy_connections_refused_total", Help: "Connections to the reverse proxy that were closed because there were too many.",
 		}),
@@ -95,8 +91,15 @@ func newMetrics(reg prometheus.Registerer, e engine) *metrics {
 	for _, result := range proxyResults {
 		m.proxied[result] = answers.WithLabelValues(result)
 	}
-	reg.MustRegister(decisions, introspections, answers, m.took, m.inFlight, m.malformed, m.proxying, m.connections, m.connectionsRefused, &replicaCollector{e})
+	reg.MustRegister(decisions, introspections, answers, m.took, m.malformed, m.connectionsRefused, &replicaCollector{e},
+		gaugeOf(&m.inFlight, "decisions_in_flight", "Decisions under way."),
+		gaugeOf(&m.proxying, "proxy_requests_in_flight", "Requests that the reverse proxy works on, with open streams."),
+		gaugeOf(&m.connections, "proxy_connections", "Open connections to the reverse proxy."))
 	return m
+}
+
+func gaugeOf(n *atomic.Int64, name, help string) prometheus.GaugeFunc {
+	return prometheus.NewGaugeFunc(prometheus.GaugeOpts{Name: "rescind_gateway_" + name, Help: help}, func() float64 { return float64(n.Load()) })
 }
 
 func (m *metrics) decided(d gateway.Decision, took time.Duration) {
@@ -118,9 +121,8 @@ func (m *metrics) decided(d gateway.Decision, took time.Duration) {
 // counted is a checker that counts, and bounds how much is under way.
 type counted struct {
 	checker
-	m      *metrics
-	limit  int64
-	active atomic.Int64
+	m     *metrics
+	limit int64
 }
 
 func newCounted(c checker, limit int, m *metrics) *counted {
@@ -129,11 +131,9 @@ func newCounted(c checker, limit int, m *metrics) *counted {
 
 func (c *counted) Decide(ctx context.Context, r gateway.Request) gateway.Decision {
 	began := time.Now()
-	c.m.inFlight.Inc()
-	defer c.m.inFlight.Dec()
-	defer c.active.Add(-1)
+	defer c.m.inFlight.Add(-1)
 	var d gateway.Decision
-	if c.active.Add(1) > c.limit {
+	if c.m.inFlight.Add(1) > c.limit {
 		d = gateway.Decision{Status: 503, Reason: overloaded, Authorization: replica.Authorization{Code: replica.CodeGeneral}}
 	} else {
 		d = c.checker.Decide(ctx, r)

@@ -21,6 +21,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -31,6 +32,7 @@ import (
 
 	gocmp "github.com/google/go-cmp/cmp"
 	"github.com/prometheus/client_golang/prometheus"
+	"go.yaml.in/yaml/v4"
 
 	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/gateway"
@@ -94,10 +96,10 @@ func caddy(t testing.TB, dir, listen, gateway, backend string) *exec.Cmd {
 	return cmd
 }
 
-// example writes a file of api/examples to path, with pairs of a text that must be there once and what is put in its place.
+// example writes a file of api/examples/gateway to path, with pairs of a text that must be there once and what is put in its place.
 func example(t testing.TB, name, path string, pairs ...string) {
 	t.Helper()
-	b, err := os.ReadFile(filepath.Join("../../api/examples", name))
+	b, err := os.ReadFile(filepath.Join("../../api/examples/gateway", name))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -772,6 +774,7 @@ func (s *proxySetup) testIdentity(t *testing.T) {
 			{"X-Rescind_" + middle + ": forged"},
 			{"X-Rescind-" + strings.ReplaceAll(middle, "-", "_") + "_: forged"},
 			{dots + ": forged"},
+			{"X.Rescind-" + middle + ": forged"},
 			{"Connection: " + name},
 			{"Connection: close, " + strings.ToLower(name), name + ": forged"},
 			{"Connection: keep-alive", "Connection: " + name},
@@ -825,24 +828,39 @@ func (s *proxySetup) testAmbiguousTargets(t *testing.T) {
 	}
 }
 
+// otherRequest are fields by which some backends take a request for another one.
+var otherRequest = []string{
+	"X-Forwarded-Uri", "X-Forwarded-Method", "X-Original-Uri", "X-Original-Url", "X-Original-Method", "X-Rewrite-Url", "X-Forwarded-Prefix",
+	"X-Http-Method-Override", "X-Http-Method", "X-Method-Override",
+}
+
+// otherSpellings are names that some backends take for this one.
+func otherSpellings(name string) []string {
+	return []string{
+		strings.ReplaceAll(name, "-", "_"), strings.Replace(name, "-", "_", 1), strings.ReplaceAll(name, "-", "."), strings.Replace(name, "-", ".", 1),
+	}
+}
+
 // No field makes the gateway, or the backend, take a request for another one.
 func (s *proxySetup) testOtherRequests(t *testing.T) {
-	others := []string{"X-Forwarded-Uri", "X-Forwarded-Method", "X-Original-Uri", "X-Original-Url", "X-Original-Method", "X-Rewrite-Url", "X-Forwarded-Prefix",
-		"X-Http-Method-Override", "X-Http-Method", "X-Method-Override"}
-	for _, name := range others {
+	for _, name := range otherRequest {
 		value := menuPath
 		if strings.Contains(name, "Method") {
 			value = "GET"
 		}
-		for _, header := range [][]string{
-			{name + ": " + value}, {strings.ToLower(name) + ": " + value}, {name + ": " + value, name + ": /"}, {strings.ReplaceAll(name, "-", "_") + ": " + value},
+		headers := [][]string{
+			{name + ": " + value}, {strings.ToLower(name) + ": " + value}, {name + ": " + value, name + ": /"},
 			{"Connection: " + name}, {"Connection: close, " + name, name + ": " + value},
-		} {
+		}
+		for _, spelling := range otherSpellings(name) {
+			headers = append(headers, []string{spelling + ": " + value})
+		}
+		for _, header := range headers {
 			s.refused(t, raw{bearer: "unscoped", target: ordersPath, header: header})
 			s.refused(t, raw{bearer: "unscoped", method: "DELETE", header: header})
 			got := s.passes(t, raw{bearer: "unscoped", header: header})
 			for at := range got.Header {
-				if slices.Contains(others, http.CanonicalHeaderKey(strings.ReplaceAll(at, "_", "-"))) {
+				if slices.Contains(otherRequest, http.CanonicalHeaderKey(likeDash.Replace(at))) {
 					t.Errorf("%q: the backend got %s", header, at)
 				}
 			}
@@ -855,6 +873,50 @@ func (s *proxySetup) testOtherRequests(t *testing.T) {
 	got := s.passes(t, raw{bearer: "valid", header: []string{"Connection: Upgrade, HTTP2-Settings", "Upgrade: h2c", "HTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA"}})
 	if got.Header.Get("Upgrade") != "" {
 		t.Errorf("the backend is asked to switch to %v", got.Header["Upgrade"])
+	}
+}
+
+// No Traefik is at hand in tests, but the names of fields that it removes are.
+func TestTraefikExample(t *testing.T) {
+	t.Parallel()
+	text, err := os.ReadFile("../../api/examples/gateway/traefik.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var config struct {
+		HTTP struct {
+			Middlewares struct {
+				Rescind struct {
+					ForwardAuth struct {
+						AuthResponseHeaders      []string `yaml:"authResponseHeaders"`
+						AuthResponseHeadersRegex string   `yaml:"authResponseHeadersRegex"`
+					} `yaml:"forwardAuth"`
+				}
+			}
+		}
+	}
+	if err := yaml.Unmarshal(text, &config); err != nil {
+		t.Fatal(err)
+	}
+	auth := config.HTTP.Middlewares.Rescind.ForwardAuth
+	if diff := gocmp.Diff(gateway.IdentityHeaders, auth.AuthResponseHeaders); diff != "" {
+		t.Errorf("what tells who calls (-want +got):\n%s", diff)
+	}
+	removed, err := regexp.Compile(auth.AuthResponseHeadersRegex)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range slices.Concat(gateway.IdentityHeaders, otherRequest) {
+		for _, as := range append(otherSpellings(name), name) {
+			if !removed.MatchString(http.CanonicalHeaderKey(as)) {
+				t.Errorf("%s reaches the backend", as)
+			}
+		}
+	}
+	for _, name := range []string{"X-Forwarded-For", "X-Forwarded-Proto", "X-Forwarded-Host", "X-Http", "Accept", "Authorization"} {
+		if removed.MatchString(name) {
+			t.Errorf("%s does not reach the backend", name)
+		}
 	}
 }
 

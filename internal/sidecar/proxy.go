@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"bufio"
 	"cmp"
 	"context"
 	"errors"
@@ -13,7 +14,6 @@ import (
 	"net/url"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"time"
 
 	"github.com/rescindhq/rescind/api/gateway"
@@ -31,7 +31,6 @@ type proxy struct {
 	fallback  *url.URL     // nil if there is none
 	reverse   *httputil.ReverseProxy
 
-	active   atomic.Int64
 	handlers sync.WaitGroup
 
 	mu     sync.Mutex
@@ -65,7 +64,7 @@ func newProxy(cfg Proxy, c checker, m *metrics, log *slog.Logger) (*proxy, error
 		}
 		p.fallback = target
 	}
-	tlsConfig, err := cfg.UpstreamTLS.config()
+	tlsConfig, err := cfg.UpstreamTLS.Client()
 	if err != nil {
 		return nil, fmt.Errorf("read the authorities of upstreams in %s: %w", cfg.UpstreamTLS.CA, err)
 	}
@@ -104,17 +103,17 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	p.handlers.Add(1)
 	defer p.handlers.Done()
 	patience := patience{http.NewResponseController(w), p.cfg.IdleTimeout}
-	w = patientWriter{w, patience}
+	ctx, cut := context.WithCancel(r.Context())
+	defer cut()
+	w = patientWriter{w, patience, ctx, cut}
 	if r.Body != nil && r.Body != http.NoBody {
 		patience.read(true)
 		body := &patientReader{ReadCloser: r.Body, patience: patience}
 		defer body.end()
 		r.Body = body
 	}
-	p.m.proxying.Inc()
-	defer p.m.proxying.Dec()
-	defer p.active.Add(-1)
-	if p.active.Add(1) > int64(p.cfg.MaxInFlight) {
+	defer p.m.proxying.Add(-1)
+	if p.m.proxying.Add(1) > int64(p.cfg.MaxInFlight) {
 		p.m.proxied[tooMany].Inc()
 		w.Header().Set("Retry-After", "5")
 		writeProblem(w, http.StatusServiceUnavailable, "Service Unavailable", "There are too many requests at a time")
@@ -137,18 +136,20 @@ func (p *proxy) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if up := r.Header["Upgrade"]; len(up) != 1 || !strings.EqualFold(up[0], "websocket") {
 		delete(r.Header, "Upgrade")
 	}
-	p.reverse.ServeHTTP(w, r.WithContext(context.WithValue(r.Context(), routeKey{}, route{target, d})))
+	p.reverse.ServeHTTP(w, r.WithContext(context.WithValue(ctx, routeKey{}, route{target, d})))
 }
 
-// wait returns once no request is under way, or after some time.
-func (p *proxy) wait(most time.Duration) {
+// wait returns once no request is under way, with open WebSockets, or after some time. It reports whether none is.
+func (p *proxy) wait(most time.Duration) bool {
 	done := make(chan struct{})
 	go func() { p.handlers.Wait(); close(done) }()
 	late := time.NewTimer(most)
 	defer late.Stop()
 	select {
 	case <-done:
+		return true
 	case <-late.C:
+		return false
 	}
 }
 
@@ -311,6 +312,8 @@ func (p patience) read(patiently bool) {
 type patientWriter struct {
 	http.ResponseWriter
 	patience patience
+	ctx      context.Context // of the request
+	cut      context.CancelFunc
 }
 
 func (w patientWriter) WriteHeader(status int) {
@@ -328,8 +331,56 @@ func (w patientWriter) FlushError() error {
 	return w.patience.rc.Flush()
 }
 
-// Unwrap lets a WebSocket have the connection.
+// Unwrap lets others move deadlines.
 func (w patientWriter) Unwrap() http.ResponseWriter { return w.ResponseWriter }
+
+// Hijack gives the connection to a WebSocket. It is closed when the request ends, and the request ends when nothing
+// comes for a while, from the client or for it: either may be the only one that talks.
+func (w patientWriter) Hijack() (net.Conn, *bufio.ReadWriter, error) {
+	conn, buf, err := w.patience.rc.Hijack()
+	if err != nil {
+		return nil, nil, err
+	}
+	c := &patientConn{Conn: conn, idle: w.patience.idle, silence: time.AfterFunc(w.patience.idle, w.cut)}
+	context.AfterFunc(w.ctx, func() {
+		c.silence.Stop()
+		_ = conn.Close() // it may be closed already
+	})
+	return c, buf, nil
+}
+
+// patientConn is the client's end of a WebSocket.
+type patientConn struct {
+	net.Conn
+	idle    time.Duration
+	silence *time.Timer // ends the request
+}
+
+func (c *patientConn) Read(to []byte) (int, error) {
+	n, err := c.Conn.Read(to)
+	if n > 0 {
+		c.silence.Reset(c.idle)
+	}
+	return n, err
+}
+
+// Write has a deadline as well: a client that only talks, and does not read, is not silent.
+func (c *patientConn) Write(b []byte) (int, error) {
+	_ = c.Conn.SetWriteDeadline(time.Now().Add(c.idle)) // as in patience.write
+	n, err := c.Conn.Write(b)
+	if n > 0 {
+		c.silence.Reset(c.idle)
+	}
+	return n, err
+}
+
+// CloseWrite tells the client that the upstream has said all. Where only the whole connection can be closed, it is.
+func (c *patientConn) CloseWrite() error {
+	if half, ok := c.Conn.(interface{ CloseWrite() error }); ok {
+		return half.CloseWrite()
+	}
+	return errors.ErrUnsupported
+}
 
 // patientReader is for uploads. Until their end there is always a deadline, for the server reads what is left of
 // them too, before it answers and after. At their end there must be none: then it waits for the client to
@@ -375,7 +426,6 @@ func limitConnections(l net.Listener, most int, m *metrics) net.Listener {
 type limitedListener struct {
 	net.Listener
 	most int64
-	open atomic.Int64
 	m    *metrics
 }
 
@@ -385,11 +435,10 @@ func (l *limitedListener) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		if l.open.Add(1) <= l.most {
-			l.m.connections.Inc()
-			return &limitedConn{Conn: conn, l: l}, nil
+		if l.m.connections.Add(1) <= l.most {
+			return &limitedConn{Conn: conn, m: l.m}, nil
 		}
-		l.open.Add(-1)
+		l.m.connections.Add(-1)
 		l.m.connectionsRefused.Inc()
 		_ = conn.Close() // whatever it says, it is gone
 	}
@@ -397,14 +446,11 @@ func (l *limitedListener) Accept() (net.Conn, error) {
 
 type limitedConn struct {
 	net.Conn
-	l    *limitedListener
+	m    *metrics
 	once sync.Once
 }
 
 func (c *limitedConn) Close() error {
-	c.once.Do(func() {
-		c.l.open.Add(-1)
-		c.l.m.connections.Dec()
-	})
+	c.once.Do(func() { c.m.connections.Add(-1) })
 	return c.Conn.Close()
 }

@@ -407,19 +407,31 @@ func TestProxyStreams(t *testing.T) {
 }
 
 // echoUpgrade switches to WebSocket, and then says what it hears.
-func echoUpgrade(w http.ResponseWriter, r *http.Request) {
+func echoUpgrade(w http.ResponseWriter, r *http.Request) { upgradeTo(w, r, nil) }
+
+// upgradeTo switches to WebSocket, and then copies what it hears to a place, nil for back.
+func upgradeTo(w http.ResponseWriter, r *http.Request, to io.Writer) {
 	if r.Header.Get("Upgrade") != "websocket" {
 		http.Error(w, "no WebSocket", http.StatusUpgradeRequired)
 		return
 	}
+	conn, brw := switched(w, r)
+	defer conn.Close()
+	if to == nil {
+		to = conn
+	}
+	_, _ = io.Copy(to, brw)
+}
+
+// switched has switched to WebSocket.
+func switched(w http.ResponseWriter, r *http.Request) (net.Conn, *bufio.ReadWriter) {
 	conn, brw, err := http.NewResponseController(w).Hijack()
 	if err != nil {
 		panic(err)
 	}
-	defer conn.Close()
 	fmt.Fprintf(brw, "HTTP/1.1 101 Switching Protocols\r\nConnection: Upgrade\r\nUpgrade: websocket\r\nX-Caller: %s\r\n\r\n", r.Header.Get("X-Rescind-Subject"))
 	brw.Flush()
-	_, _ = io.Copy(conn, brw)
+	return conn, brw
 }
 
 // upgrade makes a WebSocket through the proxy at an address.
@@ -519,15 +531,126 @@ func inMemory(t *testing.T, upstream http.HandlerFunc, f func(t *testing.T, p *p
 	})
 }
 
-// A WebSocket outlives the patience that there is with other requests.
+// A WebSocket lives as long as something is said now and then, whoever says it.
 func TestProxyWebSocket(t *testing.T) {
 	t.Parallel()
-	inMemory(t, echoUpgrade, func(t *testing.T, _ *proxy, conn net.Conn) {
+	const pause, often = 50 * time.Second, 100
+	lines := func(w http.ResponseWriter, r *http.Request) {
+		conn, _ := switched(w, r)
+		defer conn.Close()
+		for range often {
+			time.Sleep(pause)
+			fmt.Fprintln(conn, "tick")
+		}
+		_, _ = io.Copy(io.Discard, conn)
+	}
+	silence := func(t *testing.T, p *proxy, from *bufio.Reader) {
+		t.Helper()
+		began := time.Now()
+		if _, err := from.ReadByte(); err == nil {
+			t.Error("something more is said")
+		}
+		if waited := time.Since(began); waited != time.Minute {
+			t.Errorf("cut off after %s of silence, want a minute", waited)
+		}
+		if !p.wait(time.Second) || p.m.proxying.Load() != 0 {
+			t.Error("it still counts")
+		}
+	}
+	inMemory(t, echoUpgrade, func(t *testing.T, p *proxy, conn net.Conn) { // both
 		from := upgradeOn(t, conn)
-		says(t, conn, from, "one")
-		time.Sleep(24 * time.Hour)
+		for range often {
+			says(t, conn, from, "one")
+			time.Sleep(pause)
+		}
 		says(t, conn, from, "two")
+		silence(t, p, from)
 	})
+	inMemory(t, lines, func(t *testing.T, p *proxy, conn net.Conn) { // the upstream
+		from := upgradeOn(t, conn)
+		for range often {
+			if line, err := from.ReadString('\n'); err != nil || line != "tick\n" {
+				t.Fatalf("%q, %v", line, err)
+			}
+		}
+		silence(t, p, from)
+	})
+	inMemory(t, func(w http.ResponseWriter, r *http.Request) { upgradeTo(w, r, io.Discard) }, func(t *testing.T, p *proxy, conn net.Conn) { // the client
+		from := upgradeOn(t, conn)
+		for range often {
+			fmt.Fprintln(conn, "tick")
+			time.Sleep(pause)
+		}
+		fmt.Fprintln(conn, "tick")
+		silence(t, p, from)
+	})
+}
+
+// Who talks through a WebSocket, and does not read, is cut off as well.
+func TestProxyDeafWebSocket(t *testing.T) {
+	t.Parallel()
+	inMemory(t, echoUpgrade, func(t *testing.T, p *proxy, conn net.Conn) {
+		upgradeOn(t, conn)
+		for began := time.Now(); ; time.Sleep(10 * time.Second) {
+			if _, err := fmt.Fprintln(conn, "tick"); err != nil {
+				break
+			}
+			if time.Since(began) > 3*time.Minute {
+				t.Fatal("it is still listened to")
+			}
+		}
+		if !p.wait(time.Second) {
+			t.Error("it still counts")
+		}
+	})
+}
+
+// At the end WebSockets have what the requests leave of the grace, and no more.
+func TestServeProxy(t *testing.T) {
+	t.Parallel()
+	for _, leaves := range []bool{true, false} {
+		synctest.Test(t, func(t *testing.T) {
+			c, m := countedOf(&fake{decide: clean})
+			p, err := newProxy(proxyConfig("http://upstream"), c, m, quiet)
+			if err != nil {
+				t.Fatal(err)
+			}
+			behind, front := newPipes(), newPipes()
+			transport := p.reverse.Transport.(*http.Transport)
+			transport.DialContext = behind.dial
+			upstream := &http.Server{Handler: http.HandlerFunc(echoUpgrade)}
+			ctx, stop := context.WithCancel(t.Context())
+			ended, upstreamEnded := make(chan error, 1), make(chan error, 1)
+			go func() { upstreamEnded <- upstream.Serve(behind) }()
+			go func() { ended <- serveProxy(ctx, newServer(p, quiet), p, front, 30*time.Second, quiet) }()
+			conn, err := front.dial(t.Context(), "", "")
+			if err != nil {
+				t.Fatal(err)
+			}
+			from := upgradeOn(t, conn)
+			stop()
+			began, want := time.Now(), 30*time.Second
+			time.Sleep(20 * time.Second)
+			says(t, conn, from, "still here")
+			if leaves {
+				conn.Close()
+				want = 20 * time.Second
+			}
+			if err := <-ended; err != nil {
+				t.Error(err)
+			}
+			if took := time.Since(began); took < want || took > want+time.Second {
+				t.Errorf("it took %s to end, want %s", took, want)
+			}
+			if _, err := from.ReadByte(); err == nil {
+				t.Error("a WebSocket outlives the process")
+			}
+			conn.Close()
+			transport.CloseIdleConnections()
+			_ = upstream.Close()
+			<-upstreamEnded
+		})
+	}
 }
 
 // Who sends a body slowly is waited for as long as bytes come; who stops is cut off, and is not the upstream's fault.
@@ -765,7 +888,7 @@ func TestConnectionLimit(t *testing.T) {
 	if _, err := fourth.Read(make([]byte, 1)); err == nil {
 		t.Error("the third of two connections stays open, once one was closed")
 	}
-	if open, closed := testutil.ToFloat64(m.connections), testutil.ToFloat64(m.connectionsRefused); open != 2 || closed != 2 {
+	if open, closed := m.connections.Load(), testutil.ToFloat64(m.connectionsRefused); open != 2 || closed != 2 {
 		t.Errorf("%v open and %v refused, want 2 and 2", open, closed)
 	}
 }

@@ -23,13 +23,12 @@ import (
 	"crypto/sha256"
 	"crypto/tls"
 	"encoding/hex"
-	"errors"
 	"fmt"
 	"log/slog"
 	"net"
 	"net/http"
 	"path/filepath"
-	"slices"
+	"runtime/debug"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -42,6 +41,8 @@ import (
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/api/token"
 	"github.com/rescindhq/rescind/internal/obs"
+	"github.com/rescindhq/rescind/internal/process"
+	"github.com/rescindhq/rescind/internal/tlsfile"
 )
 
 // checker decides about requests. It is a [gateway.Gateway].
@@ -116,7 +117,7 @@ func newEngine(ctx context.Context, cfg Config, log *slog.Logger) (_ *live, err 
 		}
 		rc.Source, rc.Feeds = service, append(rc.Feeds, service)
 		gc.URL, gc.AllowHTTP = s.URL, s.AllowHTTP
-		authorities, err := s.TLS.config()
+		authorities, err := s.TLS.Client()
 		if err != nil {
 			return nil, fmt.Errorf("read the authorities in %s: %w", s.TLS.CA, err)
 		}
@@ -125,7 +126,7 @@ func newEngine(ctx context.Context, cfg Config, log *slog.Logger) (_ *live, err 
 		}
 	}
 	if a := cfg.AMQP; a != nil {
-		tlsConfig, err := a.TLS.config()
+		tlsConfig, err := a.TLS.Client()
 		if err != nil {
 			return nil, fmt.Errorf("read the TLS files of RabbitMQ: %w", err)
 		}
@@ -140,7 +141,7 @@ func newEngine(ctx context.Context, cfg Config, log *slog.Logger) (_ *live, err 
 		rc.Feeds = append(rc.Feeds, feed)
 	}
 	if e := cfg.Etcd; e != nil {
-		tlsConfig, err := e.TLS.config()
+		tlsConfig, err := e.TLS.Client()
 		if err != nil {
 			return nil, fmt.Errorf("read the TLS files of etcd: %w", err)
 		}
@@ -218,8 +219,8 @@ func newIssuer(ctx context.Context, cfg Config, i Issuer, log *slog.Logger) (tok
 
 // newClient is nil, which stands for the default, without an authority of its own. It has no timeout for
 // answers, which may be streams: who asks has one.
-func newClient(files TLSFiles) (*http.Client, error) {
-	tlsConfig, err := files.config()
+func newClient(files tlsfile.Files) (*http.Client, error) {
+	tlsConfig, err := files.Client()
 	if err != nil {
 		return nil, fmt.Errorf("read the authorities in %s: %w", files.CA, err)
 	}
@@ -286,16 +287,15 @@ func run(ctx context.Context, cfg Config, e engine, log *slog.Logger, listening 
 		if err != nil {
 			return err
 		}
-		server := newServer(newForwardAuth(c, m, log), log.With("component", "auth"))
-		server.ReadTimeout, server.WriteTimeout = 10*time.Second, 20*time.Second // there are no bodies
-		front("forward-auth", func(ctx context.Context) error { return serveHTTP(ctx, server, l, grace, log) })
+		server := newAuthServer(newForwardAuth(c, m, log), cfg.decisionTime(), log.With("component", "auth"))
+		front("forward-auth", func(ctx context.Context) error { return process.ServeHTTP(ctx, server, l, grace, log) })
 	}
 	if cfg.Envoy != nil {
 		l, err := open("envoy", cfg.Envoy.Listen, &at.Envoy)
 		if err != nil {
 			return err
 		}
-		server := newEnvoyServer(c)
+		server := newEnvoyServer(c, cfg.decisionTime(), log.With("component", "envoy"))
 		front("Envoy's authorization", func(ctx context.Context) error { return serveGRPC(ctx, server, l, grace) })
 	}
 	if p := cfg.Proxy; p != nil {
@@ -309,30 +309,23 @@ func run(ctx context.Context, cfg Config, e engine, log *slog.Logger, listening 
 		}
 		l = limitConnections(l, p.MaxConnections, m)
 		if p.TLS.Cert != "" {
-			cert, err := newCertificate(p.TLS, log)
+			tlsConfig, err := p.TLS.Server(log)
 			if err != nil {
 				return err
 			}
-			l = tls.NewListener(l, cert.config())
+			tlsConfig.NextProtos = []string{"http/1.1"}
+			l = tls.NewListener(l, tlsConfig)
 		}
 		server := newServer(handler, log.With("component", "proxy"))
-		front("reverse proxy", func(ctx context.Context) error {
-			// What has been hijacked is none of the server's any more, but ends with its context.
-			requests, end := context.WithCancel(context.Background())
-			server.BaseContext = func(net.Listener) context.Context { return requests }
-			err := serveHTTP(ctx, server, l, grace, log)
-			end()
-			handler.wait(grace)
-			return err
-		})
+		front("reverse proxy", func(ctx context.Context) error { return serveProxy(ctx, server, handler, l, grace, log) })
 	}
 	opsServer := newServer(opsHandler(reg, readiness, e), log.With("component", "ops"))
 	opsServer.ReadTimeout, opsServer.WriteTimeout = 10*time.Second, 30*time.Second
 
-	parts := []part{
-		{"operators' listener", grace, func(ctx context.Context) error { return serveHTTP(ctx, opsServer, ops, time.Second, log) }},
-		{"gateway", grace, e.Run},
-		{"listeners", 2 * grace, func(ctx context.Context) error {
+	parts := []process.Part{
+		{Name: "operators' listener", Grace: grace, Run: func(ctx context.Context) error { return process.ServeHTTP(ctx, opsServer, ops, time.Second, log) }},
+		{Name: "gateway", Grace: grace, Run: e.Run},
+		{Name: "listeners", Grace: 2 * grace, Run: func(ctx context.Context) error {
 			defer context.AfterFunc(ctx, readiness.Drain)()
 			all, ctx := errgroup.WithContext(ctx)
 			for _, serve := range fronts {
@@ -345,17 +338,25 @@ func run(ctx context.Context, cfg Config, e engine, log *slog.Logger, listening 
 	if listening != nil {
 		listening(at)
 	}
-	if err := runParts(ctx, parts); err != nil {
+	if err := process.Run(ctx, parts); err != nil {
 		return err
 	}
 	log.Info("stopped")
 	return nil
 }
 
+// newAuthServer is for questions, which have no bodies, and take up to some time to decide: the deadline for writing,
+// which counts from when a question was read, leaves an answer its time after that.
+func newAuthServer(handler http.Handler, decision time.Duration, log *slog.Logger) *http.Server {
+	server := newServer(handler, log)
+	server.ReadTimeout, server.WriteTimeout = 10*time.Second, decision+10*time.Second
+	return server
+}
+
 // newServer is one for HTTP/1.1, with bounds on what slow peers can hold.
 func newServer(handler http.Handler, log *slog.Logger) *http.Server {
 	return &http.Server{
-		Handler:           handler,
+		Handler:           tellPanics(handler, log),
 		ReadHeaderTimeout: 5 * time.Second,
 		IdleTimeout:       time.Minute,
 		MaxHeaderBytes:    64 << 10,
@@ -364,31 +365,59 @@ func newServer(handler http.Handler, log *slog.Logger) *http.Server {
 	}
 }
 
+// tellPanics tells of what net/http would tell between the lines about peers. A request that finds a mistake of
+// ours ends as it does there: cut off, so that half an answer is not taken for a whole one.
+func tellPanics(next http.Handler, log *slog.Logger) http.Handler {
+	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		defer func() {
+			caught := recover()
+			if caught == nil {
+				return
+			}
+			if caught != http.ErrAbortHandler {
+				tellPanic(log, caught)
+			}
+			panic(http.ErrAbortHandler)
+		}()
+		next.ServeHTTP(w, r)
+	})
+}
+
+// tellPanic is called where it was caught.
+func tellPanic(log *slog.Logger, caught any) {
+	log.Error("a request made the gateway panic; please report this", "panic", fmt.Sprint(caught), "stack", string(debug.Stack()))
+}
+
 func onlyHTTP1() *http.Protocols {
 	p := &http.Protocols{}
 	p.SetHTTP1(true)
 	return p
 }
 
-// serveHTTP serves until ctx ends, then waits for open requests, at most grace.
-func serveHTTP(ctx context.Context, server *http.Server, on net.Listener, grace time.Duration, log *slog.Logger) error {
-	failed := make(chan error, 1)
-	go func() { failed <- server.Serve(on) }()
+// serveProxy is [process.ServeHTTP] for a proxy and its server. Connections that have become WebSockets, of which the
+// server knows nothing any more, have what the requests leave of grace.
+func serveProxy(ctx context.Context, server *http.Server, p *proxy, on net.Listener, grace time.Duration, log *slog.Logger) error {
+	requests, cut := context.WithCancel(context.Background())
+	defer cut()
+	server.BaseContext = func(net.Listener) context.Context { return requests }
+	served := make(chan error, 1)
+	go func() { served <- process.ServeHTTP(ctx, server, on, grace, log) }()
 	select {
-	case err := <-failed:
+	case err := <-served:
 		return err
 	case <-ctx.Done():
 	}
-	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), grace)
-	defer cancel()
-	if err := server.Shutdown(ctx); err != nil {
-		log.Warn("requests that were not over in time are cut off", "grace", grace)
-		return server.Close()
+	until := time.Now().Add(grace)
+	err := <-served
+	if !p.wait(time.Until(until)) {
+		log.Warn("WebSockets and others that were not over in time are cut off", "grace", grace)
+		cut()
+		p.wait(grace / 2) // what is cut off ends at once
 	}
-	return nil
+	return err
 }
 
-// serveGRPC is serveHTTP for gRPC.
+// serveGRPC is [process.ServeHTTP] for gRPC.
 func serveGRPC(ctx context.Context, server *grpc.Server, on net.Listener, grace time.Duration) error {
 	failed := make(chan error, 1)
 	go func() { failed <- server.Serve(on) }()
@@ -401,52 +430,4 @@ func serveGRPC(ctx context.Context, server *grpc.Server, on net.Listener, grace 
 	defer late.Stop()
 	server.GracefulStop()
 	return nil
-}
-
-// part is one long-lived piece of the process. Its run blocks until ctx ends, finishes what it has
-// accepted, and returns nil. Returning sooner is a failure.
-type part struct {
-	name  string
-	grace time.Duration // to finish after ctx ends
-	run   func(context.Context) error
-}
-
-// runParts starts parts in order and, when ctx ends or one of them returns, stops them one by one in
-// reverse, so that each can still use those before it.
-func runParts(ctx context.Context, parts []part) error {
-	ctx, end := context.WithCancel(ctx)
-	defer end()
-	var stops []func() error
-	for _, p := range parts {
-		pctx, cancel := context.WithCancel(context.WithoutCancel(ctx)) // outlives the signal
-		done := make(chan error, 1)
-		go func() {
-			defer end()
-			err := p.run(pctx)
-			if err == nil && pctx.Err() == nil {
-				err = errors.New("ended before it was stopped")
-			}
-			done <- err
-		}()
-		stops = append(stops, func() error {
-			cancel()
-			patience := time.NewTimer(p.grace)
-			defer patience.Stop()
-			select {
-			case err := <-done:
-				if err != nil {
-					return fmt.Errorf("%s: %w", p.name, err)
-				}
-				return nil
-			case <-patience.C:
-				return fmt.Errorf("%s: still running %s after it was stopped", p.name, p.grace)
-			}
-		})
-	}
-	<-ctx.Done()
-	var errs []error
-	for _, stop := range slices.Backward(stops) {
-		errs = append(errs, stop())
-	}
-	return errors.Join(errs...)
 }

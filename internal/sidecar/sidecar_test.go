@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"bufio"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -9,8 +10,10 @@ import (
 	"flag"
 	"fmt"
 	"io"
+	"log/slog"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -18,6 +21,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	"github.com/google/go-cmp/cmp"
@@ -26,6 +30,7 @@ import (
 	"github.com/rescindhq/rescind/api/replica"
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/obs"
+	"github.com/rescindhq/rescind/internal/tlsfile"
 )
 
 var update = flag.Bool("update", false, "write the golden files")
@@ -351,14 +356,17 @@ func TestRunStops(t *testing.T) {
 		t.Errorf("it ended while a request is at work: %v", err)
 	default:
 	}
-	says(t, conn, from, "while others are at work")
 	close(end)
 	if got := <-answer; got != "200 whole <nil>" {
 		t.Error(got)
 	}
-	if _, err := from.ReadByte(); err == nil {
-		t.Error("a WebSocket outlives the process")
+	says(t, conn, from, "when others are over") // it has its time too
+	select {
+	case <-stopped:
+		t.Error("it decides no more while a WebSocket is open")
+	default:
 	}
+	conn.Close()
 	if err := <-ended; err != nil {
 		t.Error(err)
 	}
@@ -414,52 +422,15 @@ func TestRunEnds(t *testing.T) {
 	}
 }
 
-// A certificate is renewed without a stop; one that does not fit its key is not taken.
 func TestRunWithTLS(t *testing.T) {
 	t.Parallel()
 	dir := t.TempDir()
-	files := TLSFiles{Cert: filepath.Join(dir, "cert.pem"), Key: filepath.Join(dir, "key.pem")}
+	files := tlsfile.Files{Cert: filepath.Join(dir, "cert.pem"), Key: filepath.Join(dir, "key.pem")}
+	cert, key := makePair(t)
+	writeFile(t, files.Cert, cert)
+	writeFile(t, files.Key, key)
 	roots := x509.NewCertPool()
-	modified := time.Now().Add(-time.Hour)
-	write := func(cert, key string) {
-		t.Helper()
-		modified = modified.Add(time.Minute)
-		for name, text := range map[string]string{files.Cert: cert, files.Key: key} {
-			if err := errors.Join(os.WriteFile(name, []byte(text), 0o600), os.Chtimes(name, modified, modified)); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	first, firstKey := makePair(t)
-	second, secondKey := makePair(t)
-	roots.AppendCertsFromPEM([]byte(first))
-	roots.AppendCertsFromPEM([]byte(second))
-	write(first, firstKey)
-	c, err := newCertificate(files, quiet)
-	if err != nil {
-		t.Fatal(err)
-	}
-	served := func() *x509.Certificate {
-		t.Helper()
-		c.mu.Lock()
-		c.looked = time.Time{}
-		c.mu.Unlock()
-		cert, err := c.get(nil)
-		if err != nil {
-			t.Fatal(err)
-		}
-		return cert.Leaf
-	}
-	before := served()
-	write(second, firstKey)
-	if !served().Equal(before) {
-		t.Error("a certificate is used without its key")
-	}
-	write(second, secondKey)
-	if served().Equal(before) {
-		t.Error("a renewed certificate is not used")
-	}
-
+	roots.AppendCertsFromPEM([]byte(cert))
 	cfg := runConfig(upstreamOf(t, func(w http.ResponseWriter, r *http.Request) { fmt.Fprint(w, r.Header.Get("X-Forwarded-Proto")) }))
 	cfg.Proxy.TLS = files
 	at, _, _ := runOf(t, cfg, &fake{decide: clean})
@@ -473,6 +444,75 @@ func TestRunWithTLS(t *testing.T) {
 	if body, err := io.ReadAll(resp.Body); err != nil || string(body) != "https" || resp.ProtoMajor != 1 {
 		t.Errorf("%s %q, %v", resp.Proto, body, err)
 	}
+}
+
+// A mistake of ours is told to the operator, and what only looks like one is not.
+func TestPanicsAreTold(t *testing.T) {
+	t.Parallel()
+	for _, tt := range []struct {
+		name   string
+		panics any
+		told   bool
+	}{{"a mistake", "index out of range", true}, {"an answer to be cut off", http.ErrAbortHandler, false}} {
+		var logs lockedBuffer
+		server := httptest.NewUnstartedServer(nil)
+		server.Config = newServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+			_, _ = io.WriteString(w, "half of ")
+			_ = http.NewResponseController(w).Flush()
+			panic(tt.panics)
+		}), slog.New(slog.NewTextHandler(&logs, nil)))
+		server.Start()
+		resp, err := http.Get(server.URL)
+		if err == nil {
+			_, err = io.ReadAll(resp.Body)
+			resp.Body.Close()
+		}
+		if err == nil {
+			t.Errorf("%s: half an answer is taken for the whole", tt.name)
+		}
+		server.Close()
+		if got := logs.String(); strings.Contains(got, `level=ERROR msg="a request made the gateway panic; please report this" panic="index out of range" stack=`) != tt.told || !tt.told && got != "" {
+			t.Errorf("%s: the log is %q", tt.name, got)
+		}
+	}
+}
+
+// However long a decision takes, as long as it may, the proxy that asks gets its answer, and what is asked goes on.
+func TestAuthServerIsPatient(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		most := Config{Introspection: &Introspection{Timeout: 10 * time.Second}}.decisionTime()
+		_, m := countedOf(&fake{})
+		handler := newForwardAuth(deciding{decide: func(ctx context.Context, _ gateway.Request) gateway.Decision {
+			select {
+			case <-ctx.Done():
+				t.Error("what is asked is ended")
+			case <-time.After(most):
+			}
+			return refusedWith(503, replica.CodeGeneral, "")
+		}}, m, quiet)
+		server := newAuthServer(handler, most, quiet)
+		l := newPipes()
+		served := make(chan error, 1)
+		go func() { served <- server.Serve(l) }()
+		conn, err := l.dial(t.Context(), "", "")
+		if err != nil {
+			t.Fatal(err)
+		}
+		from := bufio.NewReader(conn)
+		for range 2 {
+			time.Sleep(4 * time.Second) // a header may take that long
+			fmt.Fprint(conn, "GET /auth HTTP/1.1\r\nHost: g\r\nX-Forwarded-Method: GET\r\nX-Forwarded-Uri: /a\r\n\r\n")
+			resp, err := http.ReadResponse(from, nil)
+			if err != nil || resp.StatusCode != 503 {
+				t.Fatalf("%v, %v", resp, err)
+			}
+			_, _ = io.Copy(io.Discard, resp.Body)
+		}
+		conn.Close()
+		_ = server.Close()
+		<-served
+	})
 }
 
 // What a configuration asks for is what is made, with everything there is, and with what is needed alone. Nothing is connected to.
