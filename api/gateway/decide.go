@@ -142,7 +142,7 @@ func (g *Gateway) accept(ctx context.Context, compact string) (*token.Token, tok
 	t, err := trusted.Verify(ctx, compact)
 	if errors.Is(err, token.ErrUntrustedIssuer) {
 		// It may have come a moment ago.
-		if iss, ok := token.ClaimedIssuer(compact); ok && g.issuers.knows(iss) {
+		if iss, ok := token.ClaimedIssuer(compact); ok && g.issuers.behind(trusted, iss) {
 			g.issuers.refresh()
 			trusted = g.issuers.trusted.Load()
 			t, err = trusted.Verify(ctx, compact)

@@ -54,18 +54,22 @@ type Config struct {
 	URL string
 	// AllowHTTP permits http:// to other hosts than loopback.
 	AllowHTTP bool
-	// RootCAs verify the certificate of URL. Default: those of the system.
+	// RootCAs verify the certificate of URL. Default: those of the system. Keys are fetched without
+	// a proxy, whatever the environment says, from URL too: a proxy would connect where the rules
+	// for that cannot be checked.
 	RootCAs *x509.CertPool
 	// Issuers are trusted besides the key managers in the catalog. Their keys, algorithms and
 	// types come before those of a key manager with the same iss, whose tenant counts, and which
 	// can be disabled. Of two lifetimes the shorter one counts; where there is none it is an hour.
-	// Needed where the replica has revocations only.
+	// Needed where the replica has revocations only; then one without a Tenant is believed about
+	// all tenants, unless the replica serves one alone.
 	Issuers []token.Issuer
 	// Networks are ranges in which key sets of key managers that are not the service's own
 	// may be fetched though they are not public, there by http:// too.
 	Networks []netip.Prefix
-	// Folder is where key sets are kept for a start without those who serve them. It is made
-	// if it is not there, and may be the replica's. Empty: nowhere.
+	// Folder is where key sets are kept for a start without those who serve them, in files that begin
+	// with keys-; those of key managers that are gone are removed. It is made if it is not there,
+	// may be the replica's, and is not shared with another gateway. Empty: nowhere.
 	Folder string
 
 	// Audiences are the identifiers of this gateway, one of which aud must have. AnyAudience
@@ -88,6 +92,10 @@ type Config struct {
 type Introspection struct {
 	// URL is the introspection endpoint, without a query; https unless the host is loopback.
 	URL string
+	// Issuers are those, by iss, whose tokens are sent to URL; nobody can be asked about others. Empty:
+	// all are, which is right only where URL is the service's, which judges tokens of all its
+	// tenants. Another issuer's endpoint would get to see tokens that are not its own.
+	Issuers []string
 	// ClientID and ClientSecret are of a client that is the resource server of the tokens' audience.
 	ClientID, ClientSecret string
 	// Client sends the requests. It follows no redirect, whatever its own policy. Default: one
@@ -156,6 +164,11 @@ func New(cfg Config) (*Gateway, error) {
 	if _, err := token.NewVerifier(cfg.Issuers...); err != nil {
 		wrong("Issuers: %w", err)
 	}
+	for _, issuer := range cfg.Issuers {
+		if issuer.MaxLifetime < 0 {
+			wrong("Issuers: issuer %q: MaxLifetime is %s, must be positive, or 0 for that of its key manager", issuer.Iss, issuer.MaxLifetime)
+		}
+	}
 	for _, p := range cfg.Networks {
 		if !p.IsValid() {
 			wrong("Networks has one that is none: leave it out")
@@ -219,4 +232,24 @@ func (g *Gateway) Run(ctx context.Context) error {
 
 // Ready reports whether the replica is ready and the keys of at least one issuer are here
 // (JWT-23). It asks nobody.
-func (g *Gateway) Ready() bool { return g.replica.Ready() && g.issuers.held() }
+func (g *Gateway) Ready() bool { return g.replica.Ready() && g.Status().WithKeys > 0 }
+
+// Status is how a gateway does, besides its replica.
+type Status struct {
+	// Issuers is how many issuers are trusted now.
+	Issuers int
+	// WithKeys is of how many of them there are keys, so that their tokens can be judged.
+	WithKeys int
+}
+
+// Status counts the issuers. It asks nobody.
+func (g *Gateway) Status() Status {
+	keys := g.issuers.trusted.Load().keys
+	s := Status{Issuers: len(keys)}
+	for _, k := range keys {
+		if held(k) {
+			s.WithKeys++
+		}
+	}
+	return s
+}

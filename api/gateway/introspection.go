@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/url"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -26,6 +27,7 @@ const maxAnswerBytes = 64 << 10
 // introspection asks an issuer about tokens (RFC 7662). Nothing that it says is kept.
 type introspection struct {
 	url, id, secret string
+	issuers         []string // none: all
 	client          *http.Client
 	timeout         time.Duration
 	slots           chan struct{}
@@ -43,6 +45,9 @@ func newIntrospection(cfg Introspection, log *slog.Logger) (*introspection, erro
 	}
 	if cfg.ClientID == "" || cfg.ClientSecret == "" {
 		wrong("needs both ClientID and ClientSecret")
+	}
+	if slices.Contains(cfg.Issuers, "") {
+		wrong("Issuers has an empty one: leave it out")
 	}
 	if cfg.Timeout < 0 {
 		wrong("Timeout is %s, must be positive", cfg.Timeout)
@@ -66,15 +71,16 @@ func newIntrospection(cfg Introspection, log *slog.Logger) (*introspection, erro
 	client := *cfg.Client
 	client.CheckRedirect = func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }
 	return &introspection{
-		url: cfg.URL, id: cfg.ClientID, secret: cfg.ClientSecret, client: &client, timeout: cfg.Timeout,
+		url: cfg.URL, id: cfg.ClientID, secret: cfg.ClientSecret, issuers: slices.Clone(cfg.Issuers), client: &client, timeout: cfg.Timeout,
 		slots: make(chan struct{}, cfg.MaxConcurrent), log: log,
 	}, nil
 }
 
 // ask returns "" if the issuer says that t, which is compact, is active; else the reason why the
-// token is not let through. Nil has nobody to ask.
+// token is not let through. Nil has nobody to ask, and for the tokens of other issuers there is
+// nobody either.
 func (i *introspection) ask(ctx context.Context, compact string, t *token.Token) (reason string) {
-	if i == nil {
+	if i == nil || len(i.issuers) > 0 && !slices.Contains(i.issuers, t.Issuer) {
 		return reasonNoAnswer
 	}
 	select {

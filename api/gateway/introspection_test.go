@@ -214,6 +214,23 @@ func TestIntrospectionTakesTime(t *testing.T) {
 	})
 }
 
+// Tokens of an issuer are shown to nobody but whom the operator has named for it.
+func TestIntrospectionOfOtherIssuers(t *testing.T) {
+	t.Parallel()
+	var asked atomic.Int32
+	w, _ := asking(t, func(w http.ResponseWriter, _ *http.Request) {
+		asked.Add(1)
+		w.Header().Set("Content-Type", "application/json")
+		_, _ = io.WriteString(w, `{"active":true}`)
+	}, func(i *Introspection) { i.Issuers = []string{jwtIss, iss} })
+	if d := w.decide(t, mint(otherKey, with{"kid": "ec-2"}, with{"iss": otherIss})); d.Status != 503 || d.Reason != reasonNoAnswer || asked.Load() != 0 {
+		t.Errorf("another issuer: %d %s, asked %d times, want 503 without a question", d.Status, d.Reason, asked.Load())
+	}
+	if d := w.decide(t, t1()); !d.Allowed || asked.Load() != 1 {
+		t.Errorf("one of the issuers: %d %s, asked %d times", d.Status, d.Reason, asked.Load())
+	}
+}
+
 func TestNobodyToAsk(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {

@@ -4,11 +4,14 @@ import (
 	"cmp"
 	"context"
 	"crypto/sha256"
+	"errors"
 	"fmt"
 	"log/slog"
 	"maps"
 	"net/netip"
+	"os"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
@@ -47,23 +50,31 @@ type issuers struct {
 	trusted atomic.Pointer[trust]
 
 	mu     sync.Mutex // of what follows, and of whoever replaces trusted
+	only   string     // the domain of the only tenant that is served, when seen was looked at
+	known  bool       // seen is of a catalog
 	seen   []*catalog.KeyManager
 	remote map[string]remoteKeys // by iss
-	warned map[warning]string    // the last cause of each
+	warned map[warning]string    // the cause of each that there is
+	swept  bool                  // no files are left that an earlier process wrote
+	gone   []*token.CachedKeySet // whose files are to be removed
 }
 
 // trust is who is believed from one change of the catalog to the next.
 type trust struct {
 	*token.Verifier
-	keys   []token.KeySet
-	cached []*token.CachedKeySet // those of keys that can be fetched anew
+	managers map[string]*catalog.KeyManager // by iss: what was looked at, whether or not it can be used
+	keys     []token.KeySet
+	cached   []*token.CachedKeySet // those of keys that can be fetched anew
 }
 
 type warning struct{ iss, message string }
 
+// remoteKeys are of a key manager at a URL. One that was made anew has keys of its own: if the last
+// one was removed since its keys had leaked, these are not to come back.
 type remoteKeys struct {
-	url  string
-	keys *token.CachedKeySet
+	manager, url string // UUID
+	file         string // its name
+	keys         *token.CachedKeySet
 }
 
 func newIssuers(cfg Config, log *slog.Logger) *issuers {
@@ -88,6 +99,9 @@ func (is *issuers) run(ctx context.Context) {
 	var last *trust
 	for {
 		is.refresh()
+		if gone, sweep := is.leftovers(); len(gone) > 0 || sweep {
+			wg.Go(func() { is.clean(gone, sweep) }) // a disk that hangs holds nobody up
+		}
 		if current := is.trusted.Load(); current != last {
 			last = current
 			still := make(map[*token.CachedKeySet]bool, len(current.cached))
@@ -135,16 +149,14 @@ func keepWarm(ctx context.Context, keys *token.CachedKeySet, slots chan struct{}
 	}
 }
 
-// knows reports whether the catalog has an issuer that is enabled now.
-func (is *issuers) knows(iss string) bool {
+// behind reports whether the catalog has an issuer that is enabled, and t was made without it.
+func (is *issuers) behind(t *trust, iss string) bool {
 	var m *catalog.KeyManager
 	is.state.View(func(v *replica.View) { m = v.KeyManager(iss) })
-	return m != nil && m.Enabled
+	return m != nil && m.Enabled && t.managers[iss] != m
 }
 
-// held reports whether there are keys of any issuer.
-func (is *issuers) held() bool { return slices.ContainsFunc(is.trusted.Load().keys, held) }
-
+// held reports whether there are keys to verify tokens with.
 func held(keys token.KeySet) bool {
 	switch keys := keys.(type) {
 	case *token.CachedKeySet:
@@ -160,23 +172,38 @@ func held(keys token.KeySet) bool {
 func (is *issuers) refresh() {
 	is.mu.Lock() // before the look at the catalog: an older one must not come last
 	defer is.mu.Unlock()
+	only := is.cfg.Replica.Tenant()
+	_, revocationsOnly := is.state.Scope()
+	is.known = !revocationsOnly && is.state.At().Epoch != ""
 	var managers []*catalog.KeyManager
-	is.state.View(func(v *replica.View) { managers = v.KeyManagers() })
-	if is.trusted.Load() != nil && slices.Equal(managers, is.seen) {
+	byIss := make(map[string]*catalog.KeyManager)
+	is.state.View(func(v *replica.View) {
+		managers = v.KeyManagers()
+		for _, m := range managers {
+			byIss[m.Iss] = v.KeyManager(m.Iss)
+		}
+	})
+	if is.trusted.Load() != nil && only == is.only && slices.Equal(managers, is.seen) {
 		return
 	}
-	is.seen = managers
+	is.only, is.seen = only, managers
+	before := is.warned
+	is.warned = make(map[warning]string)
 	var list []token.Issuer
 	kept := make(map[string]remoteKeys)
 	others := maps.Clone(is.configured)
 	for _, m := range managers {
 		delete(others, m.Iss)
-		if !m.Enabled {
+		if chosen := byIss[m.Iss]; m != chosen {
+			is.warn(before, m.Iss, "several key managers have one iss, and only one of them counts: remove the others", among(chosen))
 			continue
 		}
-		issuer := is.issuer(m, kept)
+		if !m.Enabled || only != "" && m.Tenant.Domain != only {
+			continue
+		}
+		issuer := is.issuer(m, before, kept)
 		if _, err := token.NewVerifier(issuer); err != nil {
-			is.warn(m.Iss, "a key manager cannot be used as it is, and its tokens are refused: correct it", err)
+			is.warn(before, m.Iss, "a key manager cannot be used as it is, and its tokens are refused: correct it", err)
 			continue
 		}
 		list = append(list, issuer)
@@ -187,22 +214,85 @@ func (is *issuers) refresh() {
 	}
 	verifier, err := token.NewVerifier(list...)
 	if err != nil {
-		panic(err) // each is sound by itself, and iss is unique in the catalog
+		panic(err) // each is sound by itself, and was chosen among those with its iss
 	}
-	next := &trust{Verifier: verifier}
+	next := &trust{Verifier: verifier, managers: byIss}
 	for _, issuer := range list {
 		next.keys = append(next.keys, issuer.Keys)
 		if cached, ok := issuer.Keys.(*token.CachedKeySet); ok {
 			next.cached = append(next.cached, cached)
 		}
 	}
+	for iss, r := range is.remote {
+		if kept[iss].keys != r.keys {
+			is.gone = append(is.gone, r.keys)
+		}
+	}
 	is.remote = kept
 	is.trusted.Store(next)
 }
 
+// among tells of the key manager that counts among several with one iss.
+func among(m *catalog.KeyManager) error {
+	if m == nil {
+		return errors.New("none counts")
+	}
+	return fmt.Errorf("the one that counts is %q of %s", m.Name, m.Tenant.Domain)
+}
+
+// leftovers takes the key sets whose files are to be removed, and once says that those of earlier
+// processes are: when the catalog tells which.
+func (is *issuers) leftovers() (gone []*token.CachedKeySet, sweep bool) {
+	is.mu.Lock()
+	defer is.mu.Unlock()
+	gone, is.gone = is.gone, nil
+	sweep = is.known && !is.swept && is.cfg.Folder != ""
+	is.swept = is.swept || sweep
+	return gone, sweep
+}
+
+// clean removes what leftovers has found.
+func (is *issuers) clean(gone []*token.CachedKeySet, sweep bool) {
+	for _, keys := range gone {
+		keys.Discard()
+	}
+	if !sweep {
+		return
+	}
+	files, err := os.ReadDir(is.cfg.Folder)
+	is.mu.Lock() // after that, so that it knows of whoever has made one of them
+	used := make(map[string]bool, len(is.remote))
+	for _, r := range is.remote {
+		used[r.file] = true
+	}
+	is.mu.Unlock()
+	for _, f := range files {
+		if name := keyFileName.FindStringSubmatch(f.Name()); name != nil && !used[name[1]] {
+			err = errors.Join(err, os.Remove(filepath.Join(is.cfg.Folder, f.Name())))
+		}
+	}
+	if err != nil {
+		is.log.Warn("kept keys of key managers that are gone cannot be removed: remove the files", "error", err)
+	}
+}
+
+// keyFileName matches the names of files with keys, and of what [token.RemoteConfig] makes of them.
+var keyFileName = regexp.MustCompile(`^(keys-[0-9a-f]{32})(\.tmp|\.damaged)?$`)
+
+// fileOf is the name of the file for keys of a key manager at a URL.
+func fileOf(m *catalog.KeyManager, url string) string {
+	sum := sha256.Sum256(fmt.Appendf(nil, "%q %q %q", m.UUID, m.Iss, url))
+	return fmt.Sprintf("keys-%x", sum[:16])
+}
+
 // issuer is a key manager as the verifier knows it. Its remote keys go into kept.
-func (is *issuers) issuer(m *catalog.KeyManager, kept map[string]remoteKeys) token.Issuer {
+func (is *issuers) issuer(m *catalog.KeyManager, before map[warning]string, kept map[string]remoteKeys) token.Issuer {
 	lifetime := time.Duration(m.MaxTokenLifetime) * time.Second
+	if lifetime <= 0 { // which would be any
+		lifetime = ownLifetime
+		is.warn(before, m.Iss, "a key manager has no longest lifetime of tokens, and those that live longer than an hour are refused: correct it",
+			fmt.Errorf("max_token_lifetime is %d", m.MaxTokenLifetime))
+	}
 	if issuer, ok := is.configured[m.Iss]; ok {
 		issuer.Tenant = m.Tenant
 		// Past that of the catalog, revocations of more than one token are forgotten.
@@ -214,19 +304,19 @@ func (is *issuers) issuer(m *catalog.KeyManager, kept map[string]remoteKeys) tok
 	}
 	cfg, err := is.keysOf(m)
 	if err != nil {
-		is.warn(m.Iss, "a key manager's keys cannot be fetched, and its tokens are answered 503", err)
+		is.warn(before, m.Iss, "a key manager's keys cannot be fetched, and its tokens are answered 503", err)
 		return issuer
 	}
-	if r, ok := is.remote[m.Iss]; ok && r.url == cfg.URL {
+	if r, ok := is.remote[m.Iss]; ok && r.url == cfg.URL && r.manager == m.UUID {
 		kept[m.Iss], issuer.Keys = r, r.keys
 		return issuer
 	}
 	keys, err := token.NewRemoteKeySet(cfg)
 	if err != nil {
-		is.warn(m.Iss, "a key manager's keys cannot be fetched, and its tokens are answered 503", err)
+		is.warn(before, m.Iss, "a key manager's keys cannot be fetched, and its tokens are answered 503", err)
 		return issuer
 	}
-	kept[m.Iss], issuer.Keys = remoteKeys{cfg.URL, keys}, keys
+	kept[m.Iss], issuer.Keys = remoteKeys{m.UUID, cfg.URL, filepath.Base(cfg.File), keys}, keys
 	return issuer
 }
 
@@ -234,9 +324,6 @@ func (is *issuers) issuer(m *catalog.KeyManager, kept map[string]remoteKeys) tok
 func (is *issuers) keysOf(m *catalog.KeyManager) (token.RemoteConfig, error) {
 	cfg := token.RemoteConfig{
 		URL: m.JWKSURI, AllowedNetworks: is.cfg.Networks, Cache: token.CacheConfig{Logger: is.log.With("issuer", m.Iss)},
-	}
-	if is.cfg.Folder != "" {
-		cfg.File = filepath.Join(is.cfg.Folder, fmt.Sprintf("keys-%x", sha256.Sum256([]byte(m.Iss)))[:len("keys-")+32])
 	}
 	switch {
 	case m.Resident && is.cfg.URL == "":
@@ -253,6 +340,9 @@ func (is *issuers) keysOf(m *catalog.KeyManager) (token.RemoteConfig, error) {
 		}
 	case m.JWKSURI == "":
 		return cfg, fmt.Errorf("it has no jwks_uri, and the gateway is not configured with its keys")
+	}
+	if is.cfg.Folder != "" {
+		cfg.File = filepath.Join(is.cfg.Folder, fileOf(m, cfg.URL))
 	}
 	return cfg, nil
 }
@@ -275,12 +365,13 @@ var (
 	loopback   = []netip.Prefix{netip.MustParsePrefix("127.0.0.0/8"), netip.MustParsePrefix("::1/128")}
 )
 
-// warn logs what is wrong with an issuer, unless it was so before.
-func (is *issuers) warn(iss, message string, err error) {
-	if w := (warning{iss, message}); is.warned[w] != err.Error() {
-		is.warned[w] = err.Error()
+// warn logs what is wrong with an issuer, unless it was so before or was said just now.
+func (is *issuers) warn(before map[warning]string, iss, message string, err error) {
+	w, cause := warning{iss, message}, err.Error()
+	if before[w] != cause && is.warned[w] != cause {
 		is.log.Warn(message, "issuer", iss, "error", err)
 	}
+	is.warned[w] = cause
 }
 
 // noKeys is of an issuer whose keys nobody knows.

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -227,6 +228,151 @@ func TestIssuersChange(t *testing.T) {
 			t.Errorf("%d lines about a key manager that cannot be used, want 1:\n%s", n, &log)
 		}
 	})
+}
+
+// Whatever the catalog has, the gateway goes on: what cannot be used is told of once, looked at once
+// and never taken for more than it says.
+func TestOddKeyManagers(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		var log journal
+		s := newService()
+		lasting, twin, broken := s.manager(11), manager(16, iss), manager(15, "https://broken.example")
+		lasting.MaxTokenLifetime = 0
+		broken.Algorithms = []string{"HS256"}
+		for _, m := range []*catalog.KeyManager{lasting, twin, broken} {
+			s.entities[m.UUID] = m
+		}
+		w := start(t, s, replica.Config{}, Config{Issuers: configured()[:1], URL: "https://192.0.2.1", Logger: slog.New(slog.NewTextHandler(&log, nil))})
+		w.accepted(t, "T1, of which two say that it is theirs", t1())
+		trusted := w.issuers.trusted.Load()
+		if issuer, ok := trusted.Issuer(otherIss); !ok || issuer.MaxLifetime != ownLifetime {
+			t.Errorf("without a lifetime: %+v, want one of %s", issuer, ownLifetime)
+		}
+		for _, iss := range []string{iss, otherIss, broken.Iss, "https://nobody.example"} {
+			if w.issuers.behind(trusted, iss) {
+				t.Errorf("each token that names %s is a reason to look at all key managers", iss)
+			}
+		}
+		for range 3 { // each is another look
+			s.change(t, catalog.Updated, s.manager(12))
+			w.issuers.refresh()
+		}
+		var chosen *catalog.KeyManager
+		w.issuers.state.View(func(v *replica.View) { chosen = v.KeyManager(iss) })
+		s.change(t, catalog.Deleted, s.entities[chosen.UUID])
+		w.refused(t, "T1, of a key manager that is gone", t1())
+		w.issuers.refresh()
+		if _, ok := w.issuers.trusted.Load().Issuer(iss); ok {
+			t.Error("the twin of a key manager that is gone is trusted, which the replica does not know by its iss")
+		}
+		w.stop()
+		for text, want := range map[string]int{
+			"several key managers have one iss": 2, "has no longest lifetime": 1, "cannot be used as it is": 1, // the first also of none that counts
+		} {
+			if n := strings.Count(log.String(), text); n != want {
+				t.Errorf("%d lines with %q, want %d:\n%s", n, text, want, &log)
+			}
+		}
+	})
+}
+
+// A gateway of one tenant has nothing to do with the issuers of others.
+func TestIssuersOfOneTenant(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		s := newService()
+		own := manager(13, acmeIss)
+		own.Tenant = acme
+		s.entities[own.UUID] = own
+		given := append(configured(), token.Issuer{Iss: acmeIss, Keys: keySet(public("ec-1", ecKey.Public()))})
+		for tenant, want := range map[string]int{"": 4, revocation.SuperTenant.Domain: 3, acme.Domain: 1} {
+			w := start(t, s, replica.Config{Tenant: tenant}, Config{Issuers: given})
+			if got := w.Status(); got != (Status{Issuers: want, WithKeys: want}) {
+				t.Errorf("%q: %+v, want %d", tenant, got, want)
+			}
+			d := w.decide(t, t1())
+			if want := tenant != acme.Domain; d.Allowed != want {
+				t.Errorf("T1 where %q is served: %d %s", tenant, d.Status, d.Reason)
+			}
+			if d := w.decide(t, claim(with{"iss": acmeIss})); d.Allowed || tenant == revocation.SuperTenant.Domain && d.Reason != "untrusted_issuer" {
+				t.Errorf("a token of another tenant where %q is served: %d %s", tenant, d.Status, d.Reason)
+			}
+			w.stop()
+		}
+	})
+}
+
+func TestStatus(t *testing.T) {
+	t.Parallel()
+	k := newKeyServer(t)
+	k.serve("/b/jwks", public("ec-2", otherKey.Public()))
+	w := start(t, newService().fetched(k), replica.Config{}, Config{URL: k.URL, Networks: loopback, Issuers: configured()[2:]})
+	w.accepted(t, "an issuer with keys", mint(otherKey, with{"kid": "ec-2"}, with{"iss": otherIss}))
+	if got := w.Status(); got != (Status{Issuers: 3, WithKeys: 2}) {
+		t.Errorf("%+v, want three issuers, one of them without keys", got)
+	}
+}
+
+// Key files of what is trusted no longer are removed, those of earlier processes too; and what is made
+// anew never begins with them.
+func TestKeyFiles(t *testing.T) {
+	t.Parallel()
+	k := newKeyServer(t)
+	k.serve(ownKeys, public("ec-1", ecKey.Public()))
+	k.serve("/b/jwks", public("ec-2", otherKey.Public()))
+	k.serve("/idp/jwks", public("ec-1", ecKey.Public()))
+	folder := t.TempDir()
+	for _, name := range []string{"keys-00112233445566778899aabbccddeeff", "keys-00112233445566778899aabbccddeeff.damaged", "keys-of-mine", "state-1"} {
+		if err := os.WriteFile(filepath.Join(folder, name), []byte("x"), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	s := newService().fetched(k)
+	other := s.manager(11)
+	w := start(t, s, replica.Config{}, Config{URL: k.URL, Networks: loopback, Folder: folder})
+	files := func(m *catalog.KeyManager) string { return fileOf(m, m.JWKSURI) }
+	own := fileOf(s.manager(10), k.URL+ownKeys)
+	has := func(what string, names ...string) {
+		t.Helper()
+		names = append(names, "keys-of-mine", "state-1")
+		slices.Sort(names)
+		until(t, what, func() bool {
+			var got []string
+			for _, f := range must(os.ReadDir(folder)) {
+				got = append(got, f.Name())
+			}
+			return slices.Equal(got, names)
+		})
+	}
+	idp := files(s.manager(12))
+	has("what nobody uses is removed", own, idp, files(other))
+	compact := mint(otherKey, with{"kid": "ec-2"}, with{"iss": otherIss})
+	w.accepted(t, "the other issuer", compact)
+
+	s.change(t, catalog.Deleted, other)
+	has("the file of what is gone is removed", own, idp)
+	// The server has no keys any more: with any from before the token would be accepted.
+	k.mu.Lock()
+	delete(k.sets, "/b/jwks")
+	k.mu.Unlock()
+	anew := *other
+	anew.UUID = uuidOf(17)
+	s.change(t, catalog.Created, &anew)
+	unavailable(t, w, "the issuer made anew", compact)
+	if files(&anew) == files(other) {
+		t.Error("two key managers share a file")
+	}
+	k.serve("/c/jwks", public("ec-2", otherKey.Public()))
+	moved := anew
+	moved.JWKSURI = k.URL + "/c/jwks"
+	s.change(t, catalog.Updated, &moved)
+	has("it has a file of its own at another URL", own, idp, files(&moved))
+	w.accepted(t, "the issuer at another URL", compact)
+	disabled := moved
+	disabled.Enabled = false
+	s.change(t, catalog.Updated, &disabled)
+	has("the file of what is disabled is removed", own, idp)
 }
 
 // With everything down there is what was kept, at once and before Run; a revocation too.

@@ -819,9 +819,8 @@ func TestAuthorizeClaims(t *testing.T) {
 func TestAuthorizeTenants(t *testing.T) {
 	t.Parallel()
 	m := newMint(t)
-	acme, evil := acme, otherTenant
-	acmeKM := thirdKM
-	// world has an API at this context of carbon.super and of acme, for which an application of each has a
+	evil, acmeKM := otherTenant, thirdKM
+	// worldOf has an API at this context of carbon.super and of acme, for which an application of each has a
 	// subscription, and what evil puts there.
 	worldOf := func(evils ...string) *world {
 		w := new(world)
@@ -924,7 +923,6 @@ func TestAuthorizeTenants(t *testing.T) {
 			}
 		}
 	})
-	alone[4].reason, alone[6].reason = "issuer", "issuer"
 	check(part, "", alone...)
 
 	// By claims alone each issuer has a say in its tenant's paths.
