@@ -30,12 +30,19 @@ func (i instant) since(before instant) time.Duration {
 //
 // That is known from sightings: at some moment the log reached to its seq head. Once the state
 // has reached it too, it is fresh as of that moment. Sightings that it has not reached wait.
+//
+// A head below what the state has is normal for one that was read a little before the state came
+// so far. But if the state had come there long before, the log has gone back: it was restored, in
+// the same epoch, and what it has now is not what the state has. Such a head says nothing.
 type age struct {
 	fresh atomic.Pointer[instant] // nil: that is not known
 
 	mu      sync.Mutex
-	epoch   revocation.Epoch // of waiting
-	waiting []sighting       // each later than the one before, and with a greater head
+	at      revocation.Position // where the state stands
+	since   int64               // latest when it was found there
+	latest  int64               // the last moment of a sighting so far, by the clock that only runs
+	epoch   revocation.Epoch    // of waiting
+	waiting []sighting          // each later than the one before, and with a greater head
 }
 
 type sighting struct {
@@ -79,10 +86,16 @@ func (a *age) restored(fresh time.Time, now instant) {
 	a.freshen(now.add(-max(0, since)))
 }
 
+// maxLag is how long after the state has come to a position heads below it are believed: they
+// come from processes whose clocks, or whose knowledge of the log, differ by less.
+const maxLag = silence
+
 // saw is told that the log reached to head at a moment, of a state that has come to reached.
 func (a *age) saw(head, reached revocation.Position, at instant) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.stands(reached)
+	a.latest = max(a.latest, at.mono)
 	if head.Epoch != reached.Epoch {
 		return // that is another log
 	}
@@ -90,7 +103,10 @@ func (a *age) saw(head, reached revocation.Position, at instant) {
 		a.epoch, a.waiting = head.Epoch, nil
 	}
 	a.settle(reached.Seq)
-	if head.Seq <= reached.Seq {
+	switch {
+	case head.Seq < reached.Seq && at.mono-a.since > int64(maxLag):
+		return // the log has gone back
+	case head.Seq <= reached.Seq:
 		a.freshen(at)
 		return
 	}
@@ -128,8 +144,18 @@ func (a *age) thin() {
 func (a *age) reached(at revocation.Position) {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	a.stands(at)
 	if at.Epoch == a.epoch {
 		a.settle(at.Seq)
+	}
+}
+
+// stands notes since when the state is where it is, in steps of the sightings. After long without
+// any that is too early, and one head below may be passed over that need not be: the next will do.
+// It needs a.mu.
+func (a *age) stands(at revocation.Position) {
+	if a.at != at {
+		a.at, a.since = at, a.latest
 	}
 }
 
@@ -159,38 +185,44 @@ func (a *age) freshen(at instant) {
 }
 
 const (
-	// headAge is how old the head in a heartbeat or a page is at most, when it is not told.
+	// headAge is how old the head of a page is at most when the page is asked for.
 	headAge = 2 * time.Second
 	// maxSkew is the most that clocks are taken to differ by. More than that, and tokens
 	// would not be accepted either.
 	maxSkew = revocation.MaxLeeway
-	// drift is by how much two clocks may differ in speed, 1 in driftOne.
-	driftOne = 5000
+	// measureFor is the time whose fastest heartbeat is the measure, and that before it too.
+	measureFor = time.Minute
 )
 
 // delays tells how late the heartbeats of a feed are. The service's clock and the one here differ
-// by what is not known, so what is known of the fastest heartbeat serves as measure: it was not
-// late. As clocks differ in speed too, that fades slowly.
+// by what is not known, so the fastest heartbeat of the last one to two minutes serves as measure:
+// it was not late. A delay that is the same for so long is a clock: one was set, or differs from that
+// of the process that told before.
+//
+// The minutes go on with heartbeats only. When a feed has hung, what then comes at once is measured by
+// what came before.
 type delays struct {
-	known bool
-	least int64 // the clock here less the service's, when a heartbeat came
-	noted int64 // when that was, by the clock that only runs
+	began int64 // when least[0] did, by the clock that only runs
+	known int   // how many of least are
+	least [2]int64
 }
 
 // moment is when, at the earliest, what told says was so, which came now.
+//
+// What has no time may have waited to be read for as long as the feed may hang without being
+// given up.
 func (d *delays) moment(told time.Time, now instant) instant {
 	if told.IsZero() {
-		return now.add(-headAge)
+		return now.add(-silence)
 	}
-	differs := now.mono - told.UnixNano()
-	if d.known {
-		d.least += (now.mono - d.noted) / driftOne
+	differs := now.mono - told.UnixNano() // the clock here less the service's
+	if d.known == 0 || now.mono-d.began >= int64(measureFor) {
+		d.began, d.known = now.mono, min(d.known+1, len(d.least))
+		d.least = [2]int64{differs, d.least[0]}
 	}
-	if !d.known || differs < d.least {
-		d.known, d.least = true, differs
-	}
-	d.noted = now.mono
-	// The first one may have been late already, by what cannot be the clocks' fault.
-	late := max(differs-d.least, now.wall-told.UnixNano()-int64(maxSkew))
+	d.least[0] = min(d.least[0], differs)
+	least := slices.Min(d.least[:d.known])
+	// All of them may be late, by what cannot be the clocks' fault.
+	late := max(differs-least, now.wall-told.UnixNano()-int64(maxSkew))
 	return now.add(-time.Duration(late))
 }

@@ -26,9 +26,10 @@ import (
 // the one before it: if the last one is damaged nothing is lost.
 //
 // A hole in what is here is known: by events that do not follow each other, by damage in a
-// journal, and since each journal tells how much of the one before must be there. Past one the
-// state is loaded as it was before, with the revocations from after it besides, and is not said
-// to be fresh as of a later time.
+// journal, since each journal tells how much of the one before must be there, and since one that
+// lacks what the state has says so: what could not be written, or was loaded from elsewhere. Past
+// one the state is loaded as it was before, with the revocations from after it besides, and is
+// not said to be fresh as of any time: a revocation that was known may be what is missing.
 type folder struct {
 	path  string
 	log   *slog.Logger
@@ -37,6 +38,7 @@ type folder struct {
 	state *State // since load
 
 	saving sync.Mutex // held by a save; before mu
+	aside  []int      // journals that are damaged, until a snapshot stands for them; of the one who saves
 
 	mu       sync.Mutex
 	closed   bool
@@ -50,9 +52,10 @@ type folder struct {
 	length   int64    // of the journals since then, in bytes
 	loads    uint64   // [View.Loads] of the state that is here
 	whole    bool     // what is here makes the state
-	failures int      // of what was to be added
+	failures int      // how often the state came to have what is not here
+	lacks    bool     // that was since the journal was begun
+	told     bool     // so the journal's head says it
 	pending  bool     // what failed last may not be in the state yet
-	aside    []int    // journals that are damaged, until a snapshot stands for them
 	damage   []string // see damaged
 	record   []byte
 	sync     *time.Timer // nil: everything is synced
@@ -163,7 +166,8 @@ func (f *folder) list() (snapshots, journals []int, err error) {
 }
 
 // load puts what the folder has into s, which is empty, and returns when that was known to be
-// everything, zero if that was never known. What is damaged is set aside and logged, never returned
+// everything, zero if that was never known or something is missing. From then on the folder is told
+// when s is loaded from elsewhere. What is damaged is set aside and logged, never returned
 // as an error: what remains is loaded. It is called once, before anything is added.
 func (f *folder) load(s *State) (fresh time.Time, err error) {
 	f.mu.Lock()
@@ -201,6 +205,10 @@ func (f *folder) load(s *State) (fresh time.Time, err error) {
 	}
 	f.base, f.chain, f.whole, f.loads = r.base, r.chain, r.base > 0 && !r.lost, s.loadCount()
 	f.tidyDamaged()
+	s.replacing = f.lost
+	if r.lost {
+		return time.Time{}, nil
+	}
 	return r.fresh, nil
 }
 
@@ -281,10 +289,10 @@ func (f *folder) revoked(rec Record, at revocation.Position) error {
 // fresh says that the state, where it is now, was known to have everything at that time. It adds
 // nothing while a snapshot is due because something is missing: that will tell.
 func (f *folder) fresh(at time.Time) error {
+	p := f.state.At() // first: isWhole would not notice what is loaded between the two
 	if !f.isWhole() {
 		return nil
 	}
-	p := f.state.At()
 	return f.add(func(b []byte) []byte { return appendFresh(b, at, p) })
 }
 
@@ -294,7 +302,36 @@ func (f *folder) isWhole() bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.pending = false
+	f.tell()
 	return f.whole && f.loads == loads
+}
+
+// lost is told before the state has what is not here, so that nobody takes what is here for fresh
+// if the process ends before the next save does. It may be called at any time by who holds
+// State.loading until the state has it: no save begins in between.
+func (f *folder) lost() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.miss()
+}
+
+// miss notes that something is missing here. It needs f.mu.
+func (f *folder) miss() {
+	f.whole, f.lacks = false, true
+	f.failures++
+	f.tell()
+}
+
+// tell has the journal say what it lacks, if it does not yet; if that fails, the next call tries it
+// again. It needs f.mu.
+func (f *folder) tell() {
+	switch {
+	case !f.lacks || f.told:
+	case f.journal != nil:
+		f.told = f.disk.write(f.journal, []byte{1}, int64(journalLacks)) == nil
+	case f.base > 0: // else nothing here is said to be fresh
+		_ = f.begin() // which says it
+	}
 }
 
 // loadCount is [View.Loads].
@@ -311,11 +348,12 @@ func (f *folder) add(what func(b []byte) []byte) (err error) {
 	f.pending = false
 	defer func() {
 		if err != nil {
-			f.whole, f.pending = false, true
-			f.failures++
+			f.pending = true
+			f.miss()
 			err = fmt.Errorf("add to journal of folder %s: %w", f.path, err)
 		}
 	}()
+	f.tell()
 	if f.record, err = appendRecord(f.record[:0], what); err != nil {
 		return err
 	}
@@ -362,7 +400,7 @@ func (f *folder) begin() error {
 	}
 	f.journal, f.end = file, int64(len(head))
 	f.length += f.end
-	f.unsaved = false
+	f.unsaved, f.lacks, f.told = false, false, false
 	return nil
 }
 
@@ -388,8 +426,7 @@ func (f *folder) syncFile(file *os.File) {
 		"folder", f.path, "error", err)
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.whole = false
-	f.failures++
+	f.miss()
 }
 
 // due reports whether there should be another snapshot: the journal is long, or lacks something,
@@ -420,53 +457,63 @@ func (f *folder) save(s *State, fresh time.Time) error {
 }
 
 func (f *folder) trySave(s *State, fresh time.Time) error {
-	n, before, length, err := f.turn()
+	t, err := f.turn(s)
 	if err != nil {
 		return err
 	}
-	if before != nil {
-		f.syncFile(before)
-		before.Close()
+	if t.before != nil {
+		f.syncFile(t.before)
+		t.before.Close()
 	}
-	f.mu.Lock()
-	failures, pending := f.failures, f.pending
-	f.mu.Unlock()
-
-	size, loads, err := f.writeSnapshot(n, s, fresh)
+	size, loads, err := f.writeSnapshot(t.number, s, fresh)
 	if err != nil {
 		return err
 	}
 	f.mu.Lock()
-	defer f.mu.Unlock()
 	kept := f.base
 	if kept == 0 {
-		kept = n
+		kept = t.number
 	}
-	f.base, f.size, f.loads = n, size, loads
-	f.length -= length
+	f.base, f.size, f.loads = t.number, size, loads
+	f.length -= t.length
 	f.unsaved = false
 	// If something failed meanwhile, it may be missing from the snapshot too.
-	f.whole = f.failures == failures && !pending
-	f.tidy(kept)
+	f.whole = f.failures == t.failures
+	f.mu.Unlock()
+	f.tidy(kept) // events need not wait for it
 	return nil
 }
 
-// turn begins journal n for snapshot n, unless one was begun for a save that failed. It returns
-// the one before, to be closed, and how long the journals are that the snapshot stands for.
-func (f *folder) turn() (n int, before *os.File, length int64, err error) {
+// turn is what a save begins with: a journal for what comes after it.
+type turn struct {
+	number   int
+	before   *os.File // the journal before, to be closed; nil: there is none
+	length   int64    // of the journals that the snapshot stands for
+	failures int      // those that it stands for
+}
+
+// turn begins journal n for snapshot n, unless one was begun for a save that failed and lacks
+// nothing. A snapshot of s that is begun afterwards has what the folder was told that it lacks.
+func (f *folder) turn(s *State) (t turn, err error) {
+	s.loading.Lock() // see lost
+	defer s.loading.Unlock()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	if f.closed {
-		return 0, nil, 0, os.ErrClosed
+		return t, os.ErrClosed
 	}
-	if f.journal == nil || !f.unsaved {
-		before = f.journal
+	if f.journal == nil || !f.unsaved || f.lacks {
+		t.before = f.journal
 		if err := f.begin(); err != nil {
-			return 0, nil, 0, err
+			return t, err
 		}
 		f.unsaved = true
 	}
-	return f.number, before, f.length - f.end, nil
+	t.number, t.length, t.failures = f.number, f.length-f.end, f.failures
+	if f.pending { // then the snapshot may lack it too
+		f.miss()
+	}
+	return t, nil
 }
 
 // writeSnapshot writes snapshot n.
@@ -513,7 +560,7 @@ func (w *fileWriter) Write(b []byte) (int, error) {
 	return len(b), nil
 }
 
-// tidy removes what nobody needs who loads snapshot kept or a later one. It needs f.mu.
+// tidy removes what nobody needs who loads snapshot kept or a later one. It needs f.saving.
 func (f *folder) tidy(kept int) {
 	snapshots, journals, err := f.list()
 	if err != nil {

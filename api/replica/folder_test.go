@@ -13,6 +13,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"syscall"
 	"testing"
@@ -89,6 +90,9 @@ type life struct {
 	kept map[revocation.Target]int64
 	// ahead are revocations that the state got without their events.
 	ahead map[revocation.Target]int64
+	// held are the revocations that the state had before it was looked at what a crash leaves: none of
+	// them is missing from what is said to be fresh. Nil: a disk that fails cannot always tell.
+	held map[revocation.Target]int64
 	// folds are of each prefix of the log.
 	folds []fold
 	fails int // one operation in so many fails; 0: none
@@ -269,6 +273,9 @@ func (l *life) deliver(n int) {
 		}
 		must(l.t, l.s.Apply(e))
 		l.asked++
+		if l.held != nil {
+			maps.Copy(l.held, l.folds[l.asked].revoked)
+		}
 	}
 }
 
@@ -304,6 +311,10 @@ func (l *life) step() {
 		loads := l.s.loadCount()
 		load(l.t, l.s, revocation.Position{Epoch: epoch, Seq: l.asked}, l.fill, l.snapshot(l.asked))
 		l.asked = max(l.asked, l.s.At().Seq)
+		if l.held != nil {
+			maps.Copy(l.held, l.folds[l.asked].revoked)
+			l.check("after a snapshot was loaded")
+		}
 		if l.s.loadCount() > loads && l.asked > 0 && !l.f.due() {
 			l.t.Fatal("the state was loaded from elsewhere, and no snapshot is due")
 		}
@@ -356,6 +367,11 @@ func (l *life) check(when string) {
 	for target, exp := range l.kept {
 		if !holds(s, target, exp) {
 			l.t.Fatalf("%s: %+v is not revoked any more", where, target)
+		}
+	}
+	for target, exp := range l.held {
+		if !fresh.IsZero() && !holds(s, target, exp) {
+			l.t.Fatalf("%s: fresh at %d, it lacks %+v, which was revoked", where, fresh.Unix()-begin, target)
 		}
 	}
 	at := s.At()
@@ -422,7 +438,7 @@ func TestFolderAfterACrash(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) { // so that nothing is synced meanwhile
 				l := newLife(t, seed)
-				l.crash = 4
+				l.crash, l.held = 4, make(map[revocation.Target]int64)
 				l.start()
 				for l.c.more() {
 					l.step()
@@ -595,7 +611,7 @@ func TestFolderDamage(t *testing.T) {
 		}
 		other := change("journal-2", flip(journalHead+40))
 		f, s, fresh := reopen(t, other)
-		if s.At().Seq != 1+n || fresh != time.Unix(begin+1+n, 0) || !f.due() || !strings.Contains(f.damaged(), "journal-2") {
+		if s.At().Seq != 1+n || !fresh.IsZero() || !f.due() || !strings.Contains(f.damaged(), "journal-2") {
 			t.Errorf("at %s, fresh at %d, damage %q, due %t", s.At(), fresh.Unix()-begin, f.damaged(), f.due())
 		}
 	})
@@ -603,7 +619,7 @@ func TestFolderDamage(t *testing.T) {
 		other := change("snapshot-2", flip(100))
 		must(t, os.Remove(filepath.Join(other, "journal-1")))
 		f, s, fresh := reopen(t, other)
-		if s.At().Seq != 1 || fresh != time.Unix(begin+1, 0) || !f.due() {
+		if s.At().Seq != 1 || !fresh.IsZero() || !f.due() {
 			t.Errorf("at %s, fresh at %d", s.At(), fresh.Unix()-begin)
 		}
 		if !holds(s, ofJTI(uuidOf(last-1)), begin+1000) {
@@ -646,7 +662,10 @@ func TestFolderDamage(t *testing.T) {
 		}
 	})
 	t.Run("a later version", func(t *testing.T) {
-		want(t, change("journal-2", func(b []byte) []byte { b[len(journalMagic)]++; return b }), 1+n, 1+n, "version 2")
+		f, s, fresh := reopen(t, change("journal-2", func(b []byte) []byte { b[len(journalMagic)]++; return b }))
+		if s.At().Seq != 1+n || !fresh.IsZero() || !strings.Contains(f.damaged(), "version 2") {
+			t.Errorf("at %s, fresh at %s, damage %q", s.At(), fresh, f.damaged())
+		}
 		want(t, change("snapshot-2", func(b []byte) []byte { b[len(snapshotMagic)]++; return b }), last, last, "version 2")
 	})
 }
@@ -748,10 +767,116 @@ func TestFolderFallsBackOverAHole(t *testing.T) {
 	must(t, f.close())
 	copyFolder(t, path, path+"2")
 	must(t, os.Truncate(filepath.Join(path+"2", "snapshot-2"), 30))
-	for path, want := range map[string]int64{path: 4, path + "2": 2} {
+	for path, want := range map[string]time.Time{path: time.Unix(begin+4, 0), path + "2": {}} {
 		_, s, fresh := reopen(t, path)
-		if got := fresh.Unix() - begin; got != want || int64(s.At().Seq) != want || !holds(s, ofJTI(uuidOf(3)), begin+1000) {
-			t.Errorf("%v: at %s, fresh at %d, want %d", filesOf(t, path), s.At(), got, want)
+		if fresh != want || fresh.IsZero() && s.At().Seq > 2 || !holds(s, ofJTI(uuidOf(3)), begin+1000) {
+			t.Errorf("%v: at %s, fresh at %s, want %s", filesOf(t, path), s.At(), fresh, want)
+		}
+	}
+}
+
+// A process may end when the state was loaded from elsewhere and that is not here yet: what is here
+// is not fresh then.
+func TestFolderIsToldOfLoads(t *testing.T) {
+	t.Parallel()
+	for name, when := range map[string]string{
+		"nothing is saved": "", "a snapshot is about to be made": "sync", "a snapshot is being written": "write",
+	} {
+		t.Run(name, func(t *testing.T) {
+			t.Parallel()
+			path, m := filled(t, 4)
+			f, s, _ := reopen(t, path)
+			must(t, f.fresh(time.Unix(begin+9, 0)))
+			m.revoke(Record{Target: ofJTI("late"), Tenant: acme, Exp: begin + 1000})
+			arrive := sync.OnceFunc(func() {
+				load(t, s, m.head(), m.fill)
+				copyFolder(t, path, path+"-during")
+			})
+			f.disk.sync = func(file *os.File) error {
+				if when == "sync" && strings.Contains(file.Name(), journalPrefix) {
+					arrive()
+				}
+				return nil
+			}
+			f.disk.write = func(file *os.File, b []byte, at int64) error {
+				if when == "write" && strings.Contains(file.Name(), snapshotPrefix) {
+					arrive()
+				}
+				return realDisk.write(file, b, at)
+			}
+			if when != "" {
+				must(t, f.save(s, time.Unix(begin+9, 0)))
+			}
+			arrive()
+			copyFolder(t, path, path+"-before")
+			for _, at := range []string{path + "-during", path + "-before"} {
+				if _, s, fresh := reopen(t, at); !fresh.IsZero() && !holds(s, ofJTI("late"), begin+1000) {
+					t.Errorf("%v: fresh at %d without what was loaded", filesOf(t, at), fresh.Unix()-begin)
+				}
+			}
+			must(t, f.fresh(time.Unix(begin+10, 0)))
+			if !f.due() {
+				t.Error("no snapshot is due")
+			}
+			must(t, f.save(s, time.Unix(begin+10, 0)))
+			must(t, f.close())
+			want(t, path, 10, 9, "")
+		})
+	}
+}
+
+// What cannot be written when the disk is full is missing, and what is here says so as soon as
+// anything can be written: at once where there is room already.
+func TestFolderTellsWhatItLacks(t *testing.T) {
+	t.Parallel()
+	late := Record{Target: ofJTI("late"), Tenant: acme, Exp: begin + 1000}
+	for name, add := range map[string]func(f *folder, m *model) error{
+		"event":   func(f *folder, m *model) error { return f.event(m.revoke(late)) },
+		"revoked": func(f *folder, m *model) error { return f.revoked(late, revocation.Position{Epoch: newEpoch, Seq: 1}) },
+	} {
+		for full, room := range map[string]bool{"no room": true, "nothing can be written": false} {
+			for journal, begun := range map[string]bool{"a journal": true, "no journal yet": false} {
+				t.Run(strings.Join([]string{name, full, journal}, ", "), func(t *testing.T) {
+					t.Parallel()
+					path, m := filled(t, 4)
+					f, s, _ := reopen(t, path)
+					if begun {
+						must(t, f.fresh(time.Unix(begin+9, 0)))
+					}
+					f.disk.write = func(file *os.File, b []byte, at int64) error {
+						if info, err := file.Stat(); err == nil && room && at+int64(len(b)) <= info.Size() {
+							return realDisk.write(file, b, at)
+						}
+						return syscall.ENOSPC
+					}
+					fresh := func() time.Time {
+						copyFolder(t, path, path+"-copy")
+						f, _, fresh := reopen(t, path+"-copy")
+						must(t, f.close())
+						return fresh
+					}
+					if err := add(f, m); !errors.Is(err, syscall.ENOSPC) {
+						t.Fatalf("%v", err)
+					}
+					if room && begun && !fresh().IsZero() {
+						t.Error("it is said to be fresh after a crash")
+					}
+					f.disk = quick()
+					if must(t, f.fresh(time.Unix(begin+20, 0))); !fresh().IsZero() {
+						t.Error("it is said to be fresh when there is room again")
+					}
+					// The event may be on its way still: a snapshot does not stand for it.
+					must(t, add(f, m))
+					if !fresh().IsZero() {
+						t.Error("what failed before is forgotten")
+					}
+					s.Revoke(late, revocation.Position{Epoch: newEpoch, Seq: 1})
+					must(t, f.save(s, time.Unix(begin+21, 0)))
+					if fresh() != time.Unix(begin+21, 0) || f.due() {
+						t.Errorf("it is not healed: fresh at %s, due %t", fresh(), f.due())
+					}
+				})
+			}
 		}
 	}
 }
@@ -821,7 +946,7 @@ func TestFolderIsFull(t *testing.T) {
 	must(t, f.fresh(time.Unix(begin+15, 0))) // which cannot be said yet
 	copyFolder(t, path, path+"2")
 	_, before, fresh := reopen(t, path+"2")
-	if before.At().Seq != 9 || fresh != time.Unix(begin+9, 0) || !holds(before, ofJTI(uuidOf(200)), begin+1000) {
+	if before.At().Seq != 9 || !fresh.IsZero() || !holds(before, ofJTI(uuidOf(200)), begin+1000) {
 		t.Errorf("without a snapshot it is at %s, fresh at %d", before.At(), fresh.Unix()-begin)
 	}
 	must(t, f.save(s, time.Unix(begin+15, 0)))
@@ -863,6 +988,10 @@ func TestFolderFailsWhileSaving(t *testing.T) {
 				fail()
 			}
 			must(t, f.save(s, time.Unix(begin+9, 0)))
+			copyFolder(t, path, path+"2")
+			if _, _, fresh := reopen(t, path+"2"); !fresh.IsZero() {
+				t.Errorf("fresh at %d, and what failed is missing", fresh.Unix()-begin)
+			}
 			must(t, s.Apply(e))
 			if !f.due() {
 				t.Error("no snapshot is due")

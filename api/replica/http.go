@@ -2,6 +2,8 @@ package replica
 
 import (
 	"context"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -32,9 +34,13 @@ type HTTPConfig struct {
 	// Tenant narrows what is fetched to one tenant, by its domain. Empty: all that the
 	// account sees.
 	Tenant string
+	// RootCAs verify the service's certificate, for one of a private authority. Default: those of
+	// the system. It goes without Client, which has its own.
+	RootCAs *x509.CertPool
 	// Client sends the requests. It must have no timeout of its own: streams last. Redirects are
-	// not followed, whatever it says. Default: one with timeouts to connect, the system's
-	// authorities, and the proxy of the environment.
+	// not followed, whatever it says. Default: one with timeouts to connect, RootCAs, and the
+	// proxy of the environment ([http.ProxyFromEnvironment]). The keys of issuers are fetched
+	// by package gateway, which has RootCAs of its own and uses no proxy.
 	Client *http.Client
 }
 
@@ -88,13 +94,18 @@ func NewHTTP(cfg HTTPConfig) (*HTTP, error) {
 	if cfg.Client != nil && cfg.Client.Timeout != 0 {
 		wrong("Client has a Timeout of %s, which would end every stream: leave it 0", cfg.Client.Timeout)
 	}
+	if cfg.Client != nil && cfg.RootCAs != nil {
+		wrong("Client and RootCAs are both set: give Client's transport the authorities, or leave it nil")
+	}
 	if err := errors.Join(errs...); err != nil {
 		return nil, fmt.Errorf("configure replica over HTTP: %w", err)
 	}
+	transport := newTransport()
+	transport.TLSClientConfig = &tls.Config{RootCAs: cfg.RootCAs, MinVersion: tls.VersionTLS12}
 	h := &HTTP{
 		url: u.JoinPath("/"), tenant: cfg.Tenant, secret: cfg.Password,
 		authorization: "Basic " + base64.StdEncoding.EncodeToString([]byte(cfg.Username+":"+cfg.Password)),
-		client:        &http.Client{Transport: newTransport()}, maxPage: maxPage,
+		client:        &http.Client{Transport: transport}, maxPage: maxPage,
 	}
 	if cfg.Client != nil {
 		client := *cfg.Client
@@ -134,6 +145,11 @@ const (
 	answerIn = 30 * time.Second
 	// stallFor is how long it may take for the next bytes of what it sends.
 	stallFor = 15 * time.Second
+	// An answer that it has been waited for longer than slowFor must bring leastRate from then
+	// on, in bytes a second: while it is read nothing else is fetched. The service demands the
+	// same of readers.
+	slowFor   = 30 * time.Second
+	leastRate = 64 << 10
 	// pageLimit is how many events are asked for at a time, the most that there may be.
 	pageLimit = 1000
 	// maxPage bounds an answer with so many, of less than 64 KiB each.
@@ -147,6 +163,7 @@ func (h *HTTP) Load(ctx context.Context, s *State) error {
 	a, err := h.get(ctx, "/v1/snapshots/all", nil, http.Header{"Accept": {SnapshotType}}, stallFor)
 	if err == nil {
 		defer a.close()
+		a.ends = true
 		_, err = s.ReadSnapshot(a)
 	}
 	if err != nil {
@@ -155,7 +172,16 @@ func (h *HTTP) Load(ctx context.Context, s *State) error {
 	return nil
 }
 
-// Events implements [Source]: GET /v1/events, up to 1,000 of them.
+// ErrAhead is returned by [HTTP.Events] when the service's log, in the same epoch, ends before the
+// position that it was asked about. That is no matter of waiting: the log
+// was restored to what it was before, and events that follow have numbers that others had.
+var ErrAhead = errors.New("the log ends before what was applied here: was it restored? Run `rescind epoch new`")
+
+// pastTheEnd is how the service says so in a problem.
+const pastTheEnd = "past the end of the log"
+
+// Events implements [Source]: GET /v1/events, up to 1,000 of them. Its error is [ErrAhead] if
+// the log ends before after.
 func (h *HTTP) Events(ctx context.Context, after revocation.Position) (Page, error) {
 	page, err := h.events(ctx, after)
 	if err != nil {
@@ -167,10 +193,14 @@ func (h *HTTP) Events(ctx context.Context, after revocation.Position) (Page, err
 func (h *HTTP) events(ctx context.Context, after revocation.Position) (Page, error) {
 	query := url.Values{"after": {after.String()}, "limit": {strconv.Itoa(pageLimit)}}
 	a, err := h.get(ctx, "/v1/events", query, http.Header{"Accept": {"application/json"}}, stallFor)
+	if r, ok := errors.AsType[*refusal](err); ok && r.status == http.StatusBadRequest && strings.Contains(r.text, pastTheEnd) {
+		return Page{}, ErrAhead
+	}
 	if err != nil {
 		return Page{}, err
 	}
 	defer a.close()
+	a.ends = true
 	var body struct {
 		Epoch   revocation.Epoch  `json:"epoch"`
 		Head    *revocation.Seq   `json:"head"` // not there when it is not known
@@ -209,18 +239,25 @@ func (h *HTTP) events(ctx context.Context, after revocation.Position) (Page, err
 	return page, nil
 }
 
-// answer is the body of an answer with status 200. Reading fails when nothing comes for long. It
-// must be closed.
+// answer is the body of an answer with status 200. Reading fails when nothing comes for long or, of
+// one that ends, too little. It must be closed.
 type answer struct {
 	ctx    context.Context
 	cancel context.CancelCauseFunc
 	body   io.ReadCloser
 	stall  time.Duration
 	timer  *time.Timer
+
+	ends   bool // it is no stream, and must keep to leastRate
+	came   int64
+	waited time.Duration // for what came
 }
 
-// errStalled is the cause of requests that are given up.
-var errStalled = errors.New("nothing came for long: the service, or the way to it, hangs")
+var (
+	// errStalled is the cause of requests that are given up.
+	errStalled = errors.New("nothing came for long: the service, or the way to it, hangs")
+	errSlow    = fmt.Errorf("less than %d KiB a second came for long: the service, or the way to it, is too slow", leastRate>>10)
+)
 
 // get asks for path below the service's URL. The answer is of the type that header accepts; its
 // reader may be slow, but the service must send something every stall.
@@ -271,17 +308,29 @@ func (h *HTTP) get(ctx context.Context, path string, query url.Values, header ht
 	return nil, err
 }
 
-// Read waits for the service no longer than a.stall, however long the reader takes in between.
+// Read waits for the service no longer than a.stall, however long the reader takes in between. Nor
+// does that count as time in which little came.
 func (a *answer) Read(p []byte) (int, error) {
 	a.timer.Reset(a.stall)
+	began := time.Now()
 	n, err := a.body.Read(p)
 	a.timer.Stop()
+	a.waited += time.Since(began)
+	a.came += int64(n)
+	if err == nil && a.ends && isSlow(a.came, a.waited-slowFor) {
+		return n, errSlow
+	}
 	if err != nil && !errors.Is(err, io.EOF) {
 		if cause := context.Cause(a.ctx); cause != nil {
 			err = cause
 		}
 	}
 	return n, err
+}
+
+// isSlow reports whether so many bytes are too few for a time, which may be negative.
+func isSlow(came int64, waited time.Duration) bool {
+	return float64(came) < waited.Seconds()*leastRate
 }
 
 func (a *answer) close() {

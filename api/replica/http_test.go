@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"compress/gzip"
 	"context"
+	"crypto/x509"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -12,6 +13,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -315,7 +317,7 @@ func TestStreamReconnects(t *testing.T) {
 				}
 				within(t, 15*time.Second, "it is at the head", s.reachedBy(r))
 				s.equal(t, r)
-				if got := r.Status(); got.Snapshots != 1 || (len(got.Tenants) == 1) != (tenant != "") {
+				if got := r.Status(); tenant == "" && got.Snapshots != 1 || (len(got.Tenants) == 1) != (tenant != "") {
 					t.Errorf("%d snapshots, tenants %q", got.Snapshots, got.Tenants)
 				}
 				resumed := 0
@@ -481,33 +483,118 @@ func TestHostileServer(t *testing.T) {
 	}
 }
 
-// A snapshot may take as long as it will, if it comes.
+// A snapshot may take as long as it will, if it comes; but nobody waits for a trickle.
 func TestSlowSnapshot(t *testing.T) {
+	for name, tt := range map[string]struct {
+		piece int // bytes every ten seconds
+		least time.Duration
+		most  time.Duration
+		err   error
+	}{
+		"it comes":        {leastRate * 11, 10 * time.Minute, time.Hour, nil},
+		"it comes slowly": {leastRate * 5, slowFor, 90 * time.Second, errSlow},
+		"it trickles":     {100, slowFor, slowFor + 11*time.Second, errSlow},
+	} {
+		t.Run(name, func(t *testing.T) {
+			bubble(t, func(t *testing.T) {
+				s := newService(t)
+				web := newWeb(t, s)
+				b := newBlocks(1, 0).header("all", 0)
+				for len(b.b) < 60*tt.piece {
+					b.block(optional|0x70, strings.Repeat("x", min(tt.piece, 60_000)))
+				}
+				all := b.end(0, 0)
+				web.set(func(w http.ResponseWriter, r *http.Request) bool {
+					w.Header().Set("Content-Type", SnapshotType)
+					for piece := range slices.Chunk(all, tt.piece) {
+						if _, err := w.Write(piece); err != nil {
+							return true
+						}
+						_ = http.NewResponseController(w).Flush()
+						time.Sleep(10 * time.Second)
+					}
+					return true
+				})
+				state, began := NewState(StateConfig{}), time.Now()
+				err := web.source(t, "").Load(t.Context(), state)
+				if took := time.Since(began); !errors.Is(err, tt.err) || took < tt.least || took > tt.most || (state.At() == position(7)) != (err == nil) {
+					t.Errorf("at %s after %s: %v", state.At(), took, err)
+				}
+			})
+		})
+	}
+}
+
+// A log that was restored without a new epoch is told of, and followed nevertheless.
+func TestAhead(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		s := newService(t)
-		for i := range 100 {
-			s.change("created", application(int32(i+1), "x"))
+		for i := range 5 {
+			s.revoke(fmt.Sprint(i))
 		}
 		web := newWeb(t, s)
+		h := web.source(t, "")
 		web.set(func(w http.ResponseWriter, r *http.Request) bool {
-			if r.Header.Get("Accept") != SnapshotType {
-				return false
+			if r.Header.Get("Accept") == "application/json" {
+				if after(r.URL.Query().Get("after")).Seq <= 3 {
+					return false
+				}
+				w.Header().Set("Content-Type", "application/problem+json")
+				w.WriteHeader(http.StatusBadRequest)
+				fmt.Fprint(w, `{"title":"A parameter is not valid.","status":400,"detail":"The parameter after is past the end of the log."}`)
+				return true
 			}
-			r.Header.Del("Accept-Encoding")
-			web.snapshot(w, r, func(b []byte) {
-				_, _ = w.Write(b)
-				_ = http.NewResponseController(w).Flush()
-				time.Sleep(10 * time.Second)
-			})
+			w.Header().Set("Content-Type", "text/event-stream")
+			fmt.Fprintf(w, "id: %s:3\nevent: reset\ndata: {\"epoch\":%[1]q,\"seq\":3}\n\n", epoch)
+			e, err := s.log[3].MarshalJSON()
+			must(t, err)
+			fmt.Fprintf(w, "id: %s\nevent: %s\ndata: %s\n\n", s.log[3].Position, s.log[3].Type, e)
 			return true
 		})
-		h := web.source(t, "")
-		state, began := NewState(StateConfig{}), time.Now()
-		must(t, h.Load(t.Context(), state))
-		if took := time.Since(began); state.At() != s.head() || took < 15*time.Minute {
-			t.Errorf("at %s after %s", state.At(), took)
+		if _, err := h.Events(t.Context(), position(3)); err != nil {
+			t.Errorf("at the end: %v", err)
+		}
+		if _, err := h.Events(t.Context(), position(5)); !errors.Is(err, ErrAhead) || errors.Is(err, ErrGone) || !strings.Contains(err.Error(), "rescind epoch new") {
+			t.Errorf("past the end: %v", err)
+		}
+		// The stream goes on, lest a revocation there be missed; it is asked again what was before
+		// unless Connected has found out.
+		for from, want := range map[revocation.Position]int{
+			position(5): 2, position(3): 1, position(2): 2, {Epoch: newEpoch, Seq: 5}: 2,
+		} {
+			var to hears
+			err := h.Follow(t.Context(), func() revocation.Position { return from }, &to)
+			if to.connects != want || len(to.events) != 1 || !strings.Contains(err.Error(), "has ended the stream") {
+				t.Errorf("from %s: %d times connected, %d events, %v", from, to.connects, len(to.events), err)
+			}
+		}
+		var to hears
+		_ = h.Follow(t.Context(), func() revocation.Position { return position(revocation.Seq(1 + 4*min(to.connects, 1))) }, &to)
+		if to.connects != 1 {
+			t.Errorf("%d times connected, though nothing was missing", to.connects)
+		}
+		web.set(func(w http.ResponseWriter, r *http.Request) bool {
+			problem(w, http.StatusBadRequest, "The parameter limit must be a number.")
+			return true
+		})
+		if _, err := h.Events(t.Context(), position(5)); err == nil || errors.Is(err, ErrAhead) {
+			t.Errorf("another mistake: %v", err)
 		}
 	})
+}
+
+// hears is a Receiver that notes what it is told.
+type hears struct {
+	Receiver
+	connects int
+	events   []revocation.Event
+}
+
+func (h *hears) Connected(context.Context) error { h.connects++; return nil }
+
+func (h *hears) Event(_ context.Context, e revocation.Event) error {
+	h.events = append(h.events, e)
+	return nil
 }
 
 func TestEventsOverHTTP(t *testing.T) {
@@ -570,6 +657,9 @@ func TestHTTPConfig(t *testing.T) {
 		"everything": {func(c *HTTPConfig) {
 			*c = HTTPConfig{URL: "ftp://x", Username: "a:b", Password: secret + "\n", Tenant: "A B", Client: &http.Client{Timeout: time.Second}}
 		}, []string{"configure replica over HTTP: ", "URL must be", "Username has", "Password has a control character", `Tenant is "A B"`, "Client has a Timeout of 1s"}},
+		"authorities": {func(c *HTTPConfig) { c.RootCAs = x509.NewCertPool() }, nil},
+		"authorities and a client": {func(c *HTTPConfig) { c.RootCAs, c.Client = x509.NewCertPool(), new(http.Client) },
+			[]string{"Client and RootCAs are both set"}},
 		"nothing": {func(c *HTTPConfig) { *c = HTTPConfig{} }, []string{"URL must be", "Username is empty", "Password is empty"}},
 	} {
 		cfg := good
@@ -605,5 +695,30 @@ func TestRedirect(t *testing.T) {
 	must(t, err)
 	if err := h.Load(t.Context(), NewState(StateConfig{})); err == nil || !strings.Contains(err.Error(), "redirects are not followed") {
 		t.Error(err)
+	}
+}
+
+// A private authority is believed if it is given, and not otherwise.
+func TestRootCAs(t *testing.T) {
+	t.Parallel()
+	server := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("Content-Type", SnapshotType)
+		_, _ = w.Write(newBlocks(1, 0).header("all", 0).end(0, 0))
+	}))
+	server.Config.ErrorLog = log.New(io.Discard, "", 0)
+	server.StartTLS()
+	defer server.Close()
+	roots := x509.NewCertPool()
+	roots.AddCert(server.Certificate())
+	for _, given := range []*x509.CertPool{roots, x509.NewCertPool(), nil} {
+		h, err := NewHTTP(HTTPConfig{URL: server.URL, Username: "gw", Password: secret, RootCAs: given})
+		must(t, err)
+		s := NewState(StateConfig{})
+		err = h.Load(t.Context(), s)
+		unknown := new(x509.UnknownAuthorityError)
+		if (given == roots) != (err == nil) || err != nil && !errors.As(err, unknown) || (s.At() == position(7)) != (given == roots) {
+			t.Errorf("at %s: %v", s.At(), err)
+		}
+		h.client.CloseIdleConnections()
 	}
 }

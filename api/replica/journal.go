@@ -15,14 +15,16 @@ import (
 	"github.com/rescindhq/rescind/api/revocation"
 )
 
-// A journal is a head and records. The head is a magic, the version of the form, and the link
-// to the journal before. A record is a mark, the length and the CRC-32C of what follows, 4 bytes
+// A journal is a head and records. The head is a magic, the version of the form, the link
+// to the journal before, and a byte that is not 0 if the journal lacks something. That is in the
+// head because it can be changed there on a disk that is full. A record is a mark, the length and the CRC-32C of what follows, 4 bytes
 // each, then a byte for its type and its members. The mark is there to find the next record
 // after one that is damaged.
 const (
 	journalMagic   = "\x89RJRNL\r\n"
 	journalVersion = 1
-	journalHead    = len(journalMagic) + 1 + 8 + 8
+	journalHead    = len(journalMagic) + 1 + 8 + 8 + 1
+	journalLacks   = journalHead - 1 // where the byte is
 
 	recordMark = "\xa5Rj\x96"
 	recordHead = len(recordMark) + 4 + 4
@@ -47,7 +49,8 @@ var unlinked = link{number: math.MaxInt64}
 func appendJournalHead(b []byte, follows link) []byte {
 	b = append(append(b, journalMagic...), journalVersion)
 	b = binary.LittleEndian.AppendUint64(b, uint64(follows.number))
-	return binary.LittleEndian.AppendUint64(b, uint64(follows.end))
+	b = binary.LittleEndian.AppendUint64(b, uint64(follows.end))
+	return append(b, 0)
 }
 
 // appendRecord appends a record of what what appends.
@@ -131,7 +134,7 @@ func (r *replay) journal(n int, in io.Reader) error {
 	}
 	numbers := head[len(journalMagic)+1:]
 	follows := link{number: int(binary.LittleEndian.Uint64(numbers)), end: int64(binary.LittleEndian.Uint64(numbers[8:]))}
-	if n > r.base && (follows.number != r.chain.number || follows.end > r.chain.end) {
+	if n >= r.base && head[journalLacks] != 0 || n > r.base && (follows.number != r.chain.number || follows.end > r.chain.end) {
 		r.lost = true
 	}
 	r.chain = link{number: n, end: int64(journalHead)}

@@ -45,8 +45,8 @@ type loaded struct {
 // errNoRecords is the error of a load of entries without identifiers by a state that lists them.
 var errNoRecords = errors.New("load entries without identifiers: a state with StateConfig.Records needs those")
 
-// maxReserve is for how many entries more than came room is made: who says how many there will
-// be may be wrong, or want to do harm.
+// maxReserve is for how many entries more than came room is made, of all sets: who says how many
+// there will be may be wrong, or want to do harm.
 const maxReserve = 1 << 20
 
 // entries adds many revocations of a class of an issuer ("" for tenants) at once: some thousand

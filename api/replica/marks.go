@@ -3,7 +3,7 @@ package replica
 import (
 	"crypto/sha256"
 	"encoding/binary"
-	"maps"
+	"hash/maphash"
 	"math/bits"
 	"math/rand/v2"
 	"sync/atomic"
@@ -191,18 +191,29 @@ type marks struct {
 	sets   []*set
 }
 
-// issuerList finds issuers by name. It is replaced, never changed.
+// issuerList finds issuers by name: in a list of few, or in a hash table. A list is replaced, never
+// changed. A table is replaced when it has become too small; until then chains get longer at their
+// heads, so that readers need no lock and one more issuer costs no copy of the others.
 type issuerList struct {
 	few    []namedIssuer // all of them, if there are so few that to compare is faster than to hash
-	byName map[string]*issuer
+	chains []atomic.Pointer[chainedIssuer]
+	n      int // how many there are; the writer's own
 }
 
 // fewIssuers is how many.
 const fewIssuers = 8
 
+// issuerSeed keeps those who choose issuers from choosing where they go.
+var issuerSeed = maphash.MakeSeed()
+
 type namedIssuer struct {
 	name string
 	*issuer
+}
+
+type chainedIssuer struct {
+	namedIssuer
+	next *chainedIssuer
 }
 
 type issuer struct {
@@ -211,30 +222,68 @@ type issuer struct {
 
 // find returns nil if there is none.
 func (is *issuerList) find(name string) *issuer {
-	for i := range is.few {
-		if is.few[i].name == name {
-			return is.few[i].issuer
+	for _, one := range is.few {
+		if one.name == name {
+			return one.issuer
 		}
 	}
-	if len(is.byName) <= fewIssuers {
-		return nil
-	}
-	return is.byName[name]
+	return is.hashed(name)
 }
 
-// with is a copy that has one more.
-func (is *issuerList) with(name string, one *issuer) *issuerList {
-	next := &issuerList{byName: maps.Clone(is.byName)}
-	next.byName[name] = one
-	if len(next.byName) <= fewIssuers {
-		next.few = append(is.few[:len(is.few):len(is.few)], namedIssuer{name, one})
+// hashed is find in a table. It is apart so that find is inlined.
+func (is *issuerList) hashed(name string) *issuer {
+	if is.chains == nil {
+		return nil
 	}
-	return next
+	for c := is.chain(name).Load(); c != nil; c = c.next {
+		if c.name == name {
+			return c.issuer
+		}
+	}
+	return nil
+}
+
+// chain needs a table. The number of its chains is a power of two.
+func (is *issuerList) chain(name string) *atomic.Pointer[chainedIssuer] {
+	return &is.chains[maphash.String(issuerSeed, name)&uint64(len(is.chains)-1)]
+}
+
+// with is the list with one more: the same list, if that is a table with room.
+func (is *issuerList) with(one namedIssuer) *issuerList {
+	if is.n < fewIssuers {
+		return &issuerList{few: append(is.few[:is.n:is.n], one), n: is.n + 1}
+	}
+	if is.n >= len(is.chains) {
+		wider := &issuerList{chains: make([]atomic.Pointer[chainedIssuer], max(4*fewIssuers, 2*len(is.chains)))}
+		is.each(wider.add)
+		is = wider
+	}
+	is.add(one)
+	return is
+}
+
+// add needs a table.
+func (is *issuerList) add(one namedIssuer) {
+	chain := is.chain(one.name)
+	chain.Store(&chainedIssuer{one, chain.Load()})
+	is.n++
+}
+
+// each may miss what is added meanwhile, and nothing else.
+func (is *issuerList) each(f func(one namedIssuer)) {
+	for _, one := range is.few {
+		f(one)
+	}
+	for i := range is.chains {
+		for c := is.chains[i].Load(); c != nil; c = c.next {
+			f(c.namedIssuer)
+		}
+	}
 }
 
 func newMarks(listed bool) *marks {
 	m := &marks{listed: listed}
-	m.issuers.Store(&issuerList{byName: make(map[string]*issuer)})
+	m.issuers.Store(new(issuerList))
 	m.init(&m.tenants, tenants)
 	return m
 }
@@ -263,18 +312,18 @@ func (m *marks) set(c class, iss string) *set {
 		for c := range ofIssuers {
 			m.init(&is.sets[c], c)
 		}
-		m.issuers.Store(all.with(iss, is))
+		m.issuers.Store(all.with(namedIssuer{iss, is}))
 	}
 	return &is.sets[c]
 }
 
 func (m *marks) each(f func(iss string, s *set)) {
 	f("", &m.tenants)
-	for iss, is := range m.issuers.Load().byName {
+	m.issuers.Load().each(func(is namedIssuer) {
 		for c := range is.sets {
-			f(iss, &is.sets[c])
+			f(is.name, &is.sets[c])
 		}
-	}
+	})
 }
 
 // sweepSets is how many sets without entries a step of sweep passes at most.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -35,7 +36,7 @@ type mender struct {
 type goal struct {
 	// Position has to be reached, unless the state comes to be of another epoch.
 	revocation.Position
-	// load: the events that follow cannot be used.
+	// load: the events that follow cannot be used, or do not tell what has to be known.
 	load bool
 }
 
@@ -120,6 +121,13 @@ func (m *mender) await(ctx context.Context, n uint64, insist bool) error {
 			return context.Cause(ctx)
 		}
 	}
+}
+
+// isServed reports whether number n is.
+func (m *mender) isServed(n uint64) bool {
+	m.mending.Lock()
+	defer m.mending.Unlock()
+	return m.served >= n
 }
 
 // settle waits for the attempt that runs, if there is one: it may bring what is missing.
@@ -322,6 +330,7 @@ func (r *Replica) catchUp(ctx context.Context, g goal) error {
 		}
 		known := page.Head >= page.Through
 		if known {
+			r.logReaches(revocation.Position{Epoch: at.Epoch, Seq: page.Head})
 			r.age.saw(revocation.Position{Epoch: at.Epoch, Seq: page.Head}, r.state.At(), asked.add(-headAge))
 		}
 		if page.Through <= at.Seq || known && page.Through >= head && reached() == nil {
@@ -361,6 +370,7 @@ func (r *Replica) load(ctx context.Context) error {
 	r.loads = append(r.loads, r.now())
 	r.loads = r.loads[max(0, len(r.loads)-loadsAtOnce):]
 	r.rescope()
+	r.logReaches(revocation.Position{Epoch: r.state.At().Epoch})
 	r.mu.Lock()
 	r.snapshots++
 	r.from = "source"
@@ -381,28 +391,62 @@ type scope struct {
 // whole reports whether the state goes by every event of the log.
 func (s *scope) whole() bool { return s.tenants == nil && !s.revocationsOnly }
 
+// about reports whether the state is about a tenant.
+func (s *scope) about(domain string) bool { return s.tenants == nil || s.tenants[domain] }
+
+// within reports whether all that the state is about are among tenants, which are all if nil.
+func (s *scope) within(tenants []string) bool {
+	if tenants == nil || s.tenants == nil {
+		return tenants == nil
+	}
+	for domain := range s.tenants {
+		if !slices.Contains(tenants, domain) {
+			return false
+		}
+	}
+	return true
+}
+
 // learns reports, once, that the source has events of a tenant that the state is not about: the
 // account may see more than it did.
 func (s *scope) learns(domain string) bool {
-	return s.tenants != nil && !s.tenants[domain] && s.reloaded.CompareAndSwap(false, true)
+	return !s.about(domain) && s.reloaded.CompareAndSwap(false, true)
 }
 
 // rescope looks at what the state is about.
 func (r *Replica) rescope() {
-	domains, revocationsOnly := r.state.Scope()
-	next := &scope{epoch: r.state.At().Epoch, revocationsOnly: revocationsOnly}
-	if domains != nil {
-		next.tenants = make(map[string]bool, len(domains))
-		for _, domain := range domains {
-			next.tenants[domain] = true
+	next := new(scope)
+	r.state.View(func(v *View) {
+		if p := v.content.part; p != nil {
+			next.tenants, next.revocationsOnly = p.tenants, p.revocationsOnly
 		}
-	}
+		next.epoch = v.At().Epoch
+	})
 	if old := r.scope.Load(); old == nil || !old.equal(next) {
 		r.scope.Store(next)
 	}
 }
 
-func (s *scope) equal(o *scope) bool {
-	return s.epoch == o.epoch && s.revocationsOnly == o.revocationsOnly &&
-		(s.tenants == nil) == (o.tenants == nil) && maps.Equal(s.tenants, o.tenants)
+func (s *scope) equal(o *scope) bool { return s.epoch == o.epoch && s.sameBut(o) }
+
+// sameBut reports whether s and o are the same, but for the epoch.
+func (s *scope) sameBut(o *scope) bool {
+	return s.revocationsOnly == o.revocationsOnly && (s.tenants == nil) == (o.tenants == nil) && maps.Equal(s.tenants, o.tenants)
+}
+
+// throughIn is Through for a state that is of scope, and reports whether it is: a snapshot of another
+// one may have been loaded a moment ago, of which p says nothing.
+func (s *State) throughIn(p revocation.Position, scope *scope) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	at, part := s.At(), s.content.part
+	if part == nil || at.Epoch != p.Epoch || at.Epoch != scope.epoch || !maps.Equal(part.tenants, scope.tenants) ||
+		(part.tenants == nil) != (scope.tenants == nil) || part.revocationsOnly != scope.revocationsOnly {
+		return false
+	}
+	if p.Seq > at.Seq {
+		part.passed(p.Seq)
+		s.at.Store(&p)
+	}
+	return true
 }

@@ -222,18 +222,23 @@ type Replica struct {
 	folder  *folder       // nil: there is none
 	save    chan struct{} // a snapshot for the folder may be due
 
+	used atomic.Bool // Run or Close was called
+
 	mu        sync.Mutex
 	from      string
 	snapshots uint64
 	deltas    uint64
 	sourceErr string
 	folderErr string
+	logErr    string
+	back      revocation.Position          // what the log does not reach, since when logErr is set
 	foreign   map[revocation.Epoch]instant // when the source knew nothing of them
 	expected  [expectations]expectation
 }
 
 // New checks cfg and reads what cfg.Folder has, so that the replica that it returns can be
-// asked at once if there is something. It connects to nothing. Its error names all that is wrong with
+// asked at once if there is something. It connects to nothing. The folder is its own until Run has
+// returned, or Close for a replica that is not run. Its error names all that is wrong with
 // cfg; a folder that cannot be used at all is an error too, for else nobody would notice before
 // the day when it is needed.
 func New(cfg Config) (*Replica, error) {
@@ -271,7 +276,18 @@ func same(f Feed, s Source) bool {
 	return reflect.ValueOf(f).Comparable() && reflect.ValueOf(s).Comparable() && any(f) == any(s)
 }
 
-// State is what is known. Only Run changes it.
+// Close gives back the folder of a replica that is not to be run, after which it can be asked still.
+// Once Run was called it does nothing: that gives the folder back itself.
+func (r *Replica) Close() error {
+	if r.used.Swap(true) || r.folder == nil {
+		return nil
+	}
+	return r.folder.close()
+}
+
+// State is what is known. Only Run changes it: callers must do no more than read it, with View, Check,
+// At, Scope and WriteSnapshot. What they did to it would be in no file, and could not be told from
+// what the log has.
 func (r *Replica) State() *State { return r.state }
 
 // now is the present by both clocks.
@@ -321,6 +337,10 @@ const Never = time.Duration(1<<63 - 1)
 // Check says whether t is revoked now, and past Config.Staleness what is to be done. It takes no
 // lock, allocates nothing and asks nobody. That t is genuine and has not expired is for the
 // caller to make sure of, see package token.
+//
+// Of tenants that the state is not about nothing is known: a token whose Tenant is set and none of
+// [Status].Tenants is Refused, unless a revocation matches it, at any age and whatever Config.Staleness
+// says. While nothing at all is known Config.Empty says what is done.
 func (r *Replica) Check(t Token) Decision { return r.CheckWith(t, r.cfg.Staleness) }
 
 // CheckWith is Check with another staleness, such as [Replica.StalenessOf] a path.
@@ -330,6 +350,9 @@ func (r *Replica) CheckWith(t Token, s Staleness) Decision {
 	var revoked bool
 	if d.Kind, revoked = r.state.Check(t, now.Unix()); revoked {
 		d.Outcome = Revoked
+		return d
+	}
+	if t.Tenant != "" && !r.scope.Load().about(t.Tenant) {
 		return d
 	}
 	then := s.Then
@@ -395,7 +418,7 @@ func (r *Replica) Status() Status {
 	r.mu.Lock()
 	defer r.mu.Unlock()
 	s.From, s.Snapshots, s.Deltas = r.from, r.snapshots, r.deltas
-	s.Error = strings.Join(slices.DeleteFunc([]string{r.sourceErr, r.folderErr}, func(e string) bool { return e == "" }), "; ")
+	s.Error = strings.Join(slices.DeleteFunc([]string{r.logErr, r.sourceErr, r.folderErr}, func(e string) bool { return e == "" }), "; ")
 	return s
 }
 
@@ -428,8 +451,8 @@ type Status struct {
 	Snapshots uint64       `json:"snapshots"`
 	Deltas    uint64       `json:"deltas"`
 	Feeds     []FeedStatus `json:"feeds"`
-	// Error is the last thing that went wrong with the source or the folder, empty when it
-	// is over.
+	// Error is the last thing that went wrong with the source, the folder or the log, empty when
+	// it is over.
 	Error string `json:"error,omitempty"`
 	// Damaged is what was wrong with files of the folder when it was read. They were set aside, and
 	// what was missing is fetched from the source.

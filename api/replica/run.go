@@ -3,6 +3,7 @@ package replica
 import (
 	"context"
 	"errors"
+	"fmt"
 	"maps"
 	"math/rand/v2"
 	"strings"
@@ -24,14 +25,21 @@ const (
 	oldAge    = 10 * time.Second
 	// steady is how long a connection must have lasted to be no part of a series that fails.
 	steady = 10 * time.Second
+	// What the source is about only a snapshot tells. One of a part of the log is loaded when the
+	// source's own feed connects, and besides this often, without feeds and with some.
+	scopeEvery       = time.Minute
+	scopeEveryBeside = 10 * time.Minute
 )
 
-// Run keeps the replica up to date until ctx ends, then returns nil. It is called once. What
-// fails is tried again, with growing waits of 5 s at most unless the service asks for more; it is logged
-// and told by Status.
+// Run keeps the replica up to date until ctx ends, then returns nil. It is called once: to call it again,
+// or after Close, is an error. What fails is tried again, with growing waits of 5 s at most unless the
+// service asks for more; it is logged and told by Status.
 func (r *Replica) Run(ctx context.Context) error {
+	if r.used.Swap(true) {
+		return errors.New("run replica: it was run or closed before, and has to be made anew")
+	}
 	var all sync.WaitGroup
-	r.ask(goal{})
+	r.ask(goal{load: r.isPart()}) // what the source is about may have changed since the folder was written
 	all.Go(func() { r.serve(ctx) })
 	for _, f := range r.feeds {
 		all.Go(func() { r.follow(ctx, f) })
@@ -56,6 +64,7 @@ func (r *Replica) watch(ctx context.Context) {
 	defer tick.Stop()
 	var ticked, kept instant
 	polled, poll := r.now(), jittered(pollEvery)
+	scoped := polled
 	for {
 		select {
 		case <-tick.C:
@@ -73,13 +82,29 @@ func (r *Replica) watch(ctx context.Context) {
 			kept = now
 			r.keepFresh()
 		}
-		if r.pending() {
+		switch {
+		case r.pending():
 			polled = now
-		} else if now.since(polled) >= poll && (!r.connected(nil) || r.age.of(now) > oldAge && !r.scope.Load().revocationsOnly) {
+		case r.scopeDue(now.since(scoped)):
+			r.ask(goal{load: true})
+			scoped = now
+		case now.since(polled) >= poll && (!r.connected(nil) || r.age.of(now) > oldAge && !r.scope.Load().revocationsOnly):
 			r.ask(goal{})
 			polled, poll = now, jittered(pollEvery)
 		}
 	}
+}
+
+// isPart reports whether the state is known, and not whole.
+func (r *Replica) isPart() bool { return r.state.At().Epoch != "" && !r.scope.Load().whole() }
+
+// scopeDue reports whether a snapshot is to tell what the source is about, which was asked for so long
+// ago. A source of revocations only is about nothing else.
+func (r *Replica) scopeDue(since time.Duration) bool {
+	if since < scopeEvery || !r.isPart() {
+		return false
+	}
+	return !r.connected(nil) || since >= scopeEveryBeside && !r.scope.Load().revocationsOnly
 }
 
 func jittered(d time.Duration) time.Duration { return d - d/6 + rand.N(d/3) }
@@ -223,6 +248,16 @@ type session struct {
 	r     *Replica
 	f     *feed
 	began instant // when it was connected
+	// scope is what the state was about then. When it is about something else the session ends: what
+	// the feed is about may have changed with it.
+	scope *scope
+	// asked is the number of what Connected asked the source for.
+	asked uint64
+	// ahead is where the state was when a heartbeat first told of a head below it. Zero: none does.
+	ahead struct {
+		revocation.Position
+		since instant
+	}
 	// anchor is the scope in which the session has missed nothing after the state's position.
 	anchor *scope
 	// revocationsOnly: so is the feed.
@@ -233,9 +268,24 @@ type session struct {
 // to tell would be late.
 const connectPatience = 5 * time.Second
 
-// mend has the source asked for g, and reports whether that was done. If it was not, that is only
-// an error if the feed cannot go on.
-func (s *session) mend(ctx context.Context, g goal, insist bool) (done bool, err error) {
+// sure reports whether the feed is about the same as the state. The source's own is about what the
+// source was about after it was connected, as a snapshot tells. What another one is about its heartbeats
+// tell, if that may differ.
+func (s *session) sure() bool {
+	return !s.f.isSource || s.scope.whole() || s.r.isServed(s.asked)
+}
+
+// goesOn returns an error if the session has to begin anew, because the state is about something else.
+func (s *session) goesOn() error {
+	if now := s.r.scope.Load(); s.scope != now && !s.scope.sameBut(now) {
+		return errors.New("what the account sees has changed: the feed begins anew")
+	}
+	return nil
+}
+
+// mend waits for what the source was asked for with number n, and reports whether that was done. If it
+// was not, that is only an error if the feed cannot go on.
+func (s *session) mend(ctx context.Context, n uint64, insist bool) (done bool, err error) {
 	r := s.r
 	known := r.state.At().Epoch != ""
 	waiting := ctx
@@ -244,7 +294,7 @@ func (s *session) mend(ctx context.Context, g goal, insist bool) (done bool, err
 		waiting, cancel = context.WithTimeoutCause(ctx, connectPatience, errLate)
 		defer cancel()
 	}
-	err = r.await(waiting, r.ask(g), insist)
+	err = r.await(waiting, n, insist)
 	if err != nil && ctx.Err() == nil && r.state.At().Epoch != "" {
 		return false, nil
 	}
@@ -255,12 +305,14 @@ func (s *session) mend(ctx context.Context, g goal, insist bool) (done bool, err
 func (s *session) Connected(ctx context.Context) error {
 	s.anchor = nil
 	s.f.heard(0)
-	done, err := s.mend(ctx, goal{}, true)
+	s.asked = s.r.ask(goal{load: s.f.isSource && s.r.isPart()})
+	done, err := s.mend(ctx, s.asked, true)
 	if err != nil {
 		return err
 	}
-	if scope := s.r.scope.Load(); done && s.f.isSource && scope.revocationsOnly {
-		s.anchor = scope // the snapshot was of after the feed began
+	s.scope = s.r.scope.Load()
+	if done && s.f.isSource && s.scope.revocationsOnly {
+		s.anchor = s.scope // the snapshot was of after the feed began
 	}
 	s.f.mu.Lock()
 	was := s.f.is.Connected
@@ -278,6 +330,10 @@ func (s *session) Connected(ctx context.Context) error {
 func (s *session) Event(ctx context.Context, e revocation.Event) error {
 	s.f.heard(1)
 	r := s.r
+	if err := s.goesOn(); err != nil {
+		r.revokeAhead(e)
+		return err
+	}
 	if s.f.isSource && r.scope.Load().learns(e.Tenant.Domain) {
 		r.ask(goal{load: true})
 	}
@@ -308,7 +364,7 @@ func (s *session) Event(ctx context.Context, e revocation.Event) error {
 		}
 		g = goal{Position: revocation.Position{Epoch: e.Epoch, Seq: e.Seq - 1}}
 	}
-	done, err := s.mend(ctx, g, false)
+	done, err := s.mend(ctx, r.ask(g), false)
 	if err != nil || !done {
 		return err // if it is nil, what is missing comes later, and this event with it
 	}
@@ -330,14 +386,20 @@ func (s *session) tell(p revocation.Position) {
 
 // revokeAhead makes hold what e revokes, if it does and can be read, though e cannot be applied yet.
 func (r *Replica) revokeAhead(e revocation.Event) {
+	if rec, ok := recordOf(e); ok {
+		r.revoke(rec, e.Position)
+	}
+}
+
+// recordOf is what e revokes, if it does and can be read.
+func recordOf(e revocation.Event) (Record, bool) {
 	if !strings.HasPrefix(e.Type, "revocation.") {
-		return
+		return Record{}, false
 	}
-	if rev, err := e.Revocation(); err == nil {
-		r.revoke(Record{
-			Target: rev.Target, Tenant: rev.Tenant, Exp: rev.Exp, NotAfter: rev.NotAfter, Signature: rev.Signature,
-		}, e.Position)
-	}
+	rev, err := e.Revocation()
+	return Record{
+		Target: rev.Target, Tenant: rev.Tenant, Exp: rev.Exp, NotAfter: rev.NotAfter, Signature: rev.Signature,
+	}, err == nil
 }
 
 // Revoked implements [Receiver].
@@ -351,6 +413,9 @@ func (s *session) Revoked(rec Record, at revocation.Position) {
 func (s *session) Heartbeat(ctx context.Context, b Beat) error {
 	s.f.heard(0)
 	r := s.r
+	if err := s.goesOn(); err != nil {
+		return err
+	}
 	when := s.f.delays.moment(b.Time, r.now())
 	r.state.showed(b.Time)
 	if b.Epoch != r.state.At().Epoch {
@@ -359,6 +424,11 @@ func (s *session) Heartbeat(ctx context.Context, b Beat) error {
 		}
 	}
 	head := revocation.Position{Epoch: b.Epoch, Seq: b.Head}
+	if s.wentBack(head, when) {
+		r.logWentBack(head)
+		return nil
+	}
+	r.logReaches(head)
 	r.age.saw(head, r.state.At(), when)
 	if err := s.through(ctx, b); err != nil {
 		return err
@@ -382,9 +452,10 @@ func (s *session) Heartbeat(ctx context.Context, b Beat) error {
 func (s *session) through(ctx context.Context, b Beat) error {
 	r := s.r
 	scope := r.scope.Load()
-	partial := (b.RevocationsOnly || s.revocationsOnly) && !scope.revocationsOnly
+	partial := (b.RevocationsOnly || s.revocationsOnly) && !scope.revocationsOnly || !scope.within(b.Tenants)
+	believed := !partial && b.Epoch == scope.epoch && s.sure()
 	if reached(r.state.At(), b.Position) {
-		if !partial && b.Epoch == scope.epoch {
+		if believed {
 			s.anchor = scope
 		}
 		return nil
@@ -396,21 +467,57 @@ func (s *session) through(ctx context.Context, b Beat) error {
 	case partial, scope.whole() && r.connected(s.f):
 		r.expect(ofOthers, b.Position, otherPatience)
 		return nil
-	case !scope.whole() && s.anchor == scope:
-		if r.state.Through(b.Position) == nil {
+	case believed && !scope.whole() && s.anchor == scope:
+		if r.state.throughIn(b.Position, scope) {
 			return nil
 		}
 	}
 	r.settle(ctx)
 	if !reached(r.state.At(), b.Position) {
-		if _, err := s.mend(ctx, goal{Position: b.Position}, false); err != nil {
+		if _, err := s.mend(ctx, r.ask(goal{Position: b.Position}), false); err != nil {
 			return err
 		}
 	}
-	if !partial && b.Epoch == scope.epoch && scope == r.scope.Load() && r.state.At().Epoch == b.Epoch && reached(r.state.At(), b.Position) {
+	if believed && scope == r.scope.Load() && r.state.At().Epoch == b.Epoch && reached(r.state.At(), b.Position) {
 		s.anchor = scope
 	}
 	return nil
+}
+
+// wentBack reports whether the log ends before the state, as a heartbeat tells of a moment long after the
+// state was there: then it is no heartbeat that was late.
+func (s *session) wentBack(head revocation.Position, when instant) bool {
+	at := s.r.state.At()
+	switch {
+	case reached(head, at):
+		s.ahead.Position = revocation.Position{}
+		return false
+	case s.ahead.Epoch != head.Epoch || head.Seq >= s.ahead.Seq:
+		s.ahead.Position, s.ahead.since = at, s.r.now()
+		return false
+	}
+	return when.mono-s.ahead.since.mono > int64(maxLag)
+}
+
+// logWentBack notes that the log ends at p, before what was applied. What was revoked stays so, and
+// what is revoked anew is added, but changes of the catalog in seqs that were there before are not seen.
+func (r *Replica) logWentBack(p revocation.Position) {
+	r.mu.Lock()
+	r.back = r.state.At()
+	r.mu.Unlock()
+	r.fails(&r.logErr, fmt.Errorf("the log ends at seq %d, before what was applied: it was restored; run rescind epoch new", p.Seq),
+		"the log has lost what was applied here", "")
+}
+
+// logReaches notes how far the log reaches. It has gone on once that is as far as it ever did, or it is
+// another log.
+func (r *Replica) logReaches(p revocation.Position) {
+	r.mu.Lock()
+	on := r.logErr != "" && reached(p, r.back)
+	r.mu.Unlock()
+	if on {
+		r.fails(&r.logErr, nil, "", "the log has come to what was applied here, or is another one")
+	}
 }
 
 // foreignFor is how long nobody asks the source again about an epoch of which it knew nothing. What
@@ -436,7 +543,7 @@ func (s *session) meet(ctx context.Context, epoch revocation.Epoch) (known bool,
 	if r.isForeign(epoch) {
 		return false, nil
 	}
-	done, err := s.mend(ctx, goal{}, false)
+	done, err := s.mend(ctx, r.ask(goal{}), false)
 	if known = r.state.At().Epoch == epoch; known || !done || err != nil {
 		return known, err
 	}
@@ -456,6 +563,12 @@ func (r *Replica) apply(e revocation.Event) error {
 	case e.Epoch != at.Epoch:
 		return ErrEpoch
 	case e.Seq <= at.Seq:
+		// It was applied, unless the log was restored to before it, and goes on in the same epoch.
+		if r.scope.Load().about(e.Tenant.Domain) {
+			if rec, ok := recordOf(e); ok {
+				r.hold(rec, e.Position)
+			}
+		}
 		return nil
 	case e.Seq != at.Seq+1 && r.scope.Load().whole():
 		return ErrGap
@@ -470,15 +583,46 @@ func (r *Replica) apply(e revocation.Event) error {
 func (r *Replica) revoke(rec Record, at revocation.Position) {
 	r.keeping.Lock()
 	defer r.keeping.Unlock()
-	// One that knows no events may lack what is before its position: the directory is repaired at the
-	// position where it stands.
-	if here := r.state.At(); at.Epoch == here.Epoch && at.Seq <= here.Seq && r.scope.Load().whole() {
+	r.hold(rec, at)
+}
+
+// hold is revoke for those who have r.keeping. It is for what is at or before the state's position
+// too: a directory is repaired at the position where it stands, and a restored log has others' seqs.
+func (r *Replica) hold(rec Record, at revocation.Position) {
+	if !r.state.lacks(rec) {
 		return
+	}
+	if here := r.state.At(); at.Epoch == here.Epoch && at.Seq <= here.Seq {
+		at.Seq = here.Seq + 1 // else it would be taken for part of the state, and now and after a restart passed over
 	}
 	if r.folder != nil {
 		r.kept(r.folder.revoked(rec, at))
 	}
 	r.state.Revoke(rec, at)
+}
+
+// lacks reports whether rec would make a difference.
+func (s *State) lacks(rec Record) bool {
+	if rec.Target.Validate() != nil {
+		return false
+	}
+	s.mu.RLock()
+	defer s.mu.RUnlock()
+	if rec.Exp <= 0 || rec.Exp < s.cutoff(s.now()) {
+		return false
+	}
+	m := s.content.marks
+	class, k := keyOf(rec.Target)
+	set := &m.tenants
+	if class != tenants {
+		iss := m.issuers.Load().find(rec.Target.Iss)
+		if iss == nil {
+			return true
+		}
+		set = &iss.sets[class]
+	}
+	e := set.find(k)
+	return !e.ok() || e.exp() < rec.Exp || set.timed && e.notAfter(set) < rec.NotAfter
 }
 
 // kept notes whether something was kept. What was not is in the next snapshot.

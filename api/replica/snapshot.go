@@ -50,6 +50,9 @@ const (
 
 	// maxBlock bounds what a reader holds: the bytes of a block after its length.
 	maxBlock = 64 << 10
+	// maxTenants and maxSets bound what it holds of blocks that may be as small as some bytes.
+	maxTenants = 1 << 20
+	maxSets    = 1 << 20
 )
 
 // The types of blocks. A reader may skip those from optional on.
@@ -338,7 +341,7 @@ func (s *State) ReadSnapshot(r io.Reader) (SnapshotHeader, error) {
 // readSnapshot is ReadSnapshot. Fresh is what [State.writeSnapshot] was told, zero if that
 // was nothing.
 func (s *State) readSnapshot(r io.Reader) (h SnapshotHeader, fresh time.Time, err error) {
-	d := &snapshotDecoder{r: bufio.NewReaderSize(r, maxBlock), room: maxReserve}
+	d := &snapshotDecoder{r: bufio.NewReaderSize(r, maxBlock)}
 	if err = d.readHeader(); err == nil {
 		err = s.Load(d.header.Position, func(l *Loader) error {
 			if d.header.Kind != kindAll && d.header.Kind != kindRevocations && s.At() != (revocation.Position{}) {
@@ -363,11 +366,15 @@ type snapshotDecoder struct {
 	late   part // what of it is after the position
 
 	payload               []byte // of the block
-	sets                  []setName
-	abouts                []int // as sets; 0 once room was made
-	room                  int   // how much more may be made for what is only told
+	sets                  []announced
 	batch                 []loaded
 	revocations, entities uint64
+}
+
+// announced is a set by its number, and how many revocations it is said to have.
+type announced struct {
+	setName
+	about int
 }
 
 // block reads the next block into d.payload. A reader of blocks wants all of them: the end of
@@ -529,6 +536,9 @@ func (d *snapshotDecoder) read(typ byte, l *Loader) error {
 		if d.header.Tenants == nil || !catalog.ValidDomain(domain) {
 			return errMalformed
 		}
+		if len(d.header.Tenants) == maxTenants {
+			return fmt.Errorf("it is about more than %d tenants", maxTenants)
+		}
 		d.header.Tenants = append(d.header.Tenants, domain)
 	case blockSet:
 		return d.readSet(f)
@@ -557,6 +567,9 @@ func (d *snapshotDecoder) read(typ byte, l *Loader) error {
 		seq := f.seq()
 		if f.bad || seq <= d.header.Seq || len(f.left) == 0 {
 			return errMalformed
+		}
+		if len(d.late.last) == maxTenants {
+			return fmt.Errorf("it is about more than %d tenants", maxTenants)
 		}
 		if d.late.last == nil {
 			d.late.last = make(map[string]revocation.Seq)
@@ -601,7 +614,10 @@ func (d *snapshotDecoder) readSet(f fields) error {
 	if err := any.Validate(); err != nil {
 		return err
 	}
-	d.sets, d.abouts = append(d.sets, name), append(d.abouts, about)
+	if len(d.sets) == maxSets {
+		return fmt.Errorf("it has more than %d sets", maxSets)
+	}
+	d.sets = append(d.sets, announced{name, about})
 	return nil
 }
 
@@ -610,8 +626,8 @@ func (d *snapshotDecoder) readRevocations(f fields, l *Loader) error {
 	if f.bad || number >= uint64(len(d.sets)) {
 		return errors.New("it is of a set that is not defined")
 	}
-	name := d.sets[number]
-	timed := classes[name.class].kind.HasTime()
+	set := d.sets[number]
+	timed := classes[set.class].kind.HasTime()
 	batch, p := d.batch[:0], f.left
 	var exp, notAfter int64
 	for len(p) > 0 {
@@ -641,10 +657,7 @@ func (d *snapshotDecoder) readRevocations(f fields, l *Loader) error {
 	}
 	d.batch = batch
 	d.revocations += uint64(len(batch))
-	about := min(d.abouts[number], d.room)
-	d.room -= about
-	d.abouts[number] = 0
-	l.entries(name.iss, name.class, batch, about)
+	l.entries(set.iss, set.class, batch, set.about)
 	return nil
 }
 

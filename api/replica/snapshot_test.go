@@ -459,6 +459,26 @@ func TestSnapshotClaims(t *testing.T) {
 	}
 }
 
+// What may be said in some bytes each is not kept without end.
+func TestSnapshotCaps(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		d    snapshotDecoder
+		typ  byte
+		part string
+	}{
+		"tenants": {snapshotDecoder{header: SnapshotHeader{Tenants: make([]string, maxTenants-1)}}, blockTenant, "acme.example"},
+		"sets":    {snapshotDecoder{sets: make([]announced, maxSets-1)}, blockSet, "\x08\x00\x00"},
+	} {
+		for i, want := range []string{"", "more than 1048576 " + name} {
+			tt.d.payload = []byte(tt.part)
+			if err := tt.d.read(tt.typ, nil); (err == nil) != (want == "") || err != nil && !strings.Contains(err.Error(), want) {
+				t.Errorf("%s, %d: %v, want %q", name, i, err, want)
+			}
+		}
+	}
+}
+
 // tokens yields records of random tokens that end within an hour.
 func randomTokens(n int, issuer func(i int) string) func(func(Record) bool) {
 	return func(yield func(Record) bool) {

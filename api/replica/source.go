@@ -80,4 +80,7 @@ type Beat struct {
 	// RevocationsOnly: the feed has nothing else of the log, see [Receiver.Revoked], so
 	// Position says nothing about the catalog.
 	RevocationsOnly bool
+	// Tenants are the domains of those whose events the feed has, if that is not for the service to
+	// choose. Position says nothing about others. Nil: everything that this reader sees.
+	Tenants []string
 }

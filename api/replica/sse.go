@@ -21,11 +21,13 @@ const silence = 15 * time.Second
 func (h *HTTP) Name() string { return "sse" }
 
 // Follow implements [Feed] with server-sent events (OAuth contract, HTTP-14 and HTTP-15), from
-// where the replica stands.
+// where the replica stands. If the log ends before that, it goes on from its end: what is revoked
+// there is told, though the log was restored.
 func (h *HTTP) Follow(ctx context.Context, at func() revocation.Position, to Receiver) error {
 	header := http.Header{"Accept": {"text/event-stream"}, "Accept-Encoding": {"identity"}} // what is compressed may be held back
-	if p := at(); p.Epoch != "" {
-		header.Set("Last-Event-ID", p.String())
+	from := at()
+	if from.Epoch != "" {
+		header.Set("Last-Event-ID", from.String())
 	}
 	a, err := h.get(ctx, "/v1/events", nil, header, silence)
 	if err != nil {
@@ -41,7 +43,7 @@ func (h *HTTP) Follow(ctx context.Context, at func() revocation.Position, to Rec
 	for {
 		m, err := r.next()
 		if err == nil {
-			err = h.tell(ctx, m, at, to)
+			from, err = h.tell(ctx, m, from, at, to)
 		} else if errors.Is(err, io.EOF) {
 			err = errors.New("the service has ended the stream")
 		}
@@ -51,30 +53,33 @@ func (h *HTTP) Follow(ctx context.Context, at func() revocation.Position, to Rec
 	}
 }
 
-// tell passes m on.
-func (h *HTTP) tell(ctx context.Context, m message, at func() revocation.Position, to Receiver) error {
+// tell passes m on. From is how far the stream had come, and it returns how far it has.
+func (h *HTTP) tell(ctx context.Context, m message, from revocation.Position, at func() revocation.Position, to Receiver) (revocation.Position, error) {
 	switch m.event {
 	case "heartbeat":
 		b, err := m.beat()
 		if err != nil {
-			return err
+			return from, err
 		}
-		return to.Heartbeat(ctx, b)
+		return b.Position, to.Heartbeat(ctx, b)
 	case "reset":
 		p, err := m.reset()
 		if err != nil {
-			return err
+			return from, err
 		}
-		if here := at(); here.Epoch == p.Epoch && here.Seq >= p.Seq {
-			return nil // Connected found out before this was read
+		// One that goes on before where it was is not of events that are gone: the log ends
+		// there, and the source will say so.
+		isAhead := p.Epoch == from.Epoch && p.Seq < from.Seq
+		if here := at(); !isAhead && here.Epoch == p.Epoch && here.Seq >= p.Seq {
+			return p, nil // Connected found out before this was read
 		}
-		return to.Connected(ctx)
+		return p, to.Connected(ctx)
 	}
 	e, err := revocation.ParseEvent(m.data)
 	if err != nil {
-		return fmt.Errorf("read event: %w", err)
+		return from, fmt.Errorf("read event: %w", err)
 	}
-	return to.Event(ctx, e)
+	return e.Position, to.Event(ctx, e)
 }
 
 // message is one of a stream of server-sent events.

@@ -113,6 +113,10 @@ type State struct {
 	marks atomic.Pointer[marks]               // content.marks, for Check
 
 	loading sync.Mutex // of Load, once it has the snapshot
+	// replacing, if there is one, is called with loading held before a snapshot replaces content. It
+	// is set before the state has readers.
+	replacing func()
+
 	mu      sync.RWMutex
 	content *content
 	loads   uint64 // states that there were
@@ -238,6 +242,9 @@ func (s *State) Load(at revocation.Position, fill func(*Loader) error) error {
 	s.joining = true
 	s.mu.Unlock()
 	next.join(revoked, cutoff) // this takes long
+	if s.replacing != nil {
+		s.replacing()
+	}
 
 	s.mu.Lock()
 	defer s.mu.Unlock()

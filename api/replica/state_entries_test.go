@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/rescindhq/rescind/api/revocation"
@@ -152,6 +153,59 @@ func TestEntries(t *testing.T) {
 				of = ""
 			}
 			holdsEntries(t, s, of, c, all)
+		}
+	}
+}
+
+// Issuers are found however many there are, and while others come: what Check reads is not locked.
+func TestManyIssuers(t *testing.T) {
+	t.Parallel()
+	s := newClock().newReplica(false)
+	name := func(i int) string { return fmt.Sprintf("https://%d.example", i) }
+	record := func(i int) Record {
+		return Record{Target: revocation.Target{Kind: revocation.KindToken, Iss: name(i), ID: uuidOf(i)}, Tenant: acme, Exp: begin}
+	}
+	const loaded, all = 30_000, 32_000
+	load(t, s, revocation.Position{Epoch: epoch, Seq: 1}, func(l *Loader) {
+		for i := range loaded {
+			l.Revocation(record(i))
+		}
+	})
+	check := func(n int) {
+		t.Helper()
+		for i := range n {
+			if _, ok := s.Check(Token{Iss: name(i), JTI: uuidOf(i)}, begin); !ok {
+				t.Errorf("of %d, issuer %d is not found", n, i)
+				return
+			}
+		}
+		for _, is := range []string{name(all), ""} {
+			if _, ok := s.Check(Token{Iss: is, JTI: uuidOf(0)}, begin); ok {
+				t.Errorf("issuer %q is found", is)
+			}
+		}
+	}
+	check(loaded)
+	var readers sync.WaitGroup
+	readers.Go(func() { check(loaded) })
+	for i := loaded; i < all; i++ {
+		s.Revoke(record(i), revocation.Position{Epoch: newEpoch})
+	}
+	readers.Wait()
+	check(all)
+
+	few := newClock().newReplica(false)
+	for i := range 5 * fewIssuers {
+		few.Revoke(record(i), revocation.Position{Epoch: newEpoch})
+		seen := make(map[string]int)
+		few.content.marks.each(func(iss string, _ *set) { seen[iss]++ })
+		if delete(seen, ""); len(seen) != i+1 || seen[name(i)] != int(ofIssuers) {
+			t.Fatalf("of %d issuers there are %v", i+1, seen)
+		}
+		for j := range 5 * fewIssuers {
+			if _, ok := few.Check(Token{Iss: name(j), JTI: uuidOf(j)}, begin); ok != (j <= i) {
+				t.Fatalf("of %d issuers, %d is found: %t", i+1, j, ok)
+			}
 		}
 	}
 }

@@ -209,7 +209,7 @@ func TestReadersAreBounded(t *testing.T) {
 func TestSlowReaders(t *testing.T) {
 	t.Parallel()
 	synctest.Test(t, func(t *testing.T) {
-		state := newState(t)
+		state := &fakeState{replica: replica.NewState(replica.StateConfig{Records: true})}
 		state.load(t, 50, testCatalog(), many(45000, time.Now()))
 		w := newWorld(t, Config{}, state, noLedger{}, nil)
 		const slow = 60

@@ -1,6 +1,7 @@
 package sidecar
 
 import (
+	"cmp"
 	"fmt"
 	"io"
 	"log/slog"
@@ -26,6 +27,8 @@ import (
 type Config struct {
 	// Service or Etcd is where the state comes from, Service if there are both.
 	Service *Service
+	// Tenant is the domain of the only one that is served; empty for all that the account sees.
+	Tenant string
 	// AMQP and Etcd tell of events beside the service's own stream.
 	AMQP *AMQP
 	Etcd *Etcd
@@ -69,8 +72,6 @@ type Service struct {
 	Password  Secret
 	TLS       tlsfile.Files // CA only
 	AllowHTTP bool
-	// Tenant is a domain; empty for all that the account sees.
-	Tenant string
 }
 
 // AMQP is how to reach RabbitMQ.
@@ -97,9 +98,11 @@ type Etcd struct {
 
 // Introspection is as in package gateway.
 type Introspection struct {
-	URL           string
-	ClientID      string
-	ClientSecret  Secret
+	URL          string
+	ClientID     string
+	ClientSecret Secret
+	// Issuers are those whose tokens it is asked about; empty for all.
+	Issuers       []string
 	TLS           tlsfile.Files // CA only
 	Timeout       time.Duration
 	MaxConcurrent int
@@ -136,7 +139,7 @@ type Proxy struct {
 	Default string
 	// UpstreamTLS has an authority for upstreams with https, or nothing for the system's.
 	UpstreamTLS tlsfile.Files
-	// ForwardAuthorization sends the token on to upstreams.
+	// ForwardAuthorization sends the token on to upstreams, any of which could then use it for the others.
 	ForwardAuthorization bool
 	// UpstreamTimeout is until the header of an answer has come, IdleTimeout how long bytes may
 	// take to follow, and how long a WebSocket may be silent both ways.
@@ -244,6 +247,7 @@ var (
 // read fills c, which has the defaults, and tells s of all that is wrong.
 func (c *Config) read(s *section) {
 	c.Service, c.AMQP, c.Etcd = readService(s.sub("service")), readAMQP(s.sub("amqp")), readEtcd(s.sub("etcd"))
+	s.optional("tenant", checkedValue(&c.Tenant, domainRule, catalog.ValidDomain), "all that the account sees")
 	s.optional("folder", textValue(&c.Folder, "the name of a folder"), "")
 	c.Folder = s.r.within(c.Folder)
 
@@ -257,16 +261,13 @@ func (c *Config) read(s *section) {
 
 	introspects := c.readStaleness(s)
 	c.Introspection = readIntrospection(s.sub("introspection"))
+	tenant := cmp.Or(c.Tenant, revocation.SuperTenant.Domain)
 	for _, i := range s.subs("issuers") {
-		c.Issuers = append(c.Issuers, readIssuer(i, c.Issuers))
+		c.Issuers = append(c.Issuers, readIssuer(i, tenant, c.Issuers))
 	}
 	s.list("key_networks", networksItem(&c.KeyNetworks))
 
 	c.Auth, c.Envoy = readListener(s.sub("auth"), "127.0.0.1:8081"), readListener(s.sub("envoy"), "127.0.0.1:8082")
-	tenant := revocation.SuperTenant.Domain
-	if c.Service != nil && c.Service.Tenant != "" {
-		tenant = c.Service.Tenant
-	}
 	c.Proxy = readProxy(s.sub("proxy"), tenant)
 	if ops := s.sub("ops"); ops != nil {
 		ops.optional("listen", addressValue(&c.OpsListen), c.OpsListen)
@@ -354,7 +355,6 @@ func readService(s *section) *Service {
 	}))
 	c.Password = s.secret("password", "the account's password", true, nil)
 	s.optional("allow_http", boolValue(&c.AllowHTTP), "false")
-	s.optional("tenant", checkedValue(&c.Tenant, domainRule, catalog.ValidDomain), "all that the account sees")
 	c.TLS = s.authority("ca_file", strings.HasPrefix(c.URL, "https:"), "a url that begins with https://", "url")
 	s.together(isPlain(c.URL) && !c.AllowHTTP,
 		fmt.Sprintf("%s is %s: the password would travel in the clear. Begin it with https://, or set allow_http: true if there is TLS in between", s.name("url"), shown(c.URL)),
@@ -465,6 +465,7 @@ func readIntrospection(s *section) *Introspection {
 	}))
 	s.required("client_id", checkedValue(&c.ClientID, "1 to 255 bytes", func(s string) bool { return len(s) <= 255 }))
 	c.ClientSecret = s.secret("client_secret", "the client's secret", true, nil)
+	s.list("issuers", each(&c.Issuers, "the iss of an issuer: text of 1 to 255 bytes", func(s string) bool { return len(s) <= 255 }))
 	s.optional("timeout", periodValue(&c.Timeout, 10*time.Millisecond, 10*time.Second), "2s")
 	s.optional("max_concurrent", countValue(&c.MaxConcurrent, "questions", 1, 10_000), "64")
 	c.TLS = s.authority("ca_file", strings.HasPrefix(c.URL, "https:"), "a url that begins with https://", "url")
@@ -475,8 +476,8 @@ func readIntrospection(s *section) *Introspection {
 // algorithms are those that package token knows.
 var algorithms = []string{"RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA", "Ed25519"}
 
-func readIssuer(s *section, others []Issuer) Issuer {
-	c := Issuer{Tenant: revocation.SuperTenant.Domain}
+func readIssuer(s *section, tenant string, others []Issuer) Issuer {
+	c := Issuer{Tenant: tenant}
 	s.required("iss", checkedValue(&c.Iss, "text of 1 to 255 bytes", func(s string) bool { return len(s) <= 255 }))
 	s.together(slices.ContainsFunc(others, func(o Issuer) bool { return o.Iss == c.Iss }),
 		fmt.Sprintf("%s is %s, which is another's too. Leave one", s.name("iss"), shown(c.Iss)), "iss")
@@ -520,7 +521,7 @@ func readProxy(s *section, tenant string) *Proxy {
 		return nil
 	}
 	c := &Proxy{
-		Listen: "127.0.0.1:8000", ForwardAuthorization: true, UpstreamTimeout: 30 * time.Second, IdleTimeout: time.Minute,
+		Listen: "127.0.0.1:8000", UpstreamTimeout: 30 * time.Second, IdleTimeout: time.Minute,
 		MaxInFlight: 5000, MaxConnections: 10_000,
 	}
 	s.optional("listen", addressValue(&c.Listen), c.Listen)
@@ -557,7 +558,7 @@ func readProxy(s *section, tenant string) *Proxy {
 		s.name("upstreams")+" is empty, and default is not set: requests could go nowhere. Set one of them", "upstreams", "default")
 	secure := slices.ContainsFunc(append(urls, c.Default), func(u string) bool { return strings.HasPrefix(u, "https:") })
 	c.UpstreamTLS = s.authority("upstream_ca_file", secure, "an upstream whose url begins with https://", "upstreams")
-	s.optional("forward_authorization", boolValue(&c.ForwardAuthorization), "true")
+	s.optional("forward_authorization", boolValue(&c.ForwardAuthorization), "false")
 	s.optional("upstream_timeout", periodValue(&c.UpstreamTimeout, 100*time.Millisecond, time.Hour), "30s")
 	s.optional("idle_timeout", periodValue(&c.IdleTimeout, time.Second, time.Hour), "1m")
 	s.optional("max_in_flight", countValue(&c.MaxInFlight, "requests", 1, 1_000_000), "5000")

@@ -87,13 +87,13 @@ func parseText(text, folder string) (Config, error) {
 }
 
 const everything = `
+tenant: foo.example
 service:
   url: https://rescind.example.com/base
   username: gateway-1
   password_file: password
   ca_file: cert.pem
   allow_http: false
-  tenant: foo.example
 amqp: {url_env: AMQP_URL, allow_plain: true, exchange: events, ca_file: cert.pem, cert_file: cert.pem, key_file: key.pem}
 etcd:
   endpoints: [https://etcd-1:2379, https://etcd-2:2379]
@@ -130,7 +130,7 @@ proxy:
     - {api: "PizzaShackAPI:1.0.0", tenant: carbon.super, url: "https://backend.example.com"}
   default: http://[::1]:9000
   upstream_ca_file: cert.pem
-  forward_authorization: false
+  forward_authorization: true
   upstream_timeout: 5s
   idle_timeout: 10s
   max_in_flight: 100
@@ -147,7 +147,8 @@ func TestParseConfig(t *testing.T) {
 	in := func(name string) string { return filepath.Join(dir, name) }
 	ca := tlsfile.Files{CA: in("cert.pem")}
 	want := Config{
-		Service: &Service{URL: "https://rescind.example.com/base", Username: "gateway-1", Password: testPassword, TLS: ca, Tenant: "foo.example"},
+		Service: &Service{URL: "https://rescind.example.com/base", Username: "gateway-1", Password: testPassword, TLS: ca},
+		Tenant:  "foo.example",
 		AMQP:    &AMQP{URL: testAMQPURL, Exchange: "events", AllowPlain: true, TLS: tlsfile.Files{CA: in("cert.pem"), Cert: in("cert.pem"), Key: in("key.pem")}},
 		Etcd: &Etcd{
 			Endpoints: []string{"https://etcd-1:2379", "https://etcd-2:2379"}, Prefix: "/rescind", Issuer: "https://rescind.example.com",
@@ -167,7 +168,7 @@ func TestParseConfig(t *testing.T) {
 		},
 		Issuers: []Issuer{
 			{Iss: "https://idp.example.com", Tenant: "foo.example", JWKSURI: "https://idp.example.com/jwks", Algorithms: []string{"ES256"}, AllowTyp: []string{"JWT"}, MaxTokenLifetime: time.Hour},
-			{Iss: "local", Tenant: "carbon.super", JWKSFile: in("jwks.json"), MaxTokenLifetime: time.Minute},
+			{Iss: "local", Tenant: "foo.example", JWKSFile: in("jwks.json"), MaxTokenLifetime: time.Minute},
 		},
 		KeyNetworks: []netip.Prefix{netip.MustParsePrefix("10.1.2.3/32"), netip.MustParsePrefix("10.2.0.0/16")},
 		Auth:        &Listener{Listen: "127.0.0.1:8081"},
@@ -178,7 +179,7 @@ func TestParseConfig(t *testing.T) {
 				{Tenant: "foo.example", Context: "/pizzashack/1.0.0", URL: "http://127.0.0.1:9000"},
 				{Tenant: "carbon.super", API: "PizzaShackAPI:1.0.0", URL: "https://backend.example.com"},
 			},
-			Default: "http://[::1]:9000", UpstreamTLS: ca, UpstreamTimeout: 5 * time.Second, IdleTimeout: 10 * time.Second,
+			Default: "http://[::1]:9000", UpstreamTLS: ca, ForwardAuthorization: true, UpstreamTimeout: 5 * time.Second, IdleTimeout: 10 * time.Second,
 			MaxInFlight: 100, MaxConnections: 200,
 		},
 		OpsListen: "127.0.0.1:0", Log: obs.Config{Level: slog.LevelDebug, Text: true}, MaxInFlight: 7, ShutdownGrace: time.Minute,
@@ -200,7 +201,7 @@ func TestConfigDefaults(t *testing.T) {
 		Service: &Service{URL: "http://127.0.0.1:8080", Username: "u", Password: testPassword}, AnyAudience: true,
 		Leeway: 30 * time.Second, Realm: "api", Staleness: replica.Staleness{Max: 300 * time.Second},
 		Proxy: &Proxy{
-			Listen: "127.0.0.1:8000", Default: "http://127.0.0.1:1", ForwardAuthorization: true,
+			Listen: "127.0.0.1:8000", Default: "http://127.0.0.1:1",
 			UpstreamTimeout: 30 * time.Second, IdleTimeout: time.Minute, MaxInFlight: 5000, MaxConnections: 10_000,
 		},
 		OpsListen: "127.0.0.1:9091", MaxInFlight: 10_000, ShutdownGrace: 20 * time.Second,
@@ -317,8 +318,8 @@ func TestConfigMistakes(t *testing.T) {
 			"f.yaml:1:45: service.ca_file is set, and the connection has no TLS: it needs a url that begins with https://. Change one or the other."},
 		{"an authority that is none", "service: {url: \"https://km\", ca_file: password, username: u, password_env: PASSWORD}\nany_audience: true\nauth: {}\n",
 			"f.yaml:1:39: service.ca_file is \"" + dir + "/password\", which cannot be used: it holds no certificate. Name a file of PEM certificates."},
-		{"a domain", "service: {url: \"https://km\", tenant: Foo, username: u, password_env: PASSWORD}\nany_audience: true\nauth: {}\n",
-			"f.yaml:1:38: service.tenant is \"Foo\": it must be the domain of a tenant: 1 to 200 of a-z 0-9 . -. Change it, or leave it out for all that the account sees."},
+		{"a domain", "tenant: Foo\nservice: {url: \"https://km\", username: u, password_env: PASSWORD}\nany_audience: true\nauth: {}\n",
+			"f.yaml:1:9: tenant is \"Foo\": it must be the domain of a tenant: 1 to 200 of a-z 0-9 . -. Change it, or leave it out for all that the account sees."},
 
 		{"a broker's URL in the open", sound + "amqp: {url: \"amqps://u:hunter2@mq\"}\n", "f.yaml:4:8: amqp.url stands here in the open: …"},
 		{"a broker's URL that is none", sound + "amqp: {url_env: BAD_AMQP_URL}\n",

@@ -46,6 +46,7 @@ func (f *fake) Decide(_ context.Context, r gateway.Request) gateway.Decision {
 
 func (f *fake) Ready() bool            { return f.ready }
 func (f *fake) Status() replica.Status { return f.status }
+func (f *fake) Keys() gateway.Status   { return gateway.Status{Issuers: 2, WithKeys: 1} }
 
 func (f *fake) Run(ctx context.Context) error {
 	if f.onRun != nil {
@@ -159,4 +160,5 @@ type benchEngine struct{ decision gateway.Decision }
 func (e *benchEngine) Decide(context.Context, gateway.Request) gateway.Decision { return e.decision }
 func (e *benchEngine) Ready() bool                                              { return true }
 func (e *benchEngine) Status() replica.Status                                   { return replica.Status{} }
+func (e *benchEngine) Keys() gateway.Status                                     { return gateway.Status{} }
 func (e *benchEngine) Run(ctx context.Context) error                            { <-ctx.Done(); return nil }

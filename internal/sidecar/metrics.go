@@ -151,6 +151,8 @@ func replicaDesc(name, help string, labels ...string) *prometheus.Desc {
 
 var (
 	readyDesc       = replicaDesc("ready", "1 if the gateway has what it needs to decide.")
+	issuersDesc     = replicaDesc("issuers", "Issuers that are trusted.")
+	withKeysDesc    = replicaDesc("issuers_with_keys", "Those of them whose keys are here.")
 	ageDesc         = replicaDesc("replica_age_seconds", "How old what is known is: all that was committed longer ago is in it. +Inf while nothing is known.")
 	seqDesc         = replicaDesc("replica_seq", "The last event that has been applied.")
 	revocationsDesc = replicaDesc("replica_revocations", "Revocations that are held.")
@@ -163,7 +165,7 @@ var (
 )
 
 func (c *replicaCollector) Describe(to chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{readyDesc, ageDesc, seqDesc, revocationsDesc, entitiesDesc, snapshotsDesc, deltasDesc, troubleDesc, connectedDesc, eventsDesc} {
+	for _, d := range []*prometheus.Desc{readyDesc, issuersDesc, withKeysDesc, ageDesc, seqDesc, revocationsDesc, entitiesDesc, snapshotsDesc, deltasDesc, troubleDesc, connectedDesc, eventsDesc} {
 		to <- d
 	}
 }
@@ -178,6 +180,9 @@ func (c *replicaCollector) Collect(to chan<- prometheus.Metric) {
 		age = math.Inf(1)
 	}
 	tell(readyDesc, prometheus.GaugeValue, oneIf(c.engine.Ready()))
+	keys := c.engine.Keys()
+	tell(issuersDesc, prometheus.GaugeValue, float64(keys.Issuers))
+	tell(withKeysDesc, prometheus.GaugeValue, float64(keys.WithKeys))
 	tell(ageDesc, prometheus.GaugeValue, age)
 	tell(seqDesc, prometheus.GaugeValue, float64(s.Seq))
 	tell(revocationsDesc, prometheus.GaugeValue, float64(s.Revocations))

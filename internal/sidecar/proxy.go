@@ -176,6 +176,9 @@ func (p *proxy) upstream(d gateway.Decision, target string) *url.URL {
 	return cmp.Or(best.url, p.fallback)
 }
 
+// maxWarned is how many APIs without an upstream are remembered.
+const maxWarned = 1000
+
 // warn names an API without an upstream, once in a minute each.
 func (p *proxy) warn(d gateway.Decision) {
 	name, context, tenant := d.Info.APIName+":"+d.Info.APIVersion, "", d.Info.SubscriberTenantDomain
@@ -185,6 +188,9 @@ func (p *proxy) warn(d gateway.Decision) {
 	p.mu.Lock()
 	due := time.Since(p.warned[tenant+" "+name]) > time.Minute
 	if due {
+		if len(p.warned) >= maxWarned { // names may come from tokens
+			clear(p.warned)
+		}
 		p.warned[tenant+" "+name] = time.Now()
 	}
 	p.mu.Unlock()

@@ -57,6 +57,8 @@ type engine interface {
 	// Run is called once, and ends with ctx.
 	Run(ctx context.Context) error
 	Status() replica.Status
+	// Keys counts issuers.
+	Keys() gateway.Status
 }
 
 // Addresses are where a running gateway listens; empty what is not configured.
@@ -81,9 +83,13 @@ type live struct {
 }
 
 func (l *live) Status() replica.Status { return l.replica.Status() }
+func (l *live) Keys() gateway.Status   { return l.Gateway.Status() }
 
 // close gives up what newEngine has opened, once Run has returned.
 func (l *live) close() {
+	if l.replica != nil {
+		_ = l.replica.Close() // it has only its folder to give up
+	}
 	if l.etcd != nil {
 		_ = l.etcd.Close() // nothing that it could say matters any more
 	}
@@ -98,7 +104,7 @@ func newEngine(ctx context.Context, cfg Config, log *slog.Logger) (_ *live, err 
 	}()
 	rc := replica.Config{
 		Folder: cfg.Folder, Staleness: cfg.Staleness, Routes: cfg.Routes, Empty: cfg.Empty,
-		Claims: cfg.Claims, Environments: cfg.Environments, Logger: log,
+		Tenant: cfg.Tenant, Claims: cfg.Claims, Environments: cfg.Environments, Logger: log,
 	}
 	gc := gateway.Config{
 		Networks: cfg.KeyNetworks, Folder: cfg.Folder, Audiences: cfg.Audiences, AnyAudience: cfg.AnyAudience,
@@ -110,7 +116,7 @@ func newEngine(ctx context.Context, cfg Config, log *slog.Logger) (_ *live, err 
 			return nil, err
 		}
 		service, err := replica.NewHTTP(replica.HTTPConfig{
-			URL: s.URL, AllowHTTP: s.AllowHTTP, Username: s.Username, Password: string(s.Password), Tenant: s.Tenant, Client: client,
+			URL: s.URL, AllowHTTP: s.AllowHTTP, Username: s.Username, Password: string(s.Password), Tenant: cfg.Tenant, Client: client,
 		})
 		if err != nil {
 			return nil, err
@@ -131,8 +137,8 @@ func newEngine(ctx context.Context, cfg Config, log *slog.Logger) (_ *live, err 
 			return nil, fmt.Errorf("read the TLS files of RabbitMQ: %w", err)
 		}
 		ac := amqpfeed.Config{URL: string(a.URL), TLS: tlsConfig, Exchange: a.Exchange}
-		if cfg.Service.Tenant != "" {
-			ac.Tenants = []string{cfg.Service.Tenant}
+		if cfg.Tenant != "" {
+			ac.Tenants = []string{cfg.Tenant}
 		}
 		feed, err := amqpfeed.New(ac)
 		if err != nil {
@@ -163,7 +169,7 @@ func newEngine(ctx context.Context, cfg Config, log *slog.Logger) (_ *live, err 
 		}
 		gc.Introspection = &gateway.Introspection{
 			URL: i.URL, ClientID: i.ClientID, ClientSecret: string(i.ClientSecret), Client: client,
-			Timeout: i.Timeout, MaxConcurrent: i.MaxConcurrent,
+			Issuers: i.Issuers, Timeout: i.Timeout, MaxConcurrent: i.MaxConcurrent,
 		}
 	}
 	if l.replica, err = replica.New(rc); err != nil {

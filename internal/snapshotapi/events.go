@@ -205,6 +205,7 @@ func (a *API) pollError(ctx context.Context, err error) error {
 			Members: map[string]any{"epoch": at.Epoch, "seq": at.Seq},
 		}
 	case errors.Is(err, follow.ErrAhead):
+		// Package replica knows by these words that the log was restored.
 		return rest.InvalidParameter("The parameter after is past the end of the log.")
 	case errors.Is(err, follow.ErrStale):
 		return stale(err)

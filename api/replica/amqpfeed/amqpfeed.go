@@ -28,6 +28,7 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"slices"
 	"strconv"
 	"strings"
 	"time"
@@ -47,8 +48,9 @@ type Config struct {
 	TLS *tls.Config
 	// Exchange is where the events are; the service makes it. Default "rescind.events".
 	Exchange string
-	// Tenants are the domains of those whose events are wanted. Default: all. They must be those
-	// that the replica's source has.
+	// Tenants are the domains of those whose events are wanted. Default: all. They should be those
+	// that the replica's source has: events of others are passed over, and what is missing the source
+	// is asked for every few seconds.
 	Tenants []string
 }
 
@@ -69,6 +71,7 @@ type Feed struct {
 	tls      *tls.Config
 	exchange string
 	keys     []string // what the queue is bound with
+	tenants  []string // whose events these keys are for; nil: all
 
 	// silence is how long nothing may come: a few of the service's heartbeats, which are a
 	// second apart.
@@ -100,7 +103,7 @@ func New(cfg Config) (*Feed, error) {
 		errs = append(errs, fmt.Errorf("exchange has %d bytes, must have at most %d", len(f.exchange), shortString))
 	}
 	if len(cfg.Tenants) > 0 {
-		f.keys = []string{revocation.HeartbeatRoutingKey}
+		f.keys, f.tenants = []string{revocation.HeartbeatRoutingKey}, slices.Clone(cfg.Tenants)
 	}
 	for _, domain := range cfg.Tenants {
 		if domain == "" || len(domain) > 200 || strings.Trim(domain, "abcdefghijklmnopqrstuvwxyz0123456789.-") != "" {
@@ -273,7 +276,7 @@ func (s *session) handle(ctx context.Context, m amqp.Delivery, to replica.Receiv
 		return err
 	}
 	return to.Heartbeat(ctx, replica.Beat{
-		Position: revocation.Position{Epoch: h.Epoch, Seq: h.Through}, Head: h.Head, Time: h.Time,
+		Position: revocation.Position{Epoch: h.Epoch, Seq: h.Through}, Head: h.Head, Time: h.Time, Tenants: s.tenants,
 	})
 }
 

@@ -138,7 +138,11 @@ func (r *receiver) Revoked(rec replica.Record, at revocation.Position) {
 }
 
 func (r *receiver) Heartbeat(_ context.Context, b replica.Beat) error {
-	r.told <- fmt.Sprintf("heartbeat %d/%d %s", b.Seq, b.Head, b.Time.Format(time.RFC3339Nano))
+	text := fmt.Sprintf("heartbeat %d/%d %s", b.Seq, b.Head, b.Time.Format(time.RFC3339Nano))
+	if b.Tenants != nil {
+		text += fmt.Sprint(" of ", b.Tenants)
+	}
+	r.told <- text
 	return nil
 }
 
@@ -326,7 +330,7 @@ func TestTenants(t *testing.T) {
 		return nil
 	}
 	c := follow(t, newFeed(t, Config{URL: b.url, Tenants: []string{"a.example", "carbon.super"}}), r)
-	r.want(t, "connected", "event 1 of a.example", "event 3 of carbon.super", "event 6 of a.example", beatText(6, 6))
+	r.want(t, "connected", "event 1 of a.example", "event 3 of carbon.super", "event 6 of a.example", beatText(6, 6)+" of [a.example carbon.super]")
 	c.stop()
 }
 
