@@ -191,8 +191,9 @@ func (f *folder) load(s *State) (fresh time.Time, err error) {
 		r.base = n
 	}
 	r.chain = link{number: r.base}
-	first, _ := slices.BinarySearch(journals, r.base)
-	for _, n := range journals[max(first-1, 0):] {
+	// All of them: an event may have been on its way to the state since before the snapshot's journal was
+	// begun, and the one before that, if a save failed.
+	for _, n := range journals {
 		f.number = max(f.number, n)
 		if err := f.readJournal(n, &r); err != nil {
 			f.damagedFile(journalName(n), err)

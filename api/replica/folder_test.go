@@ -107,7 +107,7 @@ type fold struct {
 }
 
 func newLife(t *testing.T, seed byte) *life {
-	data := make([]byte, size(1200, 4000))
+	data := make([]byte, size(1200, 2000))
 	rand.NewChaCha8([32]byte{seed}).Read(data)
 	l := &life{
 		t: t, c: &choices{data}, m: newModel(), path: filepath.Join(t.TempDir(), "folder"), lasts: make(map[string]revocation.Seq),
@@ -433,7 +433,7 @@ func holds(s *State, target revocation.Target, exp int64) bool {
 // Wherever a process ends, the next one has what it said to have, and claims no more.
 func TestFolderAfterACrash(t *testing.T) {
 	t.Parallel()
-	for seed := range byte(size(6, 30)) {
+	for seed := range byte(size(6, 12)) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) { // so that nothing is synced meanwhile
@@ -452,7 +452,7 @@ func TestFolderAfterACrash(t *testing.T) {
 // The same on a disk that fails now and then, and which is then as good as before.
 func TestFolderOnABadDisk(t *testing.T) {
 	t.Parallel()
-	for seed := range byte(size(6, 30)) {
+	for seed := range byte(size(6, 12)) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
 			synctest.Test(t, func(t *testing.T) {

@@ -297,7 +297,7 @@ func matches(s *State, target revocation.Target, now int64) bool {
 
 func TestPartHistories(t *testing.T) {
 	t.Parallel()
-	for seed := range size(250, 5000) {
+	for seed := range size(250, 600) {
 		data := make([]byte, 600)
 		rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), 1}).Read(data)
 		runPart(t, data)

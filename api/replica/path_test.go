@@ -218,7 +218,7 @@ func TestOperationModel(t *testing.T) {
 		return compiled[target].MatchString(rest)
 	}
 	found := 0
-	for range size(500, 20000) {
+	for range size(500, 2000) {
 		var targets []string
 		for range 1 + rng.IntN(8) {
 			target := ""

@@ -1533,7 +1533,7 @@ func TestRunEnds(t *testing.T) {
 // Whatever happens to feeds and source, what was revoked here once is never valid again, and when
 // all is over the state is that of the service.
 func TestHostileWorld(t *testing.T) {
-	for seed := range uint64(size(5, 400)) {
+	for seed := range uint64(size(5, 15)) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			bubble(t, func(t *testing.T) { hostileWorld(t, rand.New(rand.NewPCG(seed, 5))) })
 		})

@@ -190,7 +190,7 @@ func compareStates(t *testing.T, want, got *State, c *choices, now int64) {
 // Whatever happened: what was written and read says the same.
 func TestSnapshotOfHistories(t *testing.T) {
 	t.Parallel()
-	for seed := range byte(size(4, 40)) {
+	for seed := range byte(size(4, 10)) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
 			t.Parallel()
 			data := make([]byte, 6000)
@@ -515,8 +515,8 @@ func TestSnapshotSize(t *testing.T) {
 		issuer func(int) string
 	}{
 		"one issuer":                 {1_000_000, ofOne},
-		"3000 issuers, taking turns": {size(150_000, 1_000_000), func(i int) string { return many[i%len(many)] }},
-		"issuers, one after another": {size(100_000, 1_000_000), func(i int) string { return many[i/1000] }},
+		"3000 issuers, taking turns": {size(150_000, 300_000), func(i int) string { return many[i%len(many)] }},
+		"issuers, one after another": {size(100_000, 300_000), func(i int) string { return many[i/1000] }},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -581,7 +581,7 @@ func TestWriteSnapshotWhileApplying(t *testing.T) {
 	t.Parallel()
 	s := newClock().newReplica(false)
 	load(t, s, revocation.Position{Epoch: epoch})
-	n := size(3000, 60_000)
+	n := size(3000, 10_000)
 	m := newModel()
 	for i := range n {
 		m.revoke(Record{Target: ofJTI(uuidOf(i)), Tenant: acme, Exp: begin + int64(i)})

@@ -276,7 +276,7 @@ func TestBytesOfEntries(t *testing.T) {
 	}
 	note(s, s.entries())
 	// From one doubling of the tables to the next but one.
-	fill(size(100_000, 2*million), 0, func(s *State, n int) {
+	fill(size(100_000, 300_000), 0, func(s *State, n int) {
 		if n >= 20_000 {
 			note(s, n)
 		}

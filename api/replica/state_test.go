@@ -549,7 +549,7 @@ func isNil(e catalog.Entity) bool {
 
 func TestHistories(t *testing.T) {
 	t.Parallel()
-	for seed := range size(6, 40) {
+	for seed := range size(6, 12) {
 		data := make([]byte, 4000)
 		rng := rand.NewChaCha8([32]byte{byte(seed)})
 		rng.Read(data)
@@ -743,7 +743,7 @@ func TestForget(t *testing.T) {
 	m.clock = clk
 	r := clk.newReplica(true)
 	load(t, r, m.head())
-	n := size(8000, 20_000) // several tables and chunks
+	n := size(8000, 10_000) // several tables and chunks
 	for i := range n {
 		must(t, r.Apply(m.revoke(Record{Target: ofJTI(uuidOf(i)), Tenant: acme, Exp: begin + int64(i%1000)})))
 	}
@@ -857,7 +857,7 @@ func TestWrongClock(t *testing.T) {
 // does not.
 func TestArchive(t *testing.T) {
 	t.Parallel()
-	for seed := range uint64(size(3, 10)) {
+	for seed := range uint64(size(3, 5)) {
 		rng := rand.New(rand.NewPCG(seed, 1))
 		a := newArchive()
 		numbers, next := map[string]uint32{}, 0
@@ -909,7 +909,7 @@ func TestReadersWhileApplying(t *testing.T) {
 	t.Parallel()
 	clk, m := newClock(), newModel()
 	const ends, window = 300, 5000
-	n := size(10_000, 30_000)
+	n := size(10_000, 15_000)
 	record := func(seq int) Record { // of the event of seq
 		if seq%3 == 0 {
 			return Record{Target: ofJTI(uuidOf(seq / 2)), Tenant: acme, Exp: begin + int64(seq)/10 + 2*ends}
