@@ -322,7 +322,7 @@ func BenchmarkTick(b *testing.B) {
 	var holds []time.Duration
 	for b.Loop() {
 		if s.entries() < million {
-			b.Skip("too much has ended")
+			b.Fatal("too much has ended to measure: give it a shorter -benchtime")
 		}
 		clk.seconds.Add(1)
 		now := s.now()
