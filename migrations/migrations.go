@@ -10,7 +10,7 @@ import "embed"
 var FS embed.FS
 
 // Latest is the version of the newest migration; the service runs on no older one.
-const Latest = 3
+const Latest = 4
 
 // Table is where golang-migrate keeps the version, in schema public so that it
 // outlives the schema it describes.

@@ -63,6 +63,9 @@ type StateConfig struct {
 	// Records keeps identifiers, so that revocations can be listed, see
 	// [View.Revocations]. Only those who serve snapshots need it.
 	Records bool
+	// History is how many events of the past [Digests.At] can go back by, and memory is taken for.
+	// It needs Records. 0: digests are of this state alone.
+	History int
 }
 
 // Record is a revocation as it is listed.

@@ -77,6 +77,7 @@ var layers = map[string]layer{
 	"internal/revoke":    {level: 3},
 	"internal/catalog":   {level: 3, outside: []string{fromPgx, fromUUID}},
 	"internal/follow":    {level: 3, outside: []string{fromPrometheus, fromSync, "github.com/cenkalti/backoff/v5"}},
+	"internal/fleet":     {level: 3, outside: []string{fromPgx, fromPrometheus, fromUUID, fromCompress}},
 	"internal/yamlfile":  {level: 3, outside: []string{fromYAML}},
 	"internal/wso2test":  {level: 3, testOnly: true, outside: []string{fromAMQP}},
 	"internal/relaytest": {level: 3, testOnly: true, outside: []string{"github.com/google/go-cmp/cmp"}},
@@ -90,6 +91,11 @@ var layers = map[string]layer{
 	"internal/manifest":    {level: 4, outside: []string{fromPgx, fromUUID, fromYAML}},
 	"internal/sts":         {level: 4, outside: []string{fromChi, fromJOSE, fromPgx}},
 	"internal/httpapi":     {level: 4, outside: []string{fromChi, fromPrometheus}},
+
+	"internal/fleetapi": {level: 4, outside: []string{fromChi}},
+	"internal/verify":   {level: 4},
+	"internal/canary":   {level: 4, outside: []string{fromPrometheus}},
+	"internal/explain":  {level: 4, outside: []string{fromChi}},
 
 	"internal/sidecar": {level: 4, outside: []string{fromPrometheus, fromSync, fromYAML, fromGRPC, fromControlPlane, fromGenproto}},
 

@@ -1,0 +1,2 @@
+DROP TABLE rescind.fleet_processes;
+DROP TABLE rescind.gateways;
