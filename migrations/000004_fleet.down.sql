@@ -1,2 +1,3 @@
+DROP SEQUENCE rescind.fleet_questions;
 DROP TABLE rescind.fleet_processes;
 DROP TABLE rescind.gateways;

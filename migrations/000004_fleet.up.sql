@@ -7,8 +7,9 @@ CREATE TABLE rescind.gateways (
     sees       text[] NOT NULL DEFAULT '{}',
     first_seen timestamptz NOT NULL DEFAULT clock_timestamp(),
     last_seen  timestamptz NOT NULL DEFAULT clock_timestamp(), -- up to a minute too early
+    left_at    timestamptz, -- it said that it stops, and is kept for its canary's sake alone; null: it is there
     report     jsonb NOT NULL, -- the last one that was written down
-    canary_url text NOT NULL DEFAULT '',
+    canary_url text NOT NULL DEFAULT '', -- set by people, so a gateway that is started again finds it
     canary     jsonb -- the last result
 );
 
@@ -16,9 +17,18 @@ CREATE TABLE rescind.gateways (
 -- them asks, and is worth nothing after a crash.
 CREATE UNLOGGED TABLE rescind.fleet_processes (
     id       uuid PRIMARY KEY,
-    seen     timestamptz NOT NULL DEFAULT clock_timestamp(),
-    asked    bigint NOT NULL DEFAULT 0, -- the last question that body answers
-    gateways bytea -- compressed
+    since    timestamptz NOT NULL DEFAULT clock_timestamp(),
+    seen     timestamptz NOT NULL DEFAULT clock_timestamp(), -- some seconds ago, or the process is gone
+    asked    bigint NOT NULL DEFAULT 0, -- the last question that gateways answers
+    version  bigint NOT NULL DEFAULT 0, -- of gateways, so that nobody reads the same twice
+    told_at  timestamptz NOT NULL DEFAULT clock_timestamp(), -- what the ages in gateways count from
+    gateways bytea -- JSON, compressed with zstd
 );
+-- It is compressed already.
+ALTER TABLE rescind.fleet_processes ALTER COLUMN gateways SET STORAGE EXTERNAL;
+
+-- The numbers of questions, of whichever process.
+CREATE SEQUENCE rescind.fleet_questions;
 
 GRANT SELECT, INSERT, UPDATE, DELETE ON rescind.gateways, rescind.fleet_processes TO rescind_service;
+GRANT USAGE ON SEQUENCE rescind.fleet_questions TO rescind_service;

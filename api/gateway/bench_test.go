@@ -44,7 +44,7 @@ func BenchmarkDecide(b *testing.B) {
 	b.Run("verified", func(b *testing.B) {
 		w := start(b, newService(), replica.Config{}, Config{})
 		ctx := b.Context()
-		t, issuer, err := w.accept(ctx, t1())
+		t, issuer, err := w.accept(ctx, t1(), nil)
 		if err != nil {
 			b.Fatal(err)
 		}

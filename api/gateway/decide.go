@@ -63,7 +63,10 @@ const (
 
 // Decide says what becomes of a request. It waits for nobody unless the keys of an issuer are not
 // here yet, a token names a key that is not known, or an issuer is to be asked.
-func (g *Gateway) Decide(ctx context.Context, r Request) Decision {
+func (g *Gateway) Decide(ctx context.Context, r Request) Decision { return g.decide(ctx, r, nil) }
+
+// decide is Decide, and what [Gateway.Explain] goes by, which gives x.
+func (g *Gateway) decide(ctx context.Context, r Request, x *explaining) Decision {
 	path, ok := replica.CleanPath(r.Target)
 	if !ok || r.Method == http.MethodConnect {
 		d := g.refuse(replica.CodeGeneral, reasonPath)
@@ -72,29 +75,32 @@ func (g *Gateway) Decide(ctx context.Context, r Request) Decision {
 	}
 	req := replica.Request{Method: r.Method, Path: path}
 	compact, reason := bearer(r.Authorization)
-	switch reason {
-	case "":
-	case reasonNoCredentials:
-		return g.anonymous(req, replica.CodeMissingCredentials, reason)
+	switch {
+	case x.believes(), reason == "":
+	case reason == reasonNoCredentials:
+		return g.anonymous(req, replica.CodeMissingCredentials, reason, x)
 	default:
-		return g.anonymous(req, replica.CodeInvalidCredentials, reason)
+		return g.anonymous(req, replica.CodeInvalidCredentials, reason, x)
 	}
-	t, issuer, err := g.accept(ctx, compact)
+	t, issuer, err := g.accept(ctx, compact, x)
 	if err != nil {
 		code, reason := g.unproven(compact, err)
-		return g.anonymous(req, code, reason)
+		return g.anonymous(req, code, reason, x)
 	}
 	req.Tenant = issuer.Tenant.Domain
 
-	a := g.replica.Authorize(t, req)
+	a := g.authorize(t, req, x)
 	if a.Authorized && a.Outcome == replica.Ask {
-		if reason := g.introspection.ask(ctx, compact, t); reason != "" {
+		if reason := g.introspect(ctx, compact, t, x); reason != "" {
 			code := replica.CodeGeneral
 			if reason == reasonInactive {
 				code = replica.CodeInvalidCredentials
 			}
 			a.Authorized, a.Info.Authorized = false, false
 			a.Code, a.Reason, a.Info.ValidationStatus = code, reason, code
+			return g.decided(t, issuer, a)
+		}
+		if x != nil {
 			return g.decided(t, issuer, a)
 		}
 		// The answer may have taken long enough for the token to end, or to be revoked.
@@ -121,8 +127,8 @@ func (g *Gateway) decided(t *token.Token, issuer token.Issuer, a replica.Authori
 
 // anonymous decides about a request that comes with no token, or with none that is any good.
 // Code and reason are for what needs one.
-func (g *Gateway) anonymous(req replica.Request, code replica.Code, reason string) Decision {
-	a := g.replica.Authorize(nil, req)
+func (g *Gateway) anonymous(req replica.Request, code replica.Code, reason string, x *explaining) Decision {
+	a := g.authorize(nil, req, x)
 	if a.Code == replica.CodeMissingCredentials {
 		a.Code, a.Reason, a.Info.ValidationStatus = code, reason, code
 	}
@@ -137,8 +143,28 @@ func (g *Gateway) refuse(code replica.Code, reason string) Decision {
 }
 
 // accept is [token.Verifier.Accept] at the time when the keys are there.
-func (g *Gateway) accept(ctx context.Context, compact string) (*token.Token, token.Issuer, error) {
+func (g *Gateway) accept(ctx context.Context, compact string, x *explaining) (*token.Token, token.Issuer, error) {
+	t, trusted, err := g.verify(ctx, compact, x)
+	now := time.Now()
+	var issuer token.Issuer
+	if err == nil {
+		issuer, _ = trusted.Issuer(t.Issuer)
+		err = g.acceptance.Check(t, issuer, now)
+	}
+	x.saw(trusted, compact, t, err, g.acceptance, now)
+	if err != nil {
+		return nil, token.Issuer{}, err
+	}
+	return t, issuer, nil
+}
+
+// verify is [token.Verifier.Verify], by those who are trusted now.
+func (g *Gateway) verify(ctx context.Context, compact string, x *explaining) (*token.Token, *trust, error) {
 	trusted := g.issuers.trusted.Load()
+	if x.believes() {
+		t, err := believe(trusted, x.claims)
+		return t, trusted, err
+	}
 	t, err := trusted.Verify(ctx, compact)
 	if errors.Is(err, token.ErrUntrustedIssuer) {
 		// It may have come a moment ago.
@@ -148,14 +174,7 @@ func (g *Gateway) accept(ctx context.Context, compact string) (*token.Token, tok
 			t, err = trusted.Verify(ctx, compact)
 		}
 	}
-	if err != nil {
-		return nil, token.Issuer{}, err
-	}
-	issuer, _ := trusted.Issuer(t.Issuer)
-	if err := g.acceptance.Check(t, issuer, time.Now()); err != nil {
-		return nil, token.Issuer{}, err
-	}
-	return t, issuer, nil
+	return t, trusted, err
 }
 
 // unproven says why a token was not accepted.

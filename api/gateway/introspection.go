@@ -76,11 +76,16 @@ func newIntrospection(cfg Introspection, log *slog.Logger) (*introspection, erro
 	}, nil
 }
 
+// canAsk reports whether there is somebody to ask about t. Nil has nobody, and for the tokens of other issuers
+// there is nobody either.
+func (i *introspection) canAsk(t *token.Token) bool {
+	return i != nil && (len(i.issuers) == 0 || slices.Contains(i.issuers, t.Issuer))
+}
+
 // ask returns "" if the issuer says that t, which is compact, is active; else the reason why the
-// token is not let through. Nil has nobody to ask, and for the tokens of other issuers there is
-// nobody either.
+// token is not let through.
 func (i *introspection) ask(ctx context.Context, compact string, t *token.Token) (reason string) {
-	if i == nil || len(i.issuers) > 0 && !slices.Contains(i.issuers, t.Issuer) {
+	if !i.canAsk(t) {
 		return reasonNoAnswer
 	}
 	select {

@@ -257,15 +257,18 @@ const (
 // ClaimsOnly, it refuses with CodeGeneral. Where nothing at all is known, and Config.Empty is Serve,
 // every token is let through.
 func (r *Replica) Authorize(t *token.Token, req Request) (a Authorization) {
-	staleness := r.StalenessOf(req.Path)
-	by := authorizer{
+	by := r.authorizer(r.StalenessOf(req.Path))
+	r.state.View(func(v *View) { by.authorize(&a, v, t, req) })
+	return a
+}
+
+func (r *Replica) authorizer(s Staleness) authorizer {
+	return authorizer{
 		mode:         r.cfg.Claims,
 		only:         r.cfg.Tenant,
 		environments: r.cfg.Environments,
-		check:        func(t Token) Decision { return r.CheckWith(t, staleness) },
+		check:        func(t Token) Decision { return r.CheckWith(t, s) },
 	}
-	r.state.View(func(v *View) { by.authorize(&a, v, t, req) })
-	return a
 }
 
 // Tenant is the domain of the only tenant that is served: Config.Tenant, or else the one that the
@@ -290,8 +293,43 @@ type authorizer struct {
 	mode         ClaimsMode
 	only         string // the domain of the only tenant that is served; empty: the state knows
 	environments []string
+	anyOperation bool // as in [Explainer]
 	check        func(Token) Decision
+
+	looked looked // what authorize leaves behind
 }
+
+// looked is what was looked at, as far as the checks came, for those who explain.
+type looked struct {
+	source     source
+	bearer     bearer
+	token      Token // what Decision is about
+	place      *place
+	rest       string
+	claims     error // of those that every token has, see tellToken
+	subscribed bool  // the subscription was looked for
+
+	carried    *carried
+	carriedErr error // carried cannot be read
+	item       carriedAPI
+	tierErr    error // or what it says of item's tier
+
+	mapping          *catalog.KeyMapping
+	application      *catalog.Application
+	subscription     *catalog.Subscription
+	own, tier, whole *catalog.Policy // of application, subscription and API
+	state            string          // of the subscription
+}
+
+// source is what subscriptions are looked for in.
+type source uint8
+
+const (
+	nowhere   source = iota // it did not come to that
+	inNothing               // nothing is known
+	inClaims
+	inCatalog
+)
 
 func (by *authorizer) authorize(a *Authorization, v *View, t *token.Token, req Request) {
 	if path, ok := CleanPath(req.Path); !ok || path != req.Path {
@@ -307,11 +345,14 @@ func (by *authorizer) authorize(a *Authorization, v *View, t *token.Token, req R
 			b.tenant = b.manager.Tenant.Domain
 		}
 	}
+	by.looked.bearer = b
 	switch {
 	case by.mode == ClaimsOnly:
+		by.looked.source = inClaims
 		by.byClaims(a, path, b)
 		return
 	case v.at == revocation.Position{}:
+		by.looked.source = inNothing
 		by.byNothing(a, b)
 		return
 	case v.content.part != nil && v.content.part.revocationsOnly:
@@ -319,12 +360,14 @@ func (by *authorizer) authorize(a *Authorization, v *View, t *token.Token, req R
 		return
 	}
 
+	by.looked.source = inCatalog
 	p, rest := v.content.shelves.placeOf(path, by.only, by.environments)
+	by.looked.place, by.looked.rest = p, rest
 	switch {
 	case p == nil:
 		a.refuse(CodeForbidden, reasonNoAPI)
 		return
-	case !a.find(p, req.Method, rest):
+	case !by.find(a, p, req.Method, rest):
 		return
 	case a.Operation != nil && a.Operation.AuthType == "None":
 		a.allow()
@@ -350,6 +393,7 @@ func (by *authorizer) byClaims(a *Authorization, path string, b bearer) {
 		return
 	}
 	c, err := readCarried(b.token)
+	by.looked.carried, by.looked.carriedErr = c, err
 	if b.tenant == "" {
 		b.tenant = c.tenant()
 	}
@@ -360,13 +404,14 @@ func (by *authorizer) byClaims(a *Authorization, path string, b bearer) {
 		a.refuse(CodeInvalidCredentials, reasonClaims)
 		return
 	}
+	by.looked.subscribed = true
 	item, ok := c.below(path, b.tenant, by.only)
 	if !ok {
 		a.refuse(CodeForbidden, reasonNoSubscription)
 		return
 	}
 	a.Info.APIName, a.Info.APIVersion, a.Info.APIPublisher = item.name, item.version, item.publisher
-	if a.tellCarried(c, item.tier) {
+	if by.tellCarried(a, c, item) {
 		a.allow()
 	}
 }
@@ -406,20 +451,23 @@ func (by *authorizer) accept(a *Authorization, b *bearer, known bool) bool {
 		a.refuse(CodeInvalidCredentials, reasonIssuer)
 		return false
 	}
-	readable := a.tellToken(b)
-	a.Decision = by.check(TokenOf(b.token, b.tenant))
+	unreadable := a.tellToken(b)
+	compared := TokenOf(b.token, b.tenant)
+	a.Decision = by.check(compared)
 	if a.Outcome != Revoked && b.key != b.token.ClientID {
 		// For a key manager whose consumer keys are in a claim of its own, that is the client.
-		if d := by.check(Token{Iss: b.token.Issuer, ClientID: b.key, IssuedAt: b.token.IssuedAt}); d.Outcome == Revoked {
-			a.Decision = d
+		client := Token{Iss: b.token.Issuer, ClientID: b.key, IssuedAt: b.token.IssuedAt}
+		if d := by.check(client); d.Outcome == Revoked {
+			a.Decision, compared = d, client
 		}
 	}
+	by.looked.bearer, by.looked.token, by.looked.claims = *b, compared, unreadable
 	switch {
 	case a.Outcome == Revoked:
 		a.refuse(CodeInvalidCredentials, reasonRevoked)
 	case a.Outcome == Refused:
 		a.refuse(CodeGeneral, reasonStale)
-	case !readable:
+	case unreadable != nil:
 		a.refuse(CodeInvalidCredentials, reasonClaims)
 	default:
 		return true
@@ -427,18 +475,21 @@ func (by *authorizer) accept(a *Authorization, b *bearer, known bool) bool {
 	return false
 }
 
-// tellToken tells of the token, and finds its consumer key. It is false if a claim has another
-// type than it must.
-func (a *Authorization) tellToken(b *bearer) (ok bool) {
+// tellToken tells of the token, and finds its consumer key. Its error is [token.ErrClaims], for the first
+// claim that has another type than it must.
+func (a *Authorization) tellToken(b *bearer) (wrong error) {
 	t, claims := b.token, b.token.Claims()
 	b.key = t.ClientID
-	ok = true
 	scope := "scope"
 	if m := b.manager; m != nil {
 		if m.ConsumerKeyClaim != "" && m.ConsumerKeyClaim != "azp" {
 			keys, err := claims.Texts(m.ConsumerKeyClaim)
-			ok = err == nil && len(keys) <= 1
-			if ok && len(keys) == 1 && keys[0] != "" {
+			switch {
+			case err != nil:
+				wrong = err
+			case len(keys) > 1:
+				wrong = fmt.Errorf("%w: %s has several consumer keys", token.ErrClaims, m.ConsumerKeyClaim)
+			case len(keys) == 1 && keys[0] != "":
 				b.key = keys[0]
 			}
 		}
@@ -447,12 +498,12 @@ func (a *Authorization) tellToken(b *bearer) (ok bool) {
 	i := &a.Info
 	var err error
 	if i.Scopes, err = readScopes(claims, scope); err != nil {
-		ok = false
+		wrong = cmp.Or(wrong, err)
 	}
 	i.UserType = ofUser
 	switch aut, err := claims.Text("aut"); {
 	case err != nil:
-		ok = false
+		wrong = cmp.Or(wrong, err)
 	case aut == ofApplication, aut != ofUser && (t.Subject == "" || t.Subject == b.key):
 		i.UserType = ofApplication
 	}
@@ -460,7 +511,7 @@ func (a *Authorization) tellToken(b *bearer) (ok bool) {
 	i.IssuedTime = t.IssuedAt * 1000
 	i.ValidityPeriod = max(0, t.Expiry-t.IssuedAt) * 1000
 	i.SubscriberTenantDomain = b.tenant
-	return ok
+	return wrong
 }
 
 // readScopes reads a claim that has scopes: a string with spaces between them (RFC 6749 section 3.3, and
@@ -477,13 +528,16 @@ func readScopes(claims token.Object, name string) ([]string, error) {
 }
 
 // find finds the operation at a place, and tells of the API.
-func (a *Authorization) find(p *place, method, rest string) bool {
+func (by *authorizer) find(a *Authorization, p *place, method, rest string) bool {
 	a.API = p.api
 	i := &a.Info
 	i.APIName, i.APIVersion, i.APIUUID, i.APIPublisher, i.APITier = p.api.Name, p.api.Version, p.api.UUID, p.api.Provider, p.api.Policy
 	if p.api.Status == catalog.APIBlocked {
 		a.refuse(CodeAPIBlocked, reasonAPIBlocked)
 		return false
+	}
+	if by.anyOperation {
+		return true
 	}
 	var ok bool
 	if a.Operation, ok = p.operation(method, rest); !ok {
@@ -511,18 +565,22 @@ func takes(op *catalog.Operation, userType string) bool {
 // subscribed finds the subscription, by the claims or in the catalog, and tells of it.
 func (by *authorizer) subscribed(a *Authorization, v *View, b bearer) bool {
 	mapping := v.keyMapping(b.key, b.token.Issuer)
+	by.looked.mapping, by.looked.subscribed = mapping, true
 	if by.mode == ClaimsFirst || mapping == nil {
-		switch c, err := readCarried(b.token); {
+		c, err := readCarried(b.token)
+		by.looked.carried, by.looked.carriedErr = c, err
+		switch {
 		case err != nil:
 			a.refuse(CodeInvalidCredentials, reasonClaims)
 			return false
 		case c != nil:
+			by.looked.source = inClaims
 			item, ok := c.api(a.API)
 			if !ok {
 				a.refuse(CodeForbidden, reasonNoSubscription)
 				return false
 			}
-			if !a.tellCarried(c, item.tier) {
+			if !by.tellCarried(a, c, item) {
 				return false
 			}
 			whole := v.apiPolicy(a.API)
@@ -536,6 +594,7 @@ func (by *authorizer) subscribed(a *Authorization, v *View, b bearer) bool {
 	}
 	a.Info.Type = mapping.KeyType
 	app := v.Application(mapping.Application.UUID)
+	by.looked.application = app
 	if app == nil {
 		a.refuse(CodeForbidden, reasonNoApplication)
 		return false
@@ -544,6 +603,7 @@ func (by *authorizer) subscribed(a *Authorization, v *View, b bearer) bool {
 	i.Subscriber, i.ApplicationID, i.ApplicationUUID, i.ApplicationName = app.Owner, app.ID, app.UUID, app.Name
 	i.ApplicationTier, i.ApplicationAttributes = app.Policy, app.Attributes
 	s := v.Subscription(app.UUID, a.API.UUID)
+	by.looked.subscription = s
 	if s == nil {
 		a.refuse(CodeForbidden, reasonNoSubscription)
 		return false
@@ -551,6 +611,7 @@ func (by *authorizer) subscribed(a *Authorization, v *View, b bearer) bool {
 	i.Tier = s.Policy
 	own, tier := v.Policy(app.Tenant.ID, catalog.PolicyApplication, app.Policy), v.Policy(s.Tenant.ID, catalog.PolicySubscription, s.Policy)
 	whole := v.apiPolicy(a.API)
+	by.looked.own, by.looked.tier, by.looked.whole = own, tier, whole
 	if own == nil || tier == nil || whole == nil && a.API.Policy != "" {
 		a.refuse(CodeForbidden, reasonNoPolicy)
 		return false
@@ -564,6 +625,7 @@ func (by *authorizer) subscribed(a *Authorization, v *View, b bearer) bool {
 	if app.Blocked {
 		state = catalog.Blocked // its subscriptions say so too, each a moment later
 	}
+	by.looked.state = state
 	switch {
 	case catalog.LetsThrough(state, mapping.KeyType):
 		return true
@@ -578,16 +640,17 @@ func (by *authorizer) subscribed(a *Authorization, v *View, b bearer) bool {
 // bandwidth is the type of quotas for which gateways count bytes.
 const bandwidth = "bandwidthVolume"
 
-// tellCarried tells what a token carries of its application, and of the tier of its subscription. It
+// tellCarried tells what a token carries of its application, and of the tier of its subscription, item. It
 // is false if that is not what it must be.
-func (a *Authorization) tellCarried(c *carried, tierName string) bool {
-	tier, err := c.tierOf(tierName)
+func (by *authorizer) tellCarried(a *Authorization, c *carried, item carriedAPI) bool {
+	tier, err := c.tierOf(item.tier)
+	by.looked.item, by.looked.tierErr = item, err
 	if err != nil {
 		a.refuse(CodeInvalidCredentials, reasonClaims)
 		return false
 	}
 	i := &a.Info
-	i.Type, i.Tier = c.keyType, tierName
+	i.Type, i.Tier = c.keyType, item.tier
 	i.Subscriber, i.ApplicationID, i.ApplicationUUID, i.ApplicationName, i.ApplicationTier = c.owner, c.id, c.uuid, c.name, c.tier
 	i.ContentAware = c.quota == bandwidth || tier.quota == bandwidth
 	i.SpikeArrestLimit, i.SpikeArrestUnit, i.StopOnQuotaReach = tier.limit, tier.unit, tier.stop

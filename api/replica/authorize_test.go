@@ -219,14 +219,26 @@ func (w *world) state(t testing.TB, records ...Record) *State {
 	return s
 }
 
-// ask is Authorize, of a replica that says this of what is not revoked.
-func ask(s *State, mode ClaimsMode, unless Outcome, t *token.Token, req Request, environments ...string) (a Authorization) {
-	by := authorizer{mode: mode, environments: environments, check: func(tok Token) Decision {
+// asked is an authorizer of a replica that says this of what is not revoked.
+func asked(s *State, mode ClaimsMode, unless Outcome, environments []string) authorizer {
+	return authorizer{mode: mode, environments: environments, check: func(tok Token) Decision {
 		if kind, revoked := s.Check(tok, frozen); revoked {
 			return Decision{Outcome: Revoked, Kind: kind, Age: time.Second}
 		}
 		return Decision{Outcome: unless, Age: time.Second}
 	}}
+}
+
+// ask is Authorize, of such a replica, and sees that Explain says the same.
+func ask(s *State, mode ClaimsMode, unless Outcome, t *token.Token, req Request, environments ...string) Authorization {
+	a := askOnly(s, mode, unless, t, req, environments...)
+	mustExplain(s, asked(s, mode, unless, environments), t, req, a)
+	return a
+}
+
+// askOnly is ask for those who measure.
+func askOnly(s *State, mode ClaimsMode, unless Outcome, t *token.Token, req Request, environments ...string) (a Authorization) {
+	by := asked(s, mode, unless, environments)
 	s.View(func(v *View) { by.authorize(&a, v, t, req) })
 	return a
 }
@@ -647,7 +659,7 @@ func TestAuthorizeWhileApplying(t *testing.T) {
 	for range 3 {
 		all.Go(func() {
 			for {
-				if got := ask(s, ClaimsFirst, Valid, tok, Request{Method: "GET", Path: "/pizza/1.0.0/menu"}); !got.Authorized {
+				if got := askOnly(s, ClaimsFirst, Valid, tok, Request{Method: "GET", Path: "/pizza/1.0.0/menu"}); !got.Authorized {
 					t.Errorf("refused: %+v", got)
 					return
 				}
@@ -674,7 +686,7 @@ func TestAuthorizeWhileApplying(t *testing.T) {
 func TestAuthorizeAllocates(t *testing.T) {
 	m, s := newMint(t), newWorld().state(t)
 	tok, request := m.token(t), Request{Method: "GET", Path: "/pizza/1.0.0/menu"}
-	if n := testing.AllocsPerRun(100, func() { ask(s, ClaimsFirst, Valid, tok, request) }); n > 5 {
+	if n := testing.AllocsPerRun(100, func() { askOnly(s, ClaimsFirst, Valid, tok, request) }); n > 5 {
 		t.Errorf("%v allocations for a decision, want at most 5", n)
 	}
 }
@@ -858,7 +870,9 @@ func TestAuthorizeTenants(t *testing.T) {
 		for _, tt := range rows {
 			var got Authorization
 			by := authorizer{only: only, check: func(tok Token) Decision { return Decision{Outcome: Valid} }}
+			explained := by
 			s.View(func(v *View) { by.authorize(&got, v, tt.token, tt.request) })
+			mustExplain(s, explained, tt.token, tt.request, got)
 			consistent(t, got)
 			if got.Reason != tt.reason {
 				t.Errorf("%s, %s: %q, want %q", tt.name, tt.request.Path, got.Reason, tt.reason)
@@ -1117,7 +1131,7 @@ func BenchmarkAuthorize(b *testing.B) {
 		b.Run(name, func(b *testing.B) {
 			b.ReportAllocs()
 			for i := 0; b.Loop(); i++ {
-				if a := ask(s, mode, Valid, tokens[i%500], requests[i%500]); !a.Authorized {
+				if a := askOnly(s, mode, Valid, tokens[i%500], requests[i%500]); !a.Authorized {
 					b.Fatalf("%s: %+v", requests[i%500].Path, a)
 				}
 			}

@@ -29,7 +29,9 @@ func Example() {
 	if err != nil {
 		log.Fatal(err)
 	}
-	revocations, err := replica.New(replica.Config{Source: source}) // and a Folder, to start without the service
+	revocations, err := replica.New(replica.Config{ // and a Folder, to start without the service
+		Source: source, ID: "gateway-1", Labels: map[string]string{"region": "eu-1"},
+	})
 	if err != nil {
 		log.Fatal(err)
 	}

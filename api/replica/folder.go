@@ -19,7 +19,7 @@ import (
 // folder keeps a state across restarts: the last snapshots, and journals of what followed. Its
 // methods are called by one goroutine at a time, but for save.
 //
-// Its files are snapshot-<n> and journal-<n>. A save begins journal n, and then writes snapshot n:
+// Its files are id, snapshot-<n> and journal-<n>. A save begins journal n, and then writes snapshot n:
 // so what is not in snapshot n is in journal n or a later one, but for what was on its way to
 // the state when journal n began, which is in the one before. A snapshot appears under its
 // name when all of it is on disk. The snapshot before the last one stays, with all journals since
@@ -63,6 +63,7 @@ type folder struct {
 
 const (
 	lockName       = "lock"
+	idName         = "id" // of whom it belongs to
 	snapshotPrefix = "snapshot-"
 	journalPrefix  = "journal-"
 	partSuffix     = ".part"    // of a snapshot that is being written
@@ -121,6 +122,49 @@ func openFolder(path string, log *slog.Logger) (*folder, error) {
 		f.drop(name)
 	}
 	return f, nil
+}
+
+// id is what the replica is known by that has this folder: it is kept here, and made if it is not there. One
+// that cannot be kept is for this time.
+func (f *folder) id() string {
+	text, err := os.ReadFile(f.file(idName))
+	if id := strings.TrimSuffix(string(text), "\n"); err == nil && ValidID(id) {
+		return id
+	}
+	id := newID()
+	if err == nil {
+		f.log.Error("the file of this replica's id is damaged; it gets another one", "folder", f.path, "file", idName, "id", id)
+	}
+	if err == nil || errors.Is(err, os.ErrNotExist) {
+		err = f.writeFile(idName, []byte(id+"\n"))
+	}
+	if err != nil {
+		f.log.Warn("cannot keep this replica's id; it has another one after a restart, unless it is configured", "folder", f.path, "id", id, "error", err)
+	}
+	return id
+}
+
+// writeFile puts a file in the place of the one of this name, at once.
+func (f *folder) writeFile(name string, text []byte) error {
+	part := f.file(name) + partSuffix
+	file, err := f.disk.create(part)
+	if err != nil {
+		return err
+	}
+	if err = f.disk.write(file, text, 0); err == nil {
+		err = f.disk.sync(file)
+	}
+	if closeErr := file.Close(); err == nil {
+		err = closeErr
+	}
+	if err == nil {
+		err = f.disk.rename(part, f.file(name))
+	}
+	if err != nil {
+		_ = f.disk.remove(part)
+		return err
+	}
+	return f.disk.syncDir(f.path)
 }
 
 func (f *folder) file(name string) string { return filepath.Join(f.path, name) }

@@ -1,6 +1,7 @@
 package replica
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
 	"crypto/x509"
@@ -44,8 +45,8 @@ type HTTPConfig struct {
 	Client *http.Client
 }
 
-// HTTP is the service's own API: a [Source] of snapshots and deltas, and a [Feed] of
-// server-sent events. Make one with [NewHTTP].
+// HTTP is the service's own API: a [Source] of snapshots and deltas, a [Feed] of server-sent events,
+// and a [Reporter]. Make one with [NewHTTP].
 type HTTP struct {
 	url           *url.URL
 	tenant        string
@@ -56,8 +57,9 @@ type HTTP struct {
 }
 
 var (
-	_ Source = (*HTTP)(nil)
-	_ Feed   = (*HTTP)(nil)
+	_ Source   = (*HTTP)(nil)
+	_ Feed     = (*HTTP)(nil)
+	_ Reporter = (*HTTP)(nil)
 )
 
 // NewHTTP checks cfg; its error names all that is wrong with it. It does not connect.
@@ -120,9 +122,11 @@ func NewHTTP(cfg HTTPConfig) (*HTTP, error) {
 func newTransport() *http.Transport {
 	var protocols http.Protocols
 	protocols.SetHTTP1(true)
+	// A peer that is gone is noticed within 20 s, also while it is waited for: it holds reports for long.
+	alive := net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 5 * time.Second, Count: 3}
 	return &http.Transport{
 		Proxy:                  http.ProxyFromEnvironment,
-		DialContext:            (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 5 * time.Second}).DialContext,
+		DialContext:            (&net.Dialer{Timeout: 10 * time.Second, KeepAliveConfig: alive}).DialContext,
 		TLSHandshakeTimeout:    10 * time.Second,
 		IdleConnTimeout:        90 * time.Second,
 		MaxResponseHeaderBytes: 64 << 10,
@@ -150,6 +154,10 @@ const (
 	// same of readers.
 	slowFor   = 30 * time.Second
 	leastRate = 64 << 10
+	// reportIn is how long the service may take to answer a report, which it holds for up to a minute.
+	reportIn = 75 * time.Second
+	// maxInstructions bounds what it answers.
+	maxInstructions = 64 << 10
 	// pageLimit is how many events are asked for at a time, the most that there may be.
 	pageLimit = 1000
 	// maxPage bounds an answer with so many, of less than 64 KiB each.
@@ -239,6 +247,64 @@ func (h *HTTP) events(ctx context.Context, after revocation.Position) (Page, err
 	return page, nil
 }
 
+// Report implements [Reporter]: POST /v1/gateways/{id}/status. It waits up to 75 s for the service, which
+// holds its answer.
+func (h *HTTP) Report(ctx context.Context, id string, r Report) (Instructions, error) {
+	in, err := h.report(ctx, id, r)
+	if err != nil {
+		return Instructions{}, fmt.Errorf("report gateway %.200q to %s: %w", id, h.url.Host, err)
+	}
+	return in, nil
+}
+
+func (h *HTTP) report(ctx context.Context, id string, r Report) (in Instructions, err error) {
+	if !ValidID(id) {
+		return in, errors.New("this can be no id of a gateway")
+	}
+	body, err := json.Marshal(r)
+	if err != nil {
+		return in, err
+	}
+	req, err := http.NewRequest(http.MethodPost, h.url.JoinPath("/v1/gateways", id, "status").String(), bytes.NewReader(body))
+	if err != nil {
+		return in, err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, reportIn, errStalled)
+	defer cancel()
+	a, err := h.do(ctx, req, http.Header{
+		"Accept": {"application/json"}, "Content-Type": {"application/json"},
+		// Not sent: that a report can be sent again when the service closes the connection just then.
+		"Idempotency-Key": {},
+	}, reportIn, stallFor)
+	if r, ok := errors.AsType[*refusal](err); ok {
+		switch r.status {
+		case http.StatusForbidden:
+			r.text = "status 403: this id belongs to another account, or the account lacks the role gateway: " +
+				"give the gateway an id of its own, or have an administrator forget this one"
+		case http.StatusConflict:
+			r.text = "status 409: another process, started later, reports with this id: " +
+				"give each an id of its own; those that began with copies of one folder have the same"
+		case http.StatusNotFound, http.StatusMethodNotAllowed:
+			r.text = "status " + strconv.Itoa(r.status) + ": the service takes no reports: it is older than this gateway"
+		}
+	}
+	if err != nil {
+		return in, err
+	}
+	defer a.close()
+	text, err := io.ReadAll(io.LimitReader(a, maxInstructions+1)) // to its end, so that the connection can be used again
+	switch {
+	case err != nil:
+		return in, fmt.Errorf("read answer: %w", err)
+	case len(text) > maxInstructions:
+		return in, fmt.Errorf("read answer: it is longer than %d bytes", maxInstructions)
+	}
+	if err := json.Unmarshal(text, &in); err != nil {
+		return in, fmt.Errorf("read answer: %w", err)
+	}
+	return in, nil
+}
+
 // answer is the body of an answer with status 200. Reading fails when nothing comes for long or, of
 // one that ends, too little. It must be closed.
 type answer struct {
@@ -270,18 +336,22 @@ func (h *HTTP) get(ctx context.Context, path string, query url.Values, header ht
 		query.Set("tenant", h.tenant)
 	}
 	u.RawQuery = query.Encode()
-	ctx, cancel := context.WithCancelCause(ctx)
-	a := &answer{ctx: ctx, cancel: cancel, stall: stall}
-	a.timer = time.AfterFunc(answerIn, func() { cancel(errStalled) })
-	req, err := http.NewRequestWithContext(ctx, http.MethodGet, u.String(), nil)
+	req, err := http.NewRequest(http.MethodGet, u.String(), nil)
 	if err != nil {
-		a.close()
 		return nil, err
 	}
+	return h.do(ctx, req, header, answerIn, stall)
+}
+
+// do sends a request. It must be answered within that time, and what else is said of get holds.
+func (h *HTTP) do(ctx context.Context, req *http.Request, header http.Header, within, stall time.Duration) (*answer, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	a := &answer{ctx: ctx, cancel: cancel, stall: stall}
+	a.timer = time.AfterFunc(within, func() { cancel(errStalled) })
 	header.Set("Authorization", h.authorization)
 	header.Set("User-Agent", "rescind-replica")
 	req.Header = header
-	resp, err := h.client.Do(req)
+	resp, err := h.client.Do(req.WithContext(ctx))
 	a.timer.Stop()
 	if err != nil {
 		if wrapped, ok := errors.AsType[*url.Error](err); ok {

@@ -67,6 +67,7 @@ type web struct {
 
 	mu       sync.Mutex
 	hostile  func(w http.ResponseWriter, r *http.Request) bool
+	reported func(w http.ResponseWriter, r *http.Request) // nil: it is a service that knows of no reports
 	requests []*http.Request
 	serving  sync.WaitGroup
 }
@@ -119,13 +120,19 @@ func problem(w http.ResponseWriter, status int, detail string) {
 
 func (web *web) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	web.mu.Lock()
-	web.requests = append(web.requests, r)
+	if r.Method != http.MethodPost {
+		web.requests = append(web.requests, r)
+	}
 	web.serving.Add(1)
 	defer web.serving.Done()
-	hostile := web.hostile
+	hostile, reported := web.hostile, web.reported
 	web.mu.Unlock()
 	user, password, _ := r.BasicAuth()
 	switch {
+	case r.Method == http.MethodPost && reported != nil:
+		reported(w, r)
+	case r.Method == http.MethodPost:
+		problem(w, http.StatusNotFound, "")
 	case hostile != nil && hostile(w, r):
 	case user != "gw" || password != secret:
 		problem(w, http.StatusUnauthorized, "")

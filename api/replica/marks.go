@@ -188,7 +188,8 @@ type marks struct {
 	// The writer's own.
 	listed bool // entries have records
 	turn   struct{ set, table int }
-	sets   []*set
+	sets   []*set   // that of tenants, then those of each issuer
+	names  []string // of the issuers, as their sets
 }
 
 // issuerList finds issuers by name: in a list of few, or in a hash table. A list is replaced, never
@@ -289,7 +290,7 @@ func newMarks(listed bool) *marks {
 }
 
 func (m *marks) init(s *set, c class) {
-	s.class, s.timed = c, classes[c].kind.HasTime()
+	s.class, s.timed, s.number = c, classes[c].kind.HasTime(), uint32(len(m.sets))
 	s.stride = wordNotAfter
 	if s.timed {
 		s.stride++
@@ -312,9 +313,18 @@ func (m *marks) set(c class, iss string) *set {
 		for c := range ofIssuers {
 			m.init(&is.sets[c], c)
 		}
+		m.names = append(m.names, iss)
 		m.issuers.Store(all.with(namedIssuer{iss, is}))
 	}
 	return &is.sets[c]
+}
+
+// issuerOf is the issuer of a set, empty for that of tenants.
+func (m *marks) issuerOf(s *set) string {
+	if s.class == tenants {
+		return ""
+	}
+	return m.names[(s.number-1)/uint32(ofIssuers)]
 }
 
 func (m *marks) each(f func(iss string, s *set)) {
@@ -365,6 +375,7 @@ type set struct {
 	dir    atomic.Pointer[directory] // nil: empty
 	class  class
 	timed  bool
+	number uint32 // in marks.sets
 	stride int
 	n      int // the writer's own
 }

@@ -38,6 +38,8 @@ type goal struct {
 	revocation.Position
 	// load: the events that follow cannot be used, or do not tell what has to be known.
 	load bool
+	// repair: the state is not what the log says. A snapshot is to take its place, though events go on.
+	repair bool
 }
 
 // and is g and h, or of two epochs that of h.
@@ -45,7 +47,7 @@ func (g goal) and(h goal) goal {
 	if h.Epoch != "" && (h.Epoch != g.Epoch || h.Seq > g.Seq) {
 		g.Position = h.Position
 	}
-	g.load = g.load || h.load
+	g.load, g.repair = g.load || h.load, g.repair || h.repair
 	return g
 }
 
@@ -267,7 +269,11 @@ func (r *Replica) attempt(ctx context.Context, g goal) error {
 		}
 		r.log.Info("a snapshot is needed", "position", r.state.At(), "reason", useless.cause)
 	}
-	if err := r.load(ctx); err != nil {
+	load := r.load
+	if g.repair {
+		load = r.repair
+	}
+	if err := load(ctx); err != nil {
 		return err
 	}
 	// A snapshot may be a little older than the question.
@@ -380,6 +386,23 @@ func (r *Replica) load(ctx context.Context) error {
 	return nil
 }
 
+// errHeldBack is that nothing is applied while the state is repaired.
+var errHeldBack = errors.New("a snapshot is on its way that is to take the place of what is known")
+
+// repair is load for a state that is not what the log says at its position. A snapshot that events have passed
+// while it was read changes nothing, for a sound state has all of it: so the position stays where it is
+// meanwhile. What is revoked holds at once all the same, ahead of it.
+func (r *Replica) repair(ctx context.Context) error {
+	r.heldBack.Store(true)
+	defer r.heldBack.Store(false)
+	before := r.state.loadCount()
+	err := r.load(ctx)
+	if err == nil && r.state.loadCount() == before {
+		r.log.Warn("the snapshot is older than what is known here, which stays as it is", "position", r.state.At())
+	}
+	return err
+}
+
 // scope is what a state is about. There is a new one when that, or the epoch, has changed.
 type scope struct {
 	epoch           revocation.Epoch
@@ -446,7 +469,7 @@ func (s *State) throughIn(p revocation.Position, scope *scope) bool {
 	}
 	if p.Seq > at.Seq {
 		part.passed(p.Seq)
-		s.at.Store(&p)
+		s.move(p)
 	}
 	return true
 }

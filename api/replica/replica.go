@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
 	"reflect"
 	"slices"
 	"strings"
@@ -51,6 +52,22 @@ type Config struct {
 	// Otherwise a tenant could open or close the paths of another one, or let its own
 	// applications in there.
 	Tenant string
+
+	// ID is what the service knows this replica by: 1 to 128 of A-Z a-z 0-9 . _ - that begin with a letter
+	// or a digit. No two replicas may have the same, and it belongs to the account that first
+	// reported with it. Default: one made of the host's name and chance, which Folder keeps; without
+	// Folder it is new with each start, and the service knows a gateway for each.
+	ID string
+	// Labels are for people, and for those who select gateways: at most 16, with names of 1 to 63 of
+	// A-Z a-z 0-9 . _ / - and values of at most 255 bytes of printable UTF-8.
+	Labels map[string]string
+	// Version is of the software, for people: at most 128 bytes of printable UTF-8.
+	Version string
+	// Reporter tells the service how this replica does, every few seconds and when the service asks,
+	// so that it knows who has applied what, see [Report]. Default: Source or else the first of Feeds that
+	// is one. NoReports: nobody is told.
+	Reporter  Reporter
+	NoReports bool
 
 	// Logger is told when feeds break and heal, snapshots are loaded, and the folder cannot
 	// be used. Default: nobody.
@@ -185,6 +202,27 @@ func (cfg Config) check() (Config, error) {
 			wrong("Environments[%d] is empty, must be the name of one: leave it out", i)
 		}
 	}
+	if cfg.ID != "" && !ValidID(cfg.ID) {
+		wrong("ID is %.200q, must be 1 to 128 of A-Z a-z 0-9 . _ - and begin with a letter or a digit", cfg.ID)
+	}
+	cfg.Labels = maps.Clone(cfg.Labels)
+	if err := ValidLabels(cfg.Labels); err != nil {
+		wrong("Labels: %w", err)
+	}
+	if !isLabelValue(cfg.Version) || len(cfg.Version) > maxVersion {
+		wrong("Version is %.80q, must be at most %d bytes of printable UTF-8", cfg.Version, maxVersion)
+	}
+	switch {
+	case cfg.NoReports && cfg.Reporter != nil:
+		wrong("Reporter and NoReports are both set: leave one out")
+	case !cfg.NoReports && cfg.Reporter == nil:
+		cfg.Reporter, _ = cfg.Source.(Reporter)
+		for _, f := range cfg.Feeds {
+			if reporter, ok := f.(Reporter); ok && cfg.Reporter == nil {
+				cfg.Reporter = reporter
+			}
+		}
+	}
 	if cfg.Logger == nil {
 		cfg.Logger = slog.New(slog.DiscardHandler)
 	}
@@ -208,14 +246,19 @@ func (cfg Config) check() (Config, error) {
 type Replica struct {
 	cfg   Config
 	log   *slog.Logger
+	id    string
 	state *State
 	start time.Time // what the clock that only runs counts from
-	age   age
-	feeds []*feed
+	// instance is a UUID of this start.
+	instance string
+	age      age
+	feeds    []*feed
 	mender
 
 	scope atomic.Pointer[scope] // of the state. It lags behind a Load
 	loads []instant             // the last snapshots. Of serve's goroutine
+	// heldBack: the position is to stay where it is, see repair.
+	heldBack atomic.Bool
 
 	// keeping is held while what changes the state is kept and applied, one after the other.
 	keeping sync.Mutex
@@ -234,6 +277,8 @@ type Replica struct {
 	back      revocation.Position          // what the log does not reach, since when logErr is set
 	foreign   map[revocation.Epoch]instant // when the source knew nothing of them
 	expected  [expectations]expectation
+	reports   ReportStatus
+	reportErr error // of the last report
 }
 
 // New checks cfg and reads what cfg.Folder has, so that the replica that it returns can be
@@ -247,7 +292,7 @@ func New(cfg Config) (*Replica, error) {
 		return nil, fmt.Errorf("configure replica: %w", err)
 	}
 	r := &Replica{
-		cfg: cfg, log: cfg.Logger.With("component", "replica"), state: NewState(StateConfig{}), start: time.Now(),
+		cfg: cfg, log: cfg.Logger.With("component", "replica"), state: NewState(StateConfig{}), start: time.Now(), instance: newInstance(),
 		mender: newMender(), save: make(chan struct{}, 1), foreign: make(map[revocation.Epoch]instant),
 	}
 	for _, f := range cfg.Feeds {
@@ -266,6 +311,14 @@ func New(cfg Config) (*Replica, error) {
 			r.age.restored(fresh, r.now())
 			r.log.Info("the state was loaded from the folder", "position", r.state.At(), "age", r.Age())
 		}
+	}
+	switch {
+	case cfg.ID != "":
+		r.id = cfg.ID
+	case r.folder != nil:
+		r.id = r.folder.id()
+	default:
+		r.id = newID()
 	}
 	r.rescope()
 	return r, nil
@@ -403,7 +456,7 @@ func (r *Replica) Ready() bool {
 
 // Status is for operators. It has no secret.
 func (r *Replica) Status() Status {
-	s := Status{Age: r.Age(), Ready: r.Ready(), Feeds: make([]FeedStatus, 0, len(r.feeds))}
+	s := Status{ID: r.id, Age: r.Age(), Ready: r.Ready(), Feeds: make([]FeedStatus, 0, len(r.feeds))}
 	r.state.View(func(v *View) {
 		s.Position = v.At()
 		s.Revocations, s.Entities = v.count()
@@ -417,6 +470,10 @@ func (r *Replica) Status() Status {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	if r.cfg.Reporter != nil {
+		reports := r.reports
+		s.Report = &reports
+	}
 	s.From, s.Snapshots, s.Deltas = r.from, r.snapshots, r.deltas
 	s.Error = strings.Join(slices.DeleteFunc([]string{r.logErr, r.sourceErr, r.folderErr}, func(e string) bool { return e == "" }), "; ")
 	return s
@@ -433,6 +490,7 @@ func (v *View) count() (revocations, entities int) {
 
 // Status is how a replica does.
 type Status struct {
+	ID string `json:"id"` // see [Replica.ID]
 	revocation.Position
 	// Age is that of [Decision], in nanoseconds.
 	Age   time.Duration `json:"age"`
@@ -451,6 +509,8 @@ type Status struct {
 	Snapshots uint64       `json:"snapshots"`
 	Deltas    uint64       `json:"deltas"`
 	Feeds     []FeedStatus `json:"feeds"`
+	// Report is how the service is told of this replica. Nil: it is not.
+	Report *ReportStatus `json:"report,omitempty"`
 	// Error is the last thing that went wrong with the source, the folder or the log, empty when
 	// it is over.
 	Error string `json:"error,omitempty"`

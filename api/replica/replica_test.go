@@ -333,7 +333,7 @@ func TestFollowing(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		s := newService(t)
 		s.revoke("before")
-		r, stop := start(t, Config{Source: s, Feeds: []Feed{&wire{s: s}}})
+		r, stop := start(t, Config{Source: s, Feeds: []Feed{&wire{s: s}}, ID: "gw-1"})
 		if d := r.Check(tokenOf("x")); r.Ready() || d != (Decision{Outcome: Refused, Age: Never}) {
 			t.Errorf("nothing is known: ready %t, %+v", r.Ready(), d)
 		}
@@ -355,7 +355,7 @@ func TestFollowing(t *testing.T) {
 		}
 		got.Age, got.Feeds[0].Heard = 0, 0
 		want := Status{
-			Position: s.head(), Ready: true, From: "source", Revocations: 2, Snapshots: 1,
+			ID: "gw-1", Position: s.head(), Ready: true, From: "source", Revocations: 2, Snapshots: 1,
 			Feeds: []FeedStatus{{Name: "wire", Connected: true, Events: 1}},
 		}
 		if diff := gocmp.Diff(want, got); diff != "" || loads != 1 || pages > 3 {

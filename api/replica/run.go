@@ -33,7 +33,8 @@ const (
 
 // Run keeps the replica up to date until ctx ends, then returns nil. It is called once: to call it again,
 // or after Close, is an error. What fails is tried again, with growing waits of 5 s at most unless the
-// service asks for more; it is logged and told by Status.
+// service asks for more; it is logged and told by Status. It returns up to a second after ctx has ended, for the
+// service is told then that this replica stops.
 func (r *Replica) Run(ctx context.Context) error {
 	if r.used.Swap(true) {
 		return errors.New("run replica: it was run or closed before, and has to be made anew")
@@ -46,6 +47,9 @@ func (r *Replica) Run(ctx context.Context) error {
 	}
 	if r.folder != nil {
 		all.Go(func() { r.keepSaving(ctx) })
+	}
+	if r.cfg.Reporter != nil {
+		all.Go(func() { newTeller(r).run(ctx) })
 	}
 	r.watch(ctx)
 	all.Wait()
@@ -356,6 +360,9 @@ func (s *session) Event(ctx context.Context, e revocation.Event) error {
 	// it holds nevertheless.
 	s.anchor = nil
 	r.revokeAhead(e)
+	if errors.Is(err, errHeldBack) {
+		return nil // it is fetched once the snapshot is there, and no other event has to wait for that
+	}
 	g := goal{load: true}
 	if errors.Is(err, ErrGap) {
 		r.settle(ctx) // another feed may have missed the same
@@ -461,6 +468,8 @@ func (s *session) through(ctx context.Context, b Beat) error {
 		return nil
 	}
 	switch {
+	case r.heldBack.Load():
+		return nil // the next one will tell
 	case partial && !scope.whole():
 		r.expect(ofOthers, b.Position, partPatience)
 		return nil
@@ -572,6 +581,8 @@ func (r *Replica) apply(e revocation.Event) error {
 		return nil
 	case e.Seq != at.Seq+1 && r.scope.Load().whole():
 		return ErrGap
+	case r.heldBack.Load():
+		return errHeldBack
 	}
 	if r.folder != nil {
 		r.kept(r.folder.event(e))

@@ -25,12 +25,13 @@ func order[E entity](a, b E) int {
 	return cmp.Or(cmp.Compare(x.ID, y.ID), cmp.Compare(x.UUID, y.UUID))
 }
 
-// change puts e in the place of the one that has its UUID, or takes that away. index
-// is told of both.
-func (s *shelf[E]) change(e E, deleted, loading bool, index func(e E, add bool)) {
+// change puts e in the place of the one that has its UUID, or takes that away, and returns it, nil if
+// there was none. index is told of both.
+func (s *shelf[E]) change(e E, deleted, loading bool, index func(e E, add bool)) (was catalog.Entity) {
 	uuid := e.Base().UUID
 	old, known := s.byUUID[uuid]
 	if known {
+		was = old
 		index(old, false)
 		delete(s.byUUID, uuid)
 	}
@@ -39,13 +40,13 @@ func (s *shelf[E]) change(e E, deleted, loading bool, index func(e E, add bool))
 		s.byUUID[uuid] = e
 	}
 	if loading {
-		return // sorted once, at the end
+		return was // sorted once, at the end
 	}
 	if known {
 		i, _ := slices.BinarySearchFunc(s.sorted, old, order)
 		if !deleted && order(old, e) == 0 {
 			s.sorted[i] = e
-			return
+			return was
 		}
 		s.sorted = slices.Delete(s.sorted, i, i+1)
 	}
@@ -53,6 +54,7 @@ func (s *shelf[E]) change(e E, deleted, loading bool, index func(e E, add bool))
 		i, _ := slices.BinarySearchFunc(s.sorted, e, order)
 		s.sorted = slices.Insert(s.sorted, i, e)
 	}
+	return was
 }
 
 func (s *shelf[E]) sort() {
@@ -181,39 +183,42 @@ func (s *shelves) sort() {
 	s.subscriptions.sort()
 }
 
-func (s *shelves) change(e catalog.Entity, deleted bool) {
+// change puts e in the place of the one of its noun that has its UUID, or takes that away, and returns
+// it, nil if there was none.
+func (s *shelves) change(e catalog.Entity, deleted bool) (was catalog.Entity) {
 	switch e := e.(type) {
 	case *catalog.Tenant:
-		s.tenants.change(e, deleted, s.loading, func(e *catalog.Tenant, add bool) {
+		return s.tenants.change(e, deleted, s.loading, func(e *catalog.Tenant, add bool) {
 			one(s.tenantByDomain, e.Meta.Tenant.Domain, e, add)
 		})
 	case *catalog.KeyManager:
-		s.keyManagers.change(e, deleted, s.loading, func(e *catalog.KeyManager, add bool) {
+		return s.keyManagers.change(e, deleted, s.loading, func(e *catalog.KeyManager, add bool) {
 			one(s.keyManagerByIss, e.Iss, e, add)
 		})
 	case *catalog.Policy:
-		s.policies.change(e, deleted, s.loading, func(e *catalog.Policy, add bool) {
+		return s.policies.change(e, deleted, s.loading, func(e *catalog.Policy, add bool) {
 			one(s.policyByName, policyName{e.Tenant.ID, e.Kind, e.Name}, e, add)
 		})
 	case *catalog.Scope:
-		s.scopes.change(e, deleted, s.loading, func(e *catalog.Scope, add bool) {
+		return s.scopes.change(e, deleted, s.loading, func(e *catalog.Scope, add bool) {
 			one(s.scopeByName, scopeName{e.Tenant.ID, e.Name}, e, add)
 		})
 	case *catalog.API:
-		s.apis.change(e, deleted, s.loading, func(e *catalog.API, add bool) {
+		return s.apis.change(e, deleted, s.loading, func(e *catalog.API, add bool) {
 			many(s.apisByContext, apiPath{e.Context, e.Version}, e, add)
 			s.place(e, add)
 		})
 	case *catalog.Application:
-		s.applications.change(e, deleted, s.loading, func(*catalog.Application, bool) {})
+		return s.applications.change(e, deleted, s.loading, func(*catalog.Application, bool) {})
 	case *catalog.KeyMapping:
-		s.keyMappings.change(e, deleted, s.loading, func(e *catalog.KeyMapping, add bool) {
+		return s.keyMappings.change(e, deleted, s.loading, func(e *catalog.KeyMapping, add bool) {
 			many(s.mappingsByKey, e.ConsumerKey, e, add)
 		})
 	case *catalog.Subscription:
-		s.subscriptions.change(e, deleted, s.loading, func(e *catalog.Subscription, add bool) {
+		return s.subscriptions.change(e, deleted, s.loading, func(e *catalog.Subscription, add bool) {
 			one(s.subscriptionOf, pair{e.Application.UUID, e.API.UUID}, e, add)
 			many(s.subscriptionsOf, e.Application.UUID, e, add)
 		})
 	}
+	return nil
 }

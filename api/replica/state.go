@@ -63,8 +63,8 @@ type StateConfig struct {
 	// Records keeps identifiers, so that revocations can be listed, see
 	// [View.Revocations]. Only those who serve snapshots need it.
 	Records bool
-	// History is how many events of the past [Digests.At] can go back by, and memory is taken for.
-	// It needs Records. 0: digests are of this state alone.
+	// History is how many of the last events [Digests.At] can go back or forward by. Memory is taken for
+	// all of them at once, 56 bytes for each. It needs Records, and is passed over without.
 	History int
 }
 
@@ -123,6 +123,17 @@ type State struct {
 	mu      sync.RWMutex
 	content *content
 	loads   uint64 // states that there were
+	waiters []waiter
+
+	// What is held ahead of the position reaches up to ahead, in the epoch of the state, and up to
+	// foreign in the one that was last heard of beside it.
+	ahead   revocation.Seq
+	foreign revocation.Position
+
+	// forgotten is the end before which content may lack what ended.
+	forgotten int64
+	scanning  chan struct{} // holds one while a scan runs
+	breaks    uint64        // how often the state has changed otherwise than by the log's next event
 
 	// While a snapshot is made ready to replace content, what is revoked meanwhile.
 	joining bool
@@ -144,6 +155,8 @@ type content struct {
 	archive *archive // nil without StateConfig.Records
 	shelves *shelves
 	part    *part // nil if it is about everything
+
+	observer *observer // nil if nobody needs to be told of changes
 }
 
 func newContent(cfg StateConfig) *content {
@@ -157,8 +170,11 @@ func newContent(cfg StateConfig) *content {
 
 // NewState returns a state that is at no position yet.
 func NewState(cfg StateConfig) *State {
-	s := &State{cfg: cfg, now: time.Now, content: newContent(cfg)}
+	s := &State{cfg: cfg, now: time.Now, content: newContent(cfg), scanning: make(chan struct{}, 1)}
 	s.content.shelves.sort()
+	if cfg.Records && cfg.History > 0 {
+		s.content.observer = &observer{history: newHistory(cfg.History)}
+	}
 	s.marks.Store(s.content.marks)
 	s.at.Store(&revocation.Position{})
 	return s
@@ -212,6 +228,13 @@ func (s *State) cutoff(now time.Time) int64 {
 	return clock - kept
 }
 
+// forget is cutoff for those who forget what ended before. It needs s.mu.
+func (s *State) forget(now time.Time) int64 {
+	cutoff := s.cutoff(now)
+	s.forgotten = max(s.forgotten, cutoff)
+	return cutoff
+}
+
 // Load replaces the catalog by what fill adds, and adds the revocations that fill adds, as they
 // were at at; fill must not keep the loader. Events can be applied while fill runs: if they have
 // led past at in its epoch by then, the state stays, for it has all of the snapshot. If fill
@@ -262,10 +285,17 @@ func (s *State) Load(at revocation.Position, fill func(*Loader) error) error {
 	if s.At().Epoch == at.Epoch && sameScope(old.part, next.part) {
 		next.redo(old, at.Seq)
 	}
+	s.enter(at.Epoch)
+	s.forgotten = cutoff // a snapshot has what it must, whatever was forgotten before
+	if o := old.observer; o != nil {
+		old.observer, next.observer = nil, o
+		o.replaced()
+	}
 	s.content = next
 	s.loads++
+	s.breaks++
 	s.marks.Store(next.marks)
-	s.at.Store(&at)
+	s.move(at)
 	return nil
 }
 
@@ -333,7 +363,11 @@ func (s *State) Apply(e revocation.Event) error {
 		if err != nil {
 			return fmt.Errorf("apply event %s: %w", e.Position, err)
 		}
-		s.content.shelves.change(c.Entity, c.Verb == catalog.Deleted)
+		deleted := c.Verb == catalog.Deleted
+		was := s.content.shelves.change(c.Entity, deleted)
+		if o := s.content.observer; o != nil {
+			o.changed(was, c.Entity, deleted)
+		}
 		if part != nil {
 			part.changes = append(part.changes, lateChange{e.Seq, c})
 		}
@@ -341,8 +375,10 @@ func (s *State) Apply(e revocation.Event) error {
 	if part != nil {
 		part.last[e.Tenant.Domain] = e.Seq
 	} else {
-		at := e.Position // a pointer into e would keep its data
-		s.at.Store(&at)
+		if o := s.content.observer; o != nil {
+			o.applied(e.Seq, s.ahead)
+		}
+		s.move(e.Position)
 	}
 	s.tidy(now)
 	return nil
@@ -364,7 +400,7 @@ func (s *State) Through(p revocation.Position) error {
 		return fmt.Errorf("go through %s at %s: %w", p, at, ErrGap)
 	}
 	part.passed(p.Seq)
-	s.at.Store(&p)
+	s.move(p)
 	return nil
 }
 
@@ -381,6 +417,7 @@ func (s *State) Revoke(rec Record, at revocation.Position) {
 	if was := s.At(); s.content.part == nil && was.Epoch == at.Epoch && was.Seq >= at.Seq {
 		return // its event was applied
 	}
+	s.lead(at)
 	now := s.now()
 	s.hold(rec, now)
 	s.tidy(now)
@@ -388,7 +425,7 @@ func (s *State) Revoke(rec Record, at revocation.Position) {
 
 // hold makes rec hold. It needs s.mu.
 func (s *State) hold(rec Record, now time.Time) {
-	s.content.add(rec, s.cutoff(now))
+	s.content.add(rec, s.forget(now))
 	if s.joining {
 		s.late = append(s.late, rec)
 	}
@@ -444,7 +481,7 @@ func (s *State) sweep(now time.Time) bool {
 		return false
 	}
 	s.owed--
-	s.content.marks.sweep(s.cutoff(now), s.content.drop)
+	s.content.marks.sweep(s.forget(now), s.content.drop)
 	return true
 }
 
@@ -491,6 +528,9 @@ func (c *content) put(set *set, k key, rec Record, cutoff int64) {
 			return
 		}
 		rec.Exp, rec.NotAfter = exp, notAfter
+	}
+	if c.observer != nil {
+		c.observer.revoked(c, set, k, e, rec)
 	}
 	var at uint32
 	if c.archive != nil {

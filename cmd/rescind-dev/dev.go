@@ -33,6 +33,7 @@ import (
 const (
 	keptName    = "service.json"
 	devJSONName = "dev.json"
+	devEnvName  = "dev.env"
 
 	ownerRole, serviceRole = "rescind_owner", "rescind_app"
 )
@@ -71,6 +72,7 @@ type devJSON struct {
 	GatewayPassword string   `json:"gateway_password"`
 	GatewayURLs     []string `json:"gateway_urls"`
 	GatewayOpsURLs  []string `json:"gateway_ops_urls"`
+	GatewayPIDs     []int    `json:"gateway_pids"`
 	MasterKey       string   `json:"master_key"`
 	PID             int      `json:"pid"`
 }
@@ -115,6 +117,7 @@ type dev struct {
 	at   devstack.Endpoints
 	// serviceURL and ownerURL are the database's, for the two roles.
 	serviceURL, ownerURL string
+	gatewayPIDs          []int
 }
 
 func (d *dev) run(ctx context.Context, cfg devstack.Config) (err error) {
@@ -233,15 +236,23 @@ func (d *dev) serve(ctx context.Context, environ []string, stack *devstack.Stack
 			stops = append(stops, gateway.stop)
 		}
 		if err == nil {
+			d.gatewayPIDs = append(d.gatewayPIDs, gateway.pid)
 			err = awaitReady(ctx, "http://"+at.OpsListen)
 		}
 		if err != nil {
 			return err
 		}
 	}
-	path := filepath.Join(d.dir, devJSONName)
+	if err := d.setCanaries(ctx); err != nil {
+		return err
+	}
+	path, env := filepath.Join(d.dir, devJSONName), filepath.Join(d.dir, devEnvName)
 	defer os.Remove(path) //nolint:errcheck // it may not be there yet
-	if err := d.announce(path); err != nil {
+	defer os.Remove(env)  //nolint:errcheck // as above
+	if err := d.writeEnv(env); err != nil {
+		return err
+	}
+	if err := d.announce(path, env); err != nil {
 		return err
 	}
 	<-ctx.Done()
@@ -396,6 +407,9 @@ func (d *dev) environ() []string {
 		"RESCIND_OPS_LISTEN":           d.kept.OpsListen,
 		"RESCIND_ISSUER":               d.kept.Issuer,
 		"RESCIND_MASTER_KEY":           d.kept.MasterKey,
+		"RESCIND_CANARY_INTERVAL":      "10s",
+		"RESCIND_CANARY_LIMIT":         "5s",
+		"RESCIND_CANARY_AUDIENCE":      demoAudience,
 	}
 	environ := []string{"RESCIND_LOG_FORMAT=text", "RESCIND_LOG_LEVEL=" + d.logLevel}
 	for _, kv := range os.Environ() {
@@ -409,6 +423,21 @@ func (d *dev) environ() []string {
 	return environ
 }
 
+// writeEnv writes the settings of commands, as a shell reads them.
+func (d *dev) writeEnv(path string) error {
+	var b strings.Builder
+	for _, kv := range d.environ() {
+		name, value, _ := strings.Cut(kv, "=")
+		switch name {
+		case "RESCIND_DATABASE_URL", "RESCIND_ISSUER", "RESCIND_MASTER_KEY", "RESCIND_ETCD_ENDPOINTS", "RESCIND_ETCD_PREFIX",
+			"RESCIND_SINKS", "RESCIND_LOG_FORMAT":
+			fmt.Fprintf(&b, "%s='%s'\n", name, strings.ReplaceAll(value, "'", `'\''`))
+		}
+	}
+	b.WriteString("RESCIND_LOG_LEVEL=error\n")
+	return os.WriteFile(path, []byte(b.String()), 0o600)
+}
+
 // The demo's names. Ids are WSO2's first ones.
 const (
 	demoClientID = "PizzaShackConsumerKey"
@@ -419,12 +448,13 @@ const (
 )
 
 // announce writes dev.json and tells how to go on.
-func (d *dev) announce(path string) error {
+func (d *dev) announce(path, env string) error {
 	info := devJSON{
 		BaseURL: "http://" + d.kept.Listen, OpsURL: "http://" + d.kept.OpsListen, DatabaseURL: d.ownerURL,
 		AMQPURL: d.at.AMQPURL, GatewayAMQPURL: d.at.GatewayAMQPURL, EtcdEndpoints: d.at.EtcdEndpoints,
 		ClientID: demoClientID, ClientSecret: d.kept.ClientSecret, AdminUser: adminUser, AdminPassword: d.kept.AdminPassword,
 		GatewayUser: gatewayUser, GatewayPassword: d.kept.GatewayPassword, MasterKey: d.kept.MasterKey, PID: os.Getpid(),
+		GatewayPIDs: d.gatewayPIDs,
 	}
 	for _, g := range d.kept.Gateways {
 		info.GatewayURLs = append(info.GatewayURLs, "http://"+g.Listen)
@@ -438,6 +468,7 @@ func (d *dev) announce(path string) error {
 		info.ClientID, info.ClientSecret, adminUser, info.AdminPassword, gatewayUser, info.GatewayPassword,
 		info.GatewayURLs[0], info.GatewayURLs[1],
 		info.BaseURL, info.ClientID, info.ClientSecret, strings.Join(info.GatewayURLs, " "),
+		env, info.GatewayPIDs[0], info.GatewayPIDs[0],
 		info.EtcdEndpoints[0], info.GatewayPassword, info.GatewayPassword)
 	return nil
 }
@@ -514,6 +545,21 @@ Call an API through both gateways, revoke the token, and see how long they still
   for G in $GATEWAYS; do echo "$G: $(call $G)"; done
   REVOKED=$(date +%%s%%N); curl -i -u $ID:$SECRET -d token=$TOKEN $BASE/revoke
   for G in $GATEWAYS; do until [ $(call $G) = 401 ]; do :; done; echo "$G: 401 after $((($(date +%%s%%N) - REVOKED) / 1000000)) ms"; done
+
+Ask who has applied a revocation, and why the call was refused:
+
+  rescind() { (set -a; . %s; go run ./cmd/rescind "$@"); }
+  TOKEN=$(curl -s -u $ID:$SECRET -d grant_type=client_credentials $BASE/oauth2/token | sed 's/.*"access_token":"\([^"]*\)".*/\1/')
+  echo $TOKEN | rescind revoke --token - --wait 5s
+  rescind gateways
+  echo $TOKEN | rescind explain --token - --context /pizzashack/1.0.0 --version 1.0.0 --gateway gateway-1
+  rescind verify
+
+Pause a gateway: --wait names it, and in some seconds its canary gives the alarm:
+
+  kill -STOP %d; rescind revoke --jti $(date +%%s) --wait 5s
+  sleep 20; rescind gateways
+  kill -CONT %d
 
 It is in etcd too, until it would have expired:
 

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -26,6 +27,54 @@ const (
 	gatewayAMQPEnv     = "RESCIND_DEV_GATEWAY_AMQP_URL"
 )
 
+// canaryContext is the context of the service's canary API.
+const canaryContext = "/rescind-canary/v1"
+
+func gatewayName(i int) string { return fmt.Sprintf("gateway-%d", i+1) }
+
+// setCanaries tells the service where each gateway's canary is called, once the gateway has reported.
+func (d *dev) setCanaries(ctx context.Context) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, 30*time.Second, errors.New("it has not reported after 30s"))
+	defer cancel()
+	poll := time.NewTicker(20 * time.Millisecond)
+	defer poll.Stop()
+	for i, at := range d.kept.Gateways {
+		for {
+			status, err := d.putCanary(ctx, gatewayName(i), "http://"+at.Listen+canaryContext+"/ping")
+			if err == nil && status == http.StatusOK {
+				break
+			}
+			if err == nil && status != http.StatusNotFound {
+				return fmt.Errorf("set the canary of %s: the service answers %d", gatewayName(i), status)
+			}
+			select {
+			case <-poll.C:
+			case <-ctx.Done():
+				return fmt.Errorf("set the canary of %s: %w", gatewayName(i), context.Cause(ctx))
+			}
+		}
+	}
+	return nil
+}
+
+func (d *dev) putCanary(ctx context.Context, id, target string) (status int, err error) {
+	body, err := json.Marshal(map[string]string{"url": target})
+	if err != nil {
+		return 0, err
+	}
+	req, err := http.NewRequestWithContext(ctx, http.MethodPut, "http://"+d.kept.Listen+"/v1/gateways/"+id+"/canary", bytes.NewReader(body))
+	if err != nil {
+		return 0, err
+	}
+	req.SetBasicAuth(adminUser, d.kept.AdminPassword)
+	req.Header.Set("Content-Type", "application/json")
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		return 0, err
+	}
+	return resp.StatusCode, resp.Body.Close()
+}
+
 // writeGateway writes the configuration of gateway i, before an upstream, and returns its name.
 func (d *dev) writeGateway(i int, upstream string) (string, error) {
 	for name, value := range map[string]string{gatewayPasswordEnv: d.kept.GatewayPassword, gatewayAMQPEnv: d.at.GatewayAMQPURL} {
@@ -34,12 +83,16 @@ func (d *dev) writeGateway(i int, upstream string) (string, error) {
 		}
 	}
 	at := d.kept.Gateways[i]
-	name := fmt.Sprintf("gateway-%d", i+1)
+	name := gatewayName(i)
 	cfg := map[string]any{
-		"service":        map[string]any{"url": "http://" + d.kept.Listen, "username": gatewayUser, "password_env": gatewayPasswordEnv},
-		"folder":         filepath.Join(d.dir, name),
-		"audiences":      []string{demoAudience},
-		"proxy":          map[string]any{"listen": at.Listen, "upstreams": []any{map[string]any{"context": demoContext, "url": upstream}}},
+		"id":        name,
+		"labels":    map[string]string{"site": "demo"},
+		"service":   map[string]any{"url": "http://" + d.kept.Listen, "username": gatewayUser, "password_env": gatewayPasswordEnv},
+		"folder":    filepath.Join(d.dir, name),
+		"audiences": []string{demoAudience},
+		"proxy": map[string]any{"listen": at.Listen, "upstreams": []any{
+			map[string]any{"context": demoContext, "url": upstream}, map[string]any{"context": canaryContext, "url": upstream},
+		}},
 		"ops":            map[string]any{"listen": at.OpsListen},
 		"shutdown_grace": "1s",
 		"log":            map[string]any{"level": d.logLevel, "format": "text"},

@@ -76,6 +76,7 @@ func runChild(ctx context.Context, name string, stderr io.Writer, run func(ctx c
 
 // child is a running process of this program.
 type child struct {
+	pid         int
 	ready, done chan struct{} // closed when it takes requests, and when it has ended
 	stop        func() error  // ends it and returns how it ended
 }
@@ -106,7 +107,7 @@ func startChild(ctx context.Context, environ []string, stderr io.Writer, args ..
 		_ = readEnd.Close()
 		return nil, fmt.Errorf("start the %s: %w", args[0], err)
 	}
-	s := &child{ready: make(chan struct{}), done: make(chan struct{})}
+	s := &child{pid: cmd.Process.Pid, ready: make(chan struct{}), done: make(chan struct{})}
 	go func() {
 		defer readEnd.Close()
 		if n, _ := readEnd.Read(make([]byte, 1)); n > 0 {

@@ -58,7 +58,8 @@ type bench struct {
 	starts, startsLive int
 	readers            int
 	applications       int
-	distinct           int      // clients of /revoke
+	distinct           int // clients of /revoke
+	gatewayCount       int
 	only               []string // numbers of measurements; empty for all
 	out                io.Writer
 	progress           io.Writer
@@ -89,6 +90,7 @@ func runBench(ctx context.Context, args []string, stdout, stderr io.Writer) int 
 	flags.IntVar(&b.readers, "readers", 1000, "readers of /v1/events while events arrive; 0 leaves it out")
 	flags.IntVar(&b.applications, "applications", 10_000, "applications that are applied, with ten subscriptions each; 0 leaves it out")
 	flags.IntVar(&b.distinct, "clients", 10_000, "clients that take turns at /revoke, against one; 0 leaves it out")
+	flags.IntVar(&b.gatewayCount, "gateways", 1000, "gateways that report; 0 leaves it out. Each takes two connections: see RESCIND_MAX_CONNECTIONS of rescind-dev")
 	only := flags.String("only", "", "the measurements to make, for example 6,7; by default all")
 	switch err := flags.Parse(args); {
 	case errors.Is(err, flag.ErrHelp):
@@ -133,7 +135,7 @@ func (b *bench) run(ctx context.Context) error {
 		run     func(context.Context) error
 	}{
 		{"6", b.coldStarts}, {"7", b.stream}, {"1", b.baseline}, {"2", b.revoke}, {"4", b.propagate}, {"3", b.sustained},
-		{"14", b.gateways}, {"11", b.minting}, {"12", b.introspect}, {"13", b.revokeByMany}, {"5", b.memory}, {"8", b.catalog}, {"9", b.startUp},
+		{"14", b.gateways}, {"15", b.fleet}, {"11", b.minting}, {"12", b.introspect}, {"13", b.revokeByMany}, {"5", b.memory}, {"8", b.catalog}, {"9", b.startUp},
 	} {
 		if len(b.only) > 0 && !slices.Contains(b.only, step.numbers) {
 			continue

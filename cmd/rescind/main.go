@@ -48,6 +48,9 @@ func commands() []command {
 		{"apply", "make the catalog what YAML files say", runApply},
 		{"export", "write the catalog as YAML files", runExport},
 		{"revoke", "end tokens: one, or all of a client, a subject, a session, a tenant or a key", runRevoke},
+		{"explain", "say why a token is let through or refused", runExplain},
+		{"gateways", "show what each gateway has applied", runGateways},
+		{"verify", "compare Postgres, etcd and each gateway", runVerify},
 		{"keys", "list, rotate and retire the signing keys of our own issuers", runKeys},
 		{"account", "manage the accounts of people and gateways", runAccount},
 		{"tail", "show events as they arrive at RabbitMQ and etcd", runTail},
@@ -194,6 +197,12 @@ func (inv *invocation) blank(names ...string) (blank string) {
 		}
 	})
 	return blank
+}
+
+// given reports whether the flag was.
+func (inv *invocation) given(name string) (given bool) {
+	inv.flags.Visit(func(f *flag.Flag) { given = given || f.Name == name })
+	return given
 }
 
 // confirm asks a person. Anything but yes, and nobody there to ask, is no.

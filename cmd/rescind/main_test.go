@@ -47,6 +47,9 @@ func TestRun(t *testing.T) {
 		{"export --help", 0, "--tenant DOMAIN\n", ""},
 		{"account --help", 0, "RESCIND_MASTER_KEY ", ""},
 		{"revoke --help", 0, "3 not confirmed", ""},
+		{"gateways --help", 0, "--label NAME=VALUE\n", ""},
+		{"verify --help", 0, "RESCIND_ETCD_ENDPOINTS\n", ""},
+		{"explain --help", 0, "RESCIND_TRUSTED_ISSUERS_FILE\n", ""},
 		{"keys --help", 0, "--compromised KID\n", ""},
 		{"version --help", 0, "Usage: rescind version", ""},
 

@@ -14,6 +14,7 @@ import (
 	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/app"
+	"github.com/rescindhq/rescind/internal/fleet"
 	"github.com/rescindhq/rescind/internal/obs"
 	"github.com/rescindhq/rescind/internal/revoke"
 )
@@ -28,7 +29,11 @@ Where more than one token can be meant, what would end is shown first. --dry-run
 shows only that. For a tenant and for a key it asks, unless --yes says that
 somebody has looked already.
 
-Exit status: 0 done, 1 failed, 2 used wrongly, 3 not confirmed.`
+With --wait it says of each gateway that serves the tenant when it had applied it.
+One that is lost is named, and not waited for.
+
+Exit status: 0 done, 1 failed, or not all live gateways had applied it in time,
+2 used wrongly, 3 not confirmed.`
 )
 
 // aim is a flag that says what is to end.
@@ -60,6 +65,7 @@ func runRevoke(ctx context.Context, args []string, stdout, stderr io.Writer) int
 	inv.flags.StringVar(&order.Reason, "reason", "", fmt.Sprintf("Why, a `text` of up to %d bytes. It is published.", revoke.MaxReason))
 	dryRun := inv.flags.Bool("dry-run", false, "Show what would end, and revoke nothing.")
 	yes := inv.flags.Bool("yes", false, "Do not ask.")
+	wait := inv.flags.Duration("wait", 0, "How long to wait for every live gateway to apply it, up to 60s, such as 5s.")
 	asJSON := inv.flags.Bool("json", false, "Write one JSON object to standard output.")
 	cfg, code, ok := inv.settings(app.ForRevoke, args)
 	switch {
@@ -67,6 +73,11 @@ func runRevoke(ctx context.Context, args []string, stdout, stderr io.Writer) int
 		return code
 	case len(inv.words) > 0:
 		return inv.misused("takes no argument, not %q", inv.words[0])
+	}
+	if waits := inv.given("wait"); waits && (*wait <= 0 || *wait > maxWait) {
+		return inv.misused("--wait is %s: it must be above 0s, up to %s", *wait, maxWait)
+	} else if waits && *dryRun {
+		return inv.misused("--wait and --dry-run are both given: there is nothing to wait for")
 	}
 	given, err := inv.aim()
 	if err != nil {
@@ -81,7 +92,8 @@ func runRevoke(ctx context.Context, args []string, stdout, stderr io.Writer) int
 			return inv.failed(err)
 		}
 	}
-	revoker, err := app.OpenRevoker(ctx, cfg, obs.NewLogger(cfg.Obs, stderr))
+	log := obs.NewLogger(cfg.Obs, stderr)
+	revoker, err := app.OpenRevoker(ctx, cfg, log)
 	if err != nil {
 		return inv.failed(err)
 	}
@@ -115,14 +127,57 @@ func runRevoke(ctx context.Context, args []string, stdout, stderr io.Writer) int
 			return inv.unconfirmed("not confirmed, nothing was revoked")
 		}
 	}
+	if *wait > 0 {
+		if err := revoker.Watch(ctx, cfg, log); err != nil {
+			return inv.failed(fmt.Errorf("look at the gateways before anything is revoked: %w; nothing was revoked", err))
+		}
+	}
 	outcomes, err := revoker.Revoke(ctx, orders)
 	if err != nil {
 		return inv.failed(flagged(err))
 	}
-	if err := printOutcome(stdout, &outcomes[0], effect, *asJSON); err != nil {
+	outcome := &outcomes[0]
+	if *wait == 0 || outcome.Expired {
+		if err := printOutcome(stdout, outcome, effect, nil, *asJSON); err != nil {
+			return inv.failed(err)
+		}
+		return exitOK
+	}
+	limited, cancel := context.WithTimeout(ctx, *wait)
+	defer cancel()
+	var waited *fleet.BarrierResult
+	result, unknown := revoker.Wait(limited, outcome)
+	if unknown == nil {
+		waited = &result
+	}
+	if err := printOutcome(stdout, outcome, effect, waited, *asJSON); err != nil {
+		return inv.failed(err)
+	}
+	if err := unconverged(&result, unknown); err != nil {
 		return inv.failed(err)
 	}
 	return exitOK
+}
+
+// maxWait is the longest time to wait for gateways.
+const maxWait = 60 * time.Second
+
+// unconverged says what is known although gateways have not confirmed, nil if they have. Unknown is why
+// they could not be asked.
+func unconverged(r *fleet.BarrierResult, unknown error) error {
+	switch {
+	case unknown != nil:
+		return fmt.Errorf("the revocation is committed and will arrive; whether gateways have it cannot be told: %w", unknown)
+	case r.Reached:
+		return nil
+	}
+	var missing []string
+	for i := range r.Gateways {
+		if c := &r.Gateways[i]; !c.Applied && c.Standing != fleet.Lost {
+			missing = append(missing, c.ID)
+		}
+	}
+	return fmt.Errorf("the revocation is committed and will arrive; not confirmed by: %s", strings.Join(missing, ", "))
 }
 
 // errBareToken does not repeat what was given, which may be a token.
@@ -263,12 +318,16 @@ func title(t revocation.Target) string {
 
 func second(unix int64) string { return time.Unix(unix, 0).UTC().Format(time.RFC3339) }
 
-func printOutcome(w io.Writer, o *revoke.Outcome, e *revoke.Effect, asJSON bool) error {
+// printOutcome writes what was revoked, and who has applied it if that was waited for.
+func printOutcome(w io.Writer, o *revoke.Outcome, e *revoke.Effect, waited *fleet.BarrierResult, asJSON bool) error {
 	if asJSON {
 		out := newRevokedJSON(o.Target, o.Tenant, o.NotAfter, o.Exp)
 		out.ID, out.Seq, out.Expired, out.AlreadyRevoked = o.ID, o.Seq, o.Expired, !o.Added && !o.Expired
 		if e != nil {
 			out.Effect = newEffectJSON(e)
+		}
+		if waited != nil {
+			out.Convergence = newConvergenceJSON(waited)
 		}
 		return writeJSON(w, out)
 	}
@@ -286,7 +345,56 @@ func printOutcome(w io.Writer, o *revoke.Outcome, e *revoke.Effect, asJSON bool)
 	table := tabwriter.NewWriter(w, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "KIND\tIDENTIFIER\tISSUER\tTENANT\tUNTIL\tID\tSEQ\tNOTE")
 	fmt.Fprintf(table, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", o.Target.Kind, printable(o.Target.ID), printable(iss), o.Tenant.Domain, second(o.Exp), id, seq, note)
-	return table.Flush()
+	if err := table.Flush(); err != nil || waited == nil {
+		return err
+	}
+	return printConvergence(w, o, waited, time.Now())
+}
+
+// printConvergence tells a person of each gateway whether it has applied o.
+func printConvergence(w io.Writer, o *revoke.Outcome, r *fleet.BarrierResult, now time.Time) error {
+	var b strings.Builder
+	b.WriteByte('\n')
+	live := 0
+	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
+	fmt.Fprintln(table, "GATEWAY\tSTANDING\tAPPLIED")
+	for i := range r.Gateways {
+		c := &r.Gateways[i]
+		var applied string
+		switch {
+		case c.Applied && c.After == 0:
+			applied = "before it was asked"
+		case c.Applied:
+			applied = "after " + afterwards(c.After)
+		case c.Standing == fleet.Lost:
+			applied = fmt.Sprintf("not known: silent since %s, at seq %d", moment(c.ReportedAt), c.Report.Seq)
+		case c.Report.Epoch == "":
+			applied = "not yet: it has loaded nothing"
+		default:
+			applied = fmt.Sprintf("not yet: at seq %d, reported %s", c.Report.Seq, ago(c.ReportedAt, now))
+		}
+		if c.Standing != fleet.Lost {
+			live++
+		}
+		fmt.Fprintf(table, "%s\t%s\t%s\n", c.ID, c.Standing, applied)
+	}
+	if len(r.Gateways) > 0 {
+		_ = table.Flush() // into memory
+	}
+	if live == 0 {
+		fmt.Fprintf(&b, "No live gateway serves %s: there was nobody to wait for.\n", o.Tenant.Domain)
+	}
+	_, err := io.WriteString(w, b.String())
+	return err
+}
+
+// afterwards is d for people, with a digit after the point where that says something.
+func afterwards(d time.Duration) string {
+	ms := milliseconds(d)
+	if ms < 10 {
+		return fmt.Sprintf("%.1f ms", ms)
+	}
+	return fmt.Sprintf("%.0f ms", ms)
 }
 
 // revokedJSON is what --json writes.
@@ -308,6 +416,48 @@ type revokedJSON struct {
 	Expired        bool           `json:"expired"`
 	// Effect is missing for one token that is really revoked.
 	Effect *effectJSON `json:"effect,omitempty"`
+	// Convergence is there with --wait, if something was revoked.
+	Convergence *convergenceJSON `json:"convergence,omitempty"`
+}
+
+// convergenceJSON says who has applied a revocation, in the words of POST /v1/barrier.
+type convergenceJSON struct {
+	Reached  bool           `json:"reached"`
+	TookMS   float64        `json:"took_ms"`
+	Live     int            `json:"live"`
+	Lost     int            `json:"lost"`
+	Applied  int            `json:"applied"`
+	Gateways []standingJSON `json:"gateways"`
+}
+
+type standingJSON struct {
+	ID         string           `json:"id"`
+	Standing   fleet.Standing   `json:"standing"`
+	Applied    bool             `json:"applied"`
+	Epoch      revocation.Epoch `json:"epoch"`
+	Seq        revocation.Seq   `json:"seq"`
+	AfterMS    *float64         `json:"after_ms,omitempty"` // after the commit; missing if it is not applied
+	ReportedAt time.Time        `json:"reported_at"`
+}
+
+func newConvergenceJSON(r *fleet.BarrierResult) *convergenceJSON {
+	out := &convergenceJSON{Reached: r.Reached, TookMS: milliseconds(r.Took), Gateways: make([]standingJSON, len(r.Gateways))}
+	for i := range r.Gateways {
+		c := &r.Gateways[i]
+		shown := standingJSON{ID: c.ID, Standing: c.Standing, Applied: c.Applied, Epoch: c.Report.Epoch, Seq: c.Report.Seq, ReportedAt: c.ReportedAt.UTC()}
+		if c.Applied {
+			after := milliseconds(c.After)
+			shown.AfterMS = &after
+			out.Applied++
+		}
+		if c.Standing == fleet.Lost {
+			out.Lost++
+		} else {
+			out.Live++
+		}
+		out.Gateways[i] = shown
+	}
+	return out
 }
 
 func newRevokedJSON(t revocation.Target, tenant revocation.Tenant, notAfter, exp int64) revokedJSON {

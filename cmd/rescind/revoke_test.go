@@ -222,7 +222,7 @@ func TestPrintOutcome(t *testing.T) {
 			"client  c           https://km.example.com  carbon.super  2026-07-01T13:00:00Z  -   -    has ended already, nothing was revoked\n"},
 	} {
 		var b bytes.Buffer
-		if err := printOutcome(&b, tt.outcome, e, false); err != nil {
+		if err := printOutcome(&b, tt.outcome, e, nil, false); err != nil {
 			t.Fatal(err)
 		}
 		if diff := cmp.Diff(tt.want, b.String()); diff != "" {
@@ -230,7 +230,7 @@ func TestPrintOutcome(t *testing.T) {
 		}
 	}
 	var b bytes.Buffer
-	if err := printOutcome(&b, outcome(true, false), e, true); err != nil {
+	if err := printOutcome(&b, outcome(true, false), e, nil, true); err != nil {
 		t.Fatal(err)
 	}
 	want := `{

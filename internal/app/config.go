@@ -51,11 +51,24 @@ type Config struct {
 	QueueSize     int
 	CommitTimeout time.Duration
 	LogRetention  time.Duration
+	// GatewayLease is how long a gateway may be silent before it is lost.
+	GatewayLease time.Duration
+	Canary       Canary
 	// Migrate brings the schema up to date before the service starts.
 	Migrate       bool
 	ShutdownGrace time.Duration
 	// Warnings name what was given and has no effect, such as a misspelt setting.
 	Warnings []string
+}
+
+// Canary is how gateways are tried.
+type Canary struct {
+	// Every is the time from one round to the next, 0 for none.
+	Every time.Duration
+	// Limit is how long a gateway may take to refuse what was revoked.
+	Limit time.Duration
+	// Audience is what the tokens are for.
+	Audience string
 }
 
 // Database is how to reach Postgres.
@@ -126,6 +139,11 @@ const (
 	ForApply
 	// ForRevoke is for what ends tokens by itself.
 	ForRevoke
+	// ForFleet is for what looks at the gateways, ForVerify for what compares them and etcd with the
+	// log, ForExplain for what explains refusals. None of them needs the master key.
+	ForFleet
+	ForVerify
+	ForExplain
 )
 
 // Input is where settings come from. A flag outranks the environment, which

@@ -90,23 +90,24 @@ func (s *setting) ruleAndDefault(use Use) string {
 }
 
 const (
-	forAll    = ForServe | ForMigrate | ForEpoch | ForApply | ForRevoke
+	forAll    = ForServe | ForMigrate | ForEpoch | ForApply | ForRevoke | forLooks
 	forState  = ForServe | ForEpoch
 	forLog    = forState | ForApply | ForRevoke
 	forTokens = ForServe | ForRevoke
+	forLooks  = ForFleet | ForVerify | ForExplain
 )
 
 // settings is the table, filling c. A name never changes, and a new setting's
 // default keeps what was before it: new code runs with old configuration.
 func settings(c *Config) []setting {
 	return slices.Concat([]setting{
-		{name: "ISSUER", use: forLog, required: forLog, value: issuerValue(&c.Issuer),
+		{name: "ISSUER", use: forLog | forLooks, required: forLog | forLooks, value: issuerValue(&c.Issuer),
 			help: "The iss of our tokens and the base of all published URLs. Tokens and clients hold on to it: choose it once.",
 			fix:  "Give the URL under which clients reach the service, for example https://km.example.com"},
 		{name: "MASTER_KEY", use: forTokens | ForApply, required: forTokens | ForApply, value: masterKeyValue(&c.MasterKey),
 			help: "Encrypts the signing keys in the database and keys the HMACs of client secrets. Without it both are lost: keep a copy.",
 			fix:  "Make one with: openssl rand -base64 32"},
-		{name: "DATABASE_URL", use: forAll, required: forLog, value: secretValue(&c.Database.URL, postgresURL, checkPostgresURL),
+		{name: "DATABASE_URL", use: forAll, required: forLog | forLooks, value: secretValue(&c.Database.URL, postgresURL, checkPostgresURL),
 			help: "Postgres, as the service's role (a member of rescind_service). Not through a transaction pooler: leaders hold session locks.",
 			fix:  "Give the URL of the database"},
 		{name: "MIGRATE_DATABASE_URL", use: ForServe | ForMigrate, value: secretValue(&c.Database.MigrateURL, postgresURL, checkPostgresURL),
@@ -137,14 +138,14 @@ func settings(c *Config) []setting {
 			help: "The routing key of key manager events as MapMessages. Empty: there are none."},
 		{name: "AMQP_WINDOW", use: ForServe, def: "1024", value: countValue(&c.AMQP.Window, "messages", 1, 65536),
 			help: "Most messages that wait for RabbitMQ's confirms. More means more throughput, and more repeats after a lost connection."},
-		{name: "ETCD_ENDPOINTS", use: forLog, value: endpointsValue(&c.Etcd.Endpoints),
+		{name: "ETCD_ENDPOINTS", use: forLog | ForVerify, value: endpointsValue(&c.Etcd.Endpoints),
 			help: "The members of the etcd cluster. Needed by the sink etcd."},
-		{name: "ETCD_USERNAME", use: forLog, value: textValue(&c.Etcd.Username, "1 to 255 bytes of printable ASCII", regexp.MustCompile(`^[!-~]{1,255}$`)),
+		{name: "ETCD_USERNAME", use: forLog | ForVerify, value: textValue(&c.Etcd.Username, "1 to 255 bytes of printable ASCII", regexp.MustCompile(`^[!-~]{1,255}$`)),
 			help: "The user at etcd, where it asks for one."},
-		{name: "ETCD_PASSWORD", use: forLog, value: secretValue(&c.Etcd.Password, "a password", func(string) error { return nil }),
+		{name: "ETCD_PASSWORD", use: forLog | ForVerify, value: secretValue(&c.Etcd.Password, "a password", func(string) error { return nil }),
 			help: "The password of RESCIND_ETCD_USERNAME."},
-	}, tlsSettings("ETCD", "etcd", forLog, &c.Etcd.TLS), []setting{
-		{name: "ETCD_PREFIX", use: forLog, value: textValue(&c.Etcd.Prefix, "empty, or a path such as /rescind that begins with / and does not end with it", regexp.MustCompile(`^((/[A-Za-z0-9._~-]+)+)?$`)),
+	}, tlsSettings("ETCD", "etcd", forLog|ForVerify, &c.Etcd.TLS), []setting{
+		{name: "ETCD_PREFIX", use: forLog | ForVerify, value: textValue(&c.Etcd.Prefix, "empty, or a path such as /rescind that begins with / and does not end with it", regexp.MustCompile(`^((/[A-Za-z0-9._~-]+)+)?$`)),
 			help: "What every key of the directory begins with."},
 		{name: "ETCD_RECONCILE_INTERVAL", use: ForServe, def: "5m", value: periodValue(&c.Etcd.ReconcileInterval, time.Second, 24*time.Hour),
 			help: "How often the directory is compared with Postgres and repaired. Each time reads every live revocation."},
@@ -161,15 +162,15 @@ func settings(c *Config) []setting {
 		{name: "MAX_IN_FLIGHT", use: ForServe, def: "5000", value: countValue(&c.HTTP.MaxInFlight, "requests", 1, 100_000),
 			help: "Most requests at work at once. Past it the answer is 503 with Retry-After."},
 		{name: "MAX_CONNECTIONS", use: ForServe, def: "10000", value: countValue(&c.HTTP.MaxConnections, "connections", 1, 1_000_000),
-			help: "Most open connections to RESCIND_LISTEN. Past it the one that has been idle for longest is closed. 40 % may be streams of events, 30 % snapshots, 20 % WSO2's gateways. Keep the limit of open files above it."},
+			help: "Most open connections to RESCIND_LISTEN. Past it the one that has been idle for longest is closed. 40 % may be streams of events, 20 % gateways' reports, 15 % snapshots, 15 % WSO2's gateways. Keep the limit of open files above it."},
 		{name: "OPS_LISTEN", use: ForServe, def: "127.0.0.1:9090", value: addressValue(&c.OpsListen),
 			help: "Where operators' tools reach /healthz, /readyz and /metrics, unauthenticated. Not for clients."},
 		{name: "PPROF", use: ForServe, def: "0", value: boolValue(&c.Obs.Pprof),
 			help: "Serve /debug/pprof/ on RESCIND_OPS_LISTEN. Profiles show memory, so secrets too."},
-		{name: "TRUSTED_ISSUERS_FILE", use: forTokens, value: issuersFileValue(&c.TrustedIssuers),
+		{name: "TRUSTED_ISSUERS_FILE", use: forTokens | ForExplain, value: issuersFileValue(&c.TrustedIssuers),
 			help: "The other issuers whose tokens may be revoked here.",
 			fix:  "Mend the file"},
-		{name: "KEY_SET_NETWORKS", use: forTokens, value: networksValue(&c.KeySetNetworks),
+		{name: "KEY_SET_NETWORKS", use: forTokens | ForExplain, value: networksValue(&c.KeySetNetworks),
 			help: "Private networks that the jwks_uri of a key manager may lead to. Without it only public addresses are fetched from."},
 		{name: "WEBHOOKS_FILE", use: ForServe, value: webhooksFileValue(&c.Webhooks),
 			help: "Where events are posted to: each is a sink of its own, webhook-<name>.",
@@ -182,7 +183,7 @@ func settings(c *Config) []setting {
 			help: "Keep the jti of each token that we issue for as long as it lives, so that a revocation of a client, subject or tenant is also told token by token, to gateways that know no other (Choreo Connect, Microgateway), and its dry run can count. The same for all processes. Costs a commit for each token, shared by those that come at once."},
 		{name: "LEGACY_ASSERTION_AUDIENCE", use: ForServe, def: "0", value: boolValue(&c.LegacyAssertionAudience),
 			help: "Accept assertions of clients (private_key_jwt) that name the URL of the token endpoint in place of the issuer."},
-		{name: "LEEWAY", use: ForServe, def: "30s", value: secondsValue(&c.Leeway, 0, revocation.MaxLeeway),
+		{name: "LEEWAY", use: ForServe | ForExplain, def: "30s", value: secondsValue(&c.Leeway, 0, revocation.MaxLeeway),
 			help: "By how much an issuer's clock may differ from ours where introspection says whether a token is active."},
 		{name: "CLOCK_SKEW", use: forTokens | ForApply, def: "2s", value: secondsValue(&c.ClockSkew, 0, time.Minute),
 			help: "By how much an issuer's clock may be ahead of the database's. Revoking a client, subject or tenant reaches that much ahead."},
@@ -194,6 +195,14 @@ func settings(c *Config) []setting {
 			help: "How long one commit may take, also while stopping. Past it its callers get 503."},
 		{name: "LOG_RETENTION", use: ForServe, def: "72h", value: periodValue(&c.LogRetention, time.Hour, 10*365*24*time.Hour),
 			help: "How long the log keeps events. A reader that was away for longer starts again from the whole state. What a sink still needs stays."},
+		{name: "GATEWAY_LEASE", use: ForServe | ForRevoke | forLooks, def: "10s", value: periodValue(&c.GatewayLease, 10*time.Second, 10*time.Minute),
+			help: "How long a gateway may be silent before it counts as lost: no barrier waits for it, and it confirms nothing."},
+		{name: "CANARY_INTERVAL", use: ForServe, def: "0s", value: optionalPeriodValue(&c.Canary.Every, 10*time.Second, 24*time.Hour),
+			help: "How often a token is issued, accepted by each gateway that has a canary URL, revoked, and tried until it is refused. Each round adds a revocation. 0s: never."},
+		{name: "CANARY_LIMIT", use: ForServe, def: "10s", value: periodValue(&c.Canary.Limit, 100*time.Millisecond, time.Minute),
+			help: "How long a gateway may take to refuse the canary's token before /readyz warns and the metrics give the alarm."},
+		{name: "CANARY_AUDIENCE", use: ForServe, value: textValue(&c.Canary.Audience, "1 to 255 bytes of printable ASCII", regexp.MustCompile(`^[!-~]{1,255}$`)),
+			help: "The aud of the canary's tokens: what the gateways take them for. Default: RESCIND_ISSUER."},
 		{name: "LOG_LEVEL", use: forAll, def: "info", value: levelValue(&c.Obs.Level),
 			help: "The least severe lines that are logged."},
 		{name: "LOG_FORMAT", use: forAll, def: "json", value: formatValue(&c.Obs),

@@ -68,6 +68,8 @@ func TestParseConfigDefaults(t *testing.T) {
 		QueueSize:        10000,
 		CommitTimeout:    5 * time.Second,
 		LogRetention:     72 * time.Hour,
+		GatewayLease:     10 * time.Second,
+		Canary:           Canary{Limit: 10 * time.Second},
 		ShutdownGrace:    20 * time.Second,
 	}
 	if diff := cmp.Diff(want, got, equalSecrets); diff != "" {
@@ -178,6 +180,10 @@ var settingCases = []struct {
 	{"QUEUE_SIZE", "500", 500, func(c Config) any { return c.QueueSize }, []string{"0"}},
 	{"COMMIT_TIMEOUT", "100ms", 100 * time.Millisecond, func(c Config) any { return c.CommitTimeout }, []string{"99ms", "61s"}},
 	{"LOG_RETENTION", "1h", time.Hour, func(c Config) any { return c.LogRetention }, []string{"59m", "3d"}},
+	{"GATEWAY_LEASE", "1m", time.Minute, func(c Config) any { return c.GatewayLease }, []string{"9s", "11m", "0s"}},
+	{"CANARY_INTERVAL", "10s", 10 * time.Second, func(c Config) any { return c.Canary.Every }, []string{"9s", "25h", "-1s"}},
+	{"CANARY_LIMIT", "250ms", 250 * time.Millisecond, func(c Config) any { return c.Canary.Limit }, []string{"99ms", "61s"}},
+	{"CANARY_AUDIENCE", "https://gw.example.com", "https://gw.example.com", func(c Config) any { return c.Canary.Audience }, []string{"a b", "ü"}},
 	{"LOG_LEVEL", "warn", slog.LevelWarn, func(c Config) any { return c.Obs.Level }, []string{"warning", "WARN", "info+1"}},
 	{"LOG_FORMAT", "text", obs.Config{Text: true}, func(c Config) any { return c.Obs }, []string{"logfmt"}},
 	{"MIGRATE", "1", true, func(c Config) any { return c.Migrate }, []string{"2"}},

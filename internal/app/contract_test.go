@@ -18,6 +18,7 @@ import (
 	"github.com/getkin/kin-openapi/openapi3filter"
 	"github.com/getkin/kin-openapi/routers"
 	"github.com/google/go-cmp/cmp"
+	"github.com/google/uuid"
 	amqp "github.com/rabbitmq/amqp091-go"
 	"go.yaml.in/yaml/v3"
 
@@ -146,6 +147,7 @@ func TestServiceKeepsOpenAPI(t *testing.T) {
 	k.visitReads(w.person(s, rest.Gateway), w.person(s, rest.Notifier))
 	k.visitTenant(w)
 	k.visitRevocations(w)
+	k.visitFleet(w)
 
 	routes := s.routes(client)
 	for path, item := range doc.Paths.Map() {
@@ -308,6 +310,60 @@ func (k *keeper) visitRevocations(w *world) {
 	_, app := admin.made("/v1/applications", `{"name":"Claims","owner":"admin","self_contained":true}`)
 	k.as(admin, "GET", "/v1/applications/{id}/claims", app+"/claims?key_type=SANDBOX", "", 200)
 	k.as(admin, "GET", "/v1/applications/{id}/claims", app+"/claims?key_type=NONE", "", 400)
+}
+
+// visitFleet reports as a gateway, and asks for it as an admin.
+func (k *keeper) visitFleet(w *world) {
+	k.t.Helper()
+	as := func(name string) *person {
+		return &person{k.t, k.client, k.s.base, basic(name, accountPassword)}
+	}
+	admin, gateway := as(rest.Admin), as(rest.Gateway)
+	w.account(authn.Account{Username: "gateway-2", Role: rest.Gateway}, accountPassword)
+	const one, status, canary, all = "/v1/gateways/{id}", "/v1/gateways/{id}/status", "/v1/gateways/{id}/canary", "/v1/gateways"
+	report := func(position string, started int) string {
+		return fmt.Sprintf(`{"instance":%q,"started":%d,%s,"age_ms":1500,"ready":true,"revocations_only":false,"revocations":1,"entities":2,
+			"labels":{"site":"contract"},"version":"1","feeds":[{"name":"sse","connected":true,"heard":0,"events":1}],"from_the_future":true}`, uuid.NewString(), started, position)
+	}
+	at := w.position()
+	k.as(gateway, "POST", status, all+"/contract/status", report(at, 2), 200)
+	k.as(gateway, "POST", status, all+"/contract/status", report(at, 1), 409)
+	k.as(as("gateway-2"), "POST", status, all+"/contract/status", report(at, 3), 403)
+	k.as(gateway, "POST", status, all+"/contract/status", `{"seq":"one"}`, 400)
+	k.as(gateway, "POST", status, all+"/-contract/status", report(at, 2), 400)
+	k.as(nil, "POST", status, all+"/contract/status", report(at, 2), 401)
+	k.as(admin, "GET", all, all, "", 200)
+	k.as(admin, "GET", all, all+"?standing=live&label=site:contract&limit=1", "", 200)
+	k.as(admin, "GET", all, all+"?standing=asleep", "", 400)
+	k.as(admin, "PUT", canary, all+"/contract/canary", `{"url":"https://gw.example.com/rescind-canary/v1/"}`, 200)
+	k.as(admin, "PUT", canary, all+"/contract/canary", `{"url":"http://gw.example.com/"}`, 400)
+	k.as(admin, "PUT", canary, all+"/none/canary", `{"url":""}`, 404)
+	k.as(admin, "GET", one, all+"/contract", "", 200)
+	k.as(admin, "GET", one, all+"/none", "", 404)
+	k.as(admin, "POST", "/v1/barrier", "/v1/barrier", `{"timeout":"10ms"}`, 200)
+	k.as(admin, "POST", "/v1/barrier", "/v1/barrier", `{"timeout":"2m"}`, 400)
+	k.as(admin, "POST", "/v1/barrier", "/v1/barrier", `{"epoch":"00000000-0000-4000-8000-000000000000","seq":1}`, 409)
+	a := k.as(admin, "POST", "/v1/revocations", "/v1/revocations?wait=10ms", `{"jti":"at-fleet"}`, 202)
+	k.as(admin, "POST", "/v1/revocations", "/v1/revocations?wait=soon", `{"jti":"at-fleet"}`, 400)
+	k.as(admin, "GET", "/v1/revocations/{id}", a.header.Get("Location"), "", 200)
+	token := accessToken("at-10")
+	k.as(admin, "POST", "/v1/explain", "/v1/explain", `{"token":"`+token+`","api":{"context":"/nothing/1","version":"1"},"gateway":"contract"}`, 200)
+	k.as(admin, "POST", "/v1/explain", "/v1/explain", `{"token":"`+token+`"}`, 200, "Accept", "text/plain")
+	k.as(admin, "POST", "/v1/explain", "/v1/explain", `{"claims":{"iss":"`+idpISS+`","sub":"u-1","iat":1,"exp":9999999999}}`, 200)
+	k.as(admin, "POST", "/v1/explain", "/v1/explain", `{}`, 400)
+	k.as(admin, "DELETE", one, all+"/contract", "", 204)
+	k.as(admin, "DELETE", one, all+"/contract", "", 404)
+}
+
+// position is the members epoch and seq of where the log is.
+func (w *world) position() string {
+	w.t.Helper()
+	var epoch string
+	var seq int64
+	if err := w.pool().QueryRow(w.t.Context(), `SELECT epoch, seq FROM rescind.log_head`).Scan(&epoch, &seq); err != nil {
+		w.t.Fatal(err)
+	}
+	return fmt.Sprintf(`"epoch":%q,"seq":%d`, epoch, seq)
 }
 
 // visitCatalog leads one entity of each noun through its life, and asks for what is wrong.

@@ -77,7 +77,7 @@ var layers = map[string]layer{
 	"internal/revoke":    {level: 3},
 	"internal/catalog":   {level: 3, outside: []string{fromPgx, fromUUID}},
 	"internal/follow":    {level: 3, outside: []string{fromPrometheus, fromSync, "github.com/cenkalti/backoff/v5"}},
-	"internal/fleet":     {level: 3, outside: []string{fromPgx, fromPrometheus, fromUUID, fromCompress}},
+	"internal/fleet":     {level: 3, outside: []string{fromPgx, fromPrometheus, fromUUID, fromSync, fromCompress}},
 	"internal/yamlfile":  {level: 3, outside: []string{fromYAML}},
 	"internal/wso2test":  {level: 3, testOnly: true, outside: []string{fromAMQP}},
 	"internal/relaytest": {level: 3, testOnly: true, outside: []string{"github.com/google/go-cmp/cmp"}},

@@ -608,9 +608,16 @@ func TestFleetOutlivesChaos(t *testing.T) {
 
 	head := w.head()
 	for _, m := range members {
+		var knows string
+		t.Cleanup(func() {
+			if t.Failed() {
+				t.Logf("%s, when the log was at %d: %s", m.name, head, knows)
+			}
+		})
 		await(t, m.name+" has everything", func() bool {
-			st := m.replica.Load().Status()
-			return st.Seq == head && st.Age < 30*time.Second && m.look(allIDs) == len(allIDs)
+			st, known := m.replica.Load().Status(), m.look(allIDs)
+			knows = fmt.Sprintf("%d of %d revocations, %+v", known, len(allIDs), st)
+			return st.Seq == head && st.Age < 30*time.Second && known == len(allIDs)
 		})
 	}
 	for _, m := range members {

@@ -21,8 +21,12 @@ import (
 	"github.com/rescindhq/rescind/api/token"
 	"github.com/rescindhq/rescind/internal/adminapi"
 	"github.com/rescindhq/rescind/internal/authn"
+	"github.com/rescindhq/rescind/internal/canary"
 	store "github.com/rescindhq/rescind/internal/catalog"
 	"github.com/rescindhq/rescind/internal/eventhub"
+	"github.com/rescindhq/rescind/internal/explain"
+	"github.com/rescindhq/rescind/internal/fleet"
+	"github.com/rescindhq/rescind/internal/fleetapi"
 	"github.com/rescindhq/rescind/internal/follow"
 	"github.com/rescindhq/rescind/internal/httpapi"
 	"github.com/rescindhq/rescind/internal/introspect"
@@ -38,6 +42,8 @@ type public struct {
 	handler http.Handler
 	issuers *issuers
 	drain   func() // ends what would last
+	fleet   *fleet.Fleet
+	canary  *canary.Canary // nil: there is none
 
 	state    *follow.Follower
 	callers  *authn.Authenticator
@@ -101,8 +107,28 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 	if err != nil {
 		return nil, err
 	}
+	p.fleet, err = fleet.New(fleet.Config{Lease: cfg.GatewayLease, MaxHeld: share(cfg, reportShare)}, pool, state.Replica(), reg, log)
+	if err != nil {
+		return nil, err
+	}
+	if err := p.fleet.Load(ctx); err != nil {
+		return nil, err
+	}
+	if p.canary, err = newCanary(cfg, entities, own, l, p.fleet, reg, log); err != nil {
+		return nil, err
+	}
+	gateways, err := fleetapi.New(fleetapi.Config{}, fleetapi.Deps{
+		Fleet: p.fleet, State: state, Accounts: callers, Audit: l, CheckCanaryURL: canary.CheckURL,
+	})
+	if err != nil {
+		return nil, err
+	}
+	explainer, err := explain.New(explain.Deps{Ledger: l, State: state, Verifier: p.issuers, Fleet: p.fleet, Leeway: cfg.Leeway})
+	if err != nil {
+		return nil, err
+	}
 	revocations, err := revokeapi.New(revokeapi.Deps{
-		Revoker: newRevoker(cfg, l, state, p.issuers), Ledger: l, Accounts: callers, Idempotency: repeats,
+		Revoker: newRevoker(cfg, l, state, p.issuers), Ledger: l, Fleet: p.fleet, Accounts: callers, Idempotency: repeats,
 	})
 	if err != nil {
 		return nil, err
@@ -125,11 +151,16 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 	if err != nil {
 		return nil, err
 	}
-	p.drain = reads.Close
+	p.drain = func() {
+		gateways.Close()
+		revocations.Close()
+		reads.Close()
+	}
 	p.handler, err = httpapi.New(httpConfig(cfg), httpapi.Deps{
 		Clients: callers, Verifier: p.issuers, Ledger: l,
 		Introspection: introspection, Tenant: own.CheckTenant,
-		Routes: []func(chi.Router){own.Routes, admin.Routes, revocations.Routes, reads.Routes, hub.Routes},
+		Routes: []func(chi.Router){own.Routes, admin.Routes, revocations.Routes, reads.Routes, hub.Routes,
+			gateways.Routes, explain.NewEndpoint(explainer, callers).Routes},
 		Remote: callers.Remote, Registerer: reg, Log: log,
 	})
 	return p, err
@@ -147,8 +178,9 @@ func orNone(d time.Duration) time.Duration {
 // there is always room for those who revoke.
 const (
 	streamShare   = 40
-	snapshotShare = 30
-	hubShare      = 20
+	reportShare   = 20
+	snapshotShare = 15
+	hubShare      = 15
 )
 
 func share(cfg Config, percent int) int { return max(1, cfg.HTTP.MaxConnections*percent/100) }

@@ -13,12 +13,15 @@ import (
 	"net"
 	"net/http"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/internal/canary"
+	"github.com/rescindhq/rescind/internal/fleet"
 	"github.com/rescindhq/rescind/internal/follow"
 	"github.com/rescindhq/rescind/internal/ledger"
 	"github.com/rescindhq/rescind/internal/obs"
@@ -63,7 +66,7 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 	if err != nil {
 		return err
 	}
-	state, err := follow.New(follow.Config{}, stateSource{ledgers}, reg, log)
+	state, err := follow.New(follow.Config{History: history}, stateSource{ledgers}, reg, log)
 	if err != nil {
 		return err
 	}
@@ -110,7 +113,7 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 	if err != nil {
 		return err
 	}
-	readiness := &obs.Readiness{Checks: readinessChecks(pool, feeds, state, etcd)}
+	readiness := &obs.Readiness{Checks: append(readinessChecks(pool, feeds, state, etcd), fleetChecks(cfg, public.fleet)...)}
 	opsServer := &http.Server{
 		Handler: obs.Handler(cfg.Obs, reg, readiness), ReadHeaderTimeout: 5 * time.Second, IdleTimeout: time.Minute,
 		ErrorLog: slog.NewLogLogger(log.With("component", "ops").Handler(), slog.LevelWarn),
@@ -123,6 +126,7 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 		{Name: "issuers", Grace: grace, Run: func(ctx context.Context) error { return public.issuers.run(ctx, state) }},
 		{Name: "callers", Grace: grace, Run: public.forget},
 		{Name: "catalog", Grace: grace, Run: public.announce},
+		{Name: "fleet", Grace: grace, Run: public.fleet.Run},
 		{Name: "relay", Grace: grace, Run: feeds.Run},
 		{Name: "listener", Grace: 2 * grace, Run: func(ctx context.Context) error {
 			stopDrain := context.AfterFunc(ctx, func() {
@@ -132,6 +136,9 @@ func Serve(ctx context.Context, cfg Config, log *slog.Logger, ready func(Address
 			defer stopDrain()
 			return process.ServeHTTP(ctx, server, publicListener, grace, log)
 		}},
+	}
+	if public.canary != nil {
+		parts = append(parts, process.Part{Name: "canary", Grace: grace, Run: public.canary.Run})
 	}
 	at := Addresses{HTTP: listener.Addr().String(), Ops: ops.Addr().String()}
 	log.Info("takes requests", "address", at.HTTP, "ops", at.Ops, "sinks", names)
@@ -302,6 +309,47 @@ func readinessChecks(pool *pgxpool.Pool, feeds *relay.Relay, state *follow.Follo
 		}})
 	}
 	return checks
+}
+
+// fleetChecks are about gateways. None is vital: this process does what it can.
+func fleetChecks(cfg Config, f *fleet.Fleet) []obs.Check {
+	checks := []obs.Check{{Name: "gateways", Run: func(context.Context) (obs.Status, string) {
+		var lost, diverged []string
+		all := f.Gateways()
+		for _, g := range all {
+			if g.Standing == fleet.Lost {
+				lost = append(lost, g.ID)
+			}
+			if g.Comparison.Verdict == fleet.Diverged {
+				diverged = append(diverged, g.ID)
+			}
+		}
+		switch {
+		case len(diverged) > 0:
+			return obs.Warn, "hold another state than the log's: " + some(diverged)
+		case len(lost) > 0:
+			return obs.Warn, "have not reported for longer than RESCIND_GATEWAY_LEASE: " + some(lost)
+		}
+		return obs.Pass, fmt.Sprintf("%d known", len(all))
+	}}}
+	if cfg.Canary.Every > 0 {
+		checks = append(checks, obs.Check{Name: "canary", Run: func(context.Context) (obs.Status, string) {
+			if alarms := canary.Alarms(f.Gateways(), cfg.Canary.Every, time.Now()); len(alarms) > 0 {
+				return obs.Warn, "gateways that do not refuse a revoked token, or do not answer: " + some(alarms)
+			}
+			return obs.Pass, "no gateway is known to accept a revoked token"
+		}})
+	}
+	return checks
+}
+
+// some names up to ten.
+func some(ids []string) string {
+	const most = 10
+	if more := len(ids) - most; more > 0 {
+		return fmt.Sprintf("%s and %d more", strings.Join(ids[:most], ", "), more)
+	}
+	return strings.Join(ids, ", ")
 }
 
 func sinkStatus(s relay.Status) (obs.Status, string) {

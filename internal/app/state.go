@@ -20,6 +20,10 @@ import (
 	"github.com/rescindhq/rescind/internal/tlsfile"
 )
 
+// history is how many events a gateway may be behind, or ahead, to be compared with this process's state. It
+// takes some MiB.
+const history = 1 << 16
+
 // stateSource is the log and the state as the service's own replica sees them.
 type stateSource struct{ *ledger.Ledger }
 

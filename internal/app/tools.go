@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/rescindhq/rescind/api/catalog"
@@ -37,6 +38,7 @@ func Operator() ledger.Actor {
 type Revoker struct {
 	tools *CatalogTools
 	*revoke.Revoker
+	watch *watch // nil before Watch
 }
 
 // OpenRevoker is [OpenCatalog] for ending tokens. It reads the whole state, which takes a
@@ -63,12 +65,20 @@ func newCommandRevoker(ctx context.Context, cfg Config, tools *CatalogTools, log
 		return nil, err
 	}
 	loaded := loadedState{follower.Replica()}
-	own := sts.NewVerifier(tools.Pool, log)
-	trusted, err := registeredIssuers(ctx, cfg, loaded, log)
+	verifier, err := newCommandIssuers(ctx, cfg, tools.Pool, loaded, log)
 	if err != nil {
 		return nil, err
 	}
-	return newRevoker(cfg, tools.ledger, loaded, newIssuers(trusted, cfg.KeySetNetworks, own, loaded, log)), nil
+	return newRevoker(cfg, tools.ledger, loaded, verifier), nil
+}
+
+// newCommandIssuers are those of state, with keys that are read when they are needed.
+func newCommandIssuers(ctx context.Context, cfg Config, pool *pgxpool.Pool, state state, log *slog.Logger) (*issuers, error) {
+	trusted, err := registeredIssuers(ctx, cfg, state, log)
+	if err != nil {
+		return nil, err
+	}
+	return newIssuers(trusted, cfg.KeySetNetworks, sts.NewVerifier(pool, log), state, log), nil
 }
 
 // registeredIssuers are those that cfg names and a service has registered.
@@ -117,7 +127,12 @@ func (r *Revoker) Preview(ctx context.Context, orders []revoke.Order) ([]revoke.
 }
 
 // Close ends all connections.
-func (r *Revoker) Close() { r.tools.Close() }
+func (r *Revoker) Close() {
+	if r.watch != nil {
+		r.watch.close()
+	}
+	r.tools.Close()
+}
 
 // KeyTools manages signing keys for a command, without a running service.
 type KeyTools struct {

@@ -1,26 +1,59 @@
 // Package fleet knows the gateways that follow the log: which there are, what each has applied as of
 // which report, and whether its state is the log's. It hides how reports come to be known in all
 // processes, what is kept of them, and how gateways are asked.
+//
+// # Invariants
+//
+// A gateway is never said to have applied what it did not report to a process that lives: what the
+// database remembers of it is shown, and confirms nothing.
+//
+// A gateway is lost only when it could have reported for as long as its lease and did not: not because
+// this process has just started, and not because another one, which it may report to, does not answer.
+//
+// An id is reported by one account, until it is forgotten or leaves; and by one process of that
+// account's, the one that started last, while that one is live.
+//
+// # Decisions
+//
+// A report touches memory alone, but for the first of an id. The caller's goroutine waits with the
+// answer; there is none for a gateway, and nothing that a report does grows with their number.
+//
+// While nobody asks, processes exchange nothing but heartbeats. A question is a notification; each
+// process answers it by writing what it knows into its row, and writes again, as often as it pays, while
+// the question is repeated. Notifications may be lost: a question is repeated as long as somebody waits
+// for the answer, and who waits also looks by himself. Times of other processes are ages by the
+// database's clock.
+//
+// The database has reports about every half a minute, in batches: they are for those who want to know
+// of a gateway that is gone, not for confirming.
+//
+// A comparison with a gateway's digest is made by the process that it reports to. One that differs may
+// be due to chance, so it takes two in a row, of different minutes.
 package fleet
 
 import (
+	"cmp"
 	"context"
 	"errors"
+	"fmt"
 	"log/slog"
+	"slices"
+	"sync"
 	"time"
 
+	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sync/errgroup"
 
 	"github.com/rescindhq/rescind/api/replica"
 	"github.com/rescindhq/rescind/api/revocation"
-	"github.com/rescindhq/rescind/internal/authn"
 )
 
 // Config tunes a fleet. The zero value is ready for production.
 type Config struct {
 	// ReportEvery is how often a gateway reports when nothing asks it. Default 2 s, 100 ms to 1 min.
-	// With very many gateways it gets longer by itself, see [Fleet.Report].
+	// With very many gateways it gets longer by itself, and Lease with it, see [Fleet.Report].
 	ReportEvery time.Duration
 	// Lease is how long a gateway may be silent before it is lost. Default 10 s, at least 3 times
 	// ReportEvery.
@@ -28,7 +61,8 @@ type Config struct {
 	// MaxHeld is how many reports wait for something to be asked at a time; past it they are answered at
 	// once. Default 4096.
 	MaxHeld int
-	// MaxGateways is how many ids there may be. Default 50000.
+	// MaxGateways is how many ids there may be, half of them of one account. Default 50000. Processes
+	// that take first reports at the same time may go past it by as many.
 	MaxGateways int
 	// Observe: this process takes no reports, as a command.
 	Observe bool
@@ -75,13 +109,15 @@ type Gateway struct {
 	Account string
 	Tenant  string
 	Sees    []string
-	// Report is the last one, of ReportedAt by this process's clock. After a restart of the service it
-	// may be up to a minute older than the truth.
+	// Report is the last one, of ReportedAt by this process's clock.
 	Report     replica.Report
 	ReportedAt time.Time
-	FirstSeen  time.Time
-	Standing   Standing
-	// Conflict is when another process last reported with the same id; zero: never lately.
+	// Stored: the report was read from the database, and no process that lives has heard of the gateway
+	// since; it may be up to a minute older than the truth.
+	Stored    bool
+	FirstSeen time.Time
+	Standing  Standing
+	// Conflict is when another process last reported with the same id; zero: not within ten minutes.
 	Conflict   time.Time
 	Comparison Comparison
 	// CanaryURL is where its canary is called, empty if it has none. Canary is the last result.
@@ -90,12 +126,20 @@ type Gateway struct {
 }
 
 // Serves reports whether requests for a tenant's APIs may come to the gateway.
-func (g *Gateway) Serves(domain string) bool { panic("skeleton") }
-
-// Applied reports whether the last report says that everything up to p was applied.
-func (g *Gateway) Applied(p revocation.Position) bool {
-	return g.Report.Epoch == p.Epoch && g.Report.Seq >= p.Seq
+func (g *Gateway) Serves(domain string) bool {
+	return (domain == g.Tenant || slices.Contains(g.Sees, domain) || slices.Contains(g.Sees, allTenants)) &&
+		(len(g.Report.Tenants) == 0 || slices.Contains(g.Report.Tenants, domain))
 }
+
+const allTenants = "*"
+
+// Applied reports whether the last report says that everything up to p was applied. One that is only
+// stored does not: the gateway may have come back with less.
+func (g *Gateway) Applied(p revocation.Position) bool {
+	return !g.Stored && applied(g.Report.Position, p)
+}
+
+func applied(at, p revocation.Position) bool { return at.Epoch == p.Epoch && at.Seq >= p.Seq }
 
 // CanaryResult is what came of calling a gateway with a token that was then revoked.
 type CanaryResult struct {
@@ -111,6 +155,8 @@ type CanaryResult struct {
 
 // The errors of [Fleet.Report] and the others. Each is for people.
 var (
+	// ErrReport is wrapped with what is wrong.
+	ErrReport   = errors.New("the report is not valid")
 	ErrOwned    = errors.New("this gateway id belongs to another account")
 	ErrInstance = errors.New("another process, started later, reports with this gateway id")
 	ErrTooMany  = errors.New("there are too many gateways")
@@ -119,92 +165,150 @@ var (
 )
 
 // Fleet is all gateways. Its methods may be called from any goroutine.
-type Fleet struct{}
+type Fleet struct {
+	cfg     Config
+	pool    *pgxpool.Pool
+	state   State
+	log     *slog.Logger
+	metrics *metrics
+	self    string        // a UUID, of this process
+	claims  chan struct{} // a value for each first or last report that the database is told of
+	kicks   kicks
+
+	mu       sync.Mutex
+	gateways map[string]*gateway
+	owned    map[string]int // by account
+	since    time.Time      // when this process could first be reported to
+	reports  int            // gateways that report to this process
+	held     int
+	ended    bool
+	changed  chan struct{} // nil: nobody waits
+	barriers map[*waiting]struct{}
+	wanted   digestWish // of all gateways
+	talk     talk
+	queue    []*gateway  // whose digests are to be compared
+	loading  []time.Time // when gateways were told to load a snapshot
+
+	// makeDigests is that of state, but for tests.
+	makeDigests func(ctx context.Context, cutoff int64) (digests, error)
+}
+
+// kicks wake what runs in the background. Each holds one value.
+type kicks struct {
+	converse, tell, compare, refresh chan struct{}
+}
+
+func kick(c chan struct{}) {
+	select {
+	case c <- struct{}{}:
+	default:
+	}
+}
+
+func (c Config) withDefaults() (Config, error) {
+	c.ReportEvery = cmp.Or(c.ReportEvery, 2*time.Second)
+	c.Lease = cmp.Or(c.Lease, max(10*time.Second, 3*c.ReportEvery))
+	c.MaxHeld = cmp.Or(c.MaxHeld, 4096)
+	c.MaxGateways = cmp.Or(c.MaxGateways, 50000)
+	var errs []error
+	if c.ReportEvery < 100*time.Millisecond || c.ReportEvery > time.Minute {
+		errs = append(errs, fmt.Errorf("ReportEvery is %s, must be 100ms to 1m", c.ReportEvery))
+	}
+	if c.Lease < 3*c.ReportEvery {
+		errs = append(errs, fmt.Errorf("ReportEvery is %s and Lease %s, must be at least 3 times as long", c.ReportEvery, c.Lease))
+	}
+	if c.MaxHeld < 0 {
+		errs = append(errs, fmt.Errorf("MaxHeld is %d, must not be negative", c.MaxHeld))
+	}
+	if c.MaxGateways < 0 {
+		errs = append(errs, fmt.Errorf("MaxGateways is %d, must not be negative", c.MaxGateways))
+	}
+	return c, errors.Join(errs...)
+}
 
 // New returns a fleet that knows nothing yet. State is nil in a process that compares nothing.
 func New(cfg Config, pool *pgxpool.Pool, state State, reg prometheus.Registerer, log *slog.Logger) (*Fleet, error) {
-	panic("skeleton")
+	cfg, err := cfg.withDefaults()
+	if err != nil {
+		return nil, fmt.Errorf("configure fleet: %w", err)
+	}
+	one := func() chan struct{} { return make(chan struct{}, 1) }
+	return &Fleet{
+		cfg: cfg, pool: pool, state: state, metrics: newMetrics(reg),
+		log:         log.With("component", "fleet"),
+		self:        uuid.NewString(),
+		claims:      make(chan struct{}, maxClaims),
+		kicks:       kicks{one(), one(), one(), one()},
+		gateways:    make(map[string]*gateway),
+		owned:       make(map[string]int),
+		barriers:    make(map[*waiting]struct{}),
+		talk:        newTalk(),
+		makeDigests: func(ctx context.Context, cutoff int64) (digests, error) { return state.Digests(ctx, cutoff) },
+	}, nil
 }
 
 // Load reads what the database knows. It must have returned nil before anything else is called.
-func (f *Fleet) Load(ctx context.Context) error { panic("skeleton") }
-
-// Run exchanges with other processes and does what is due, until ctx ends.
-func (f *Fleet) Run(ctx context.Context) error { panic("skeleton") }
-
-// Report takes a report, and returns when there is something to ask, or the next one is due. Hold is
-// false for a caller that cannot wait. Errors: [ErrID], [ErrOwned], [ErrInstance], [ErrTooMany], that of
-// ctx, or one of the database.
-func (f *Fleet) Report(ctx context.Context, by authn.Account, id string, r replica.Report, hold bool) (replica.Instructions, error) {
-	panic("skeleton")
+func (f *Fleet) Load(ctx context.Context) error {
+	if err := f.sync(ctx, nil, true); err != nil {
+		return fmt.Errorf("load the gateways: %w", err)
+	}
+	f.mu.Lock()
+	f.since = time.Now()
+	f.mu.Unlock()
+	if f.cfg.Observe {
+		return nil
+	}
+	// Before a gateway can report here, the others know whom to ask for it.
+	if _, err := f.pool.Exec(ctx, beatSQL, f.self, 0.0); err != nil {
+		return fmt.Errorf("make this process known to the others: %w", err)
+	}
+	return nil
 }
 
-// Refresh asks all processes for what they know now, and waits for it a second at most.
-func (f *Fleet) Refresh(ctx context.Context) error { panic("skeleton") }
-
-// Gateways returns all, sorted by ID, as known in this process, see [Fleet.Refresh].
-func (f *Fleet) Gateways() []Gateway { panic("skeleton") }
-
-// Gateway returns one.
-func (f *Fleet) Gateway(id string) (Gateway, bool) { panic("skeleton") }
-
-// When says at which times around at a gateway was known to stand where: the last report before at, or at
-// it, and the first one after. Either may be unknown: ok is false.
-func (f *Fleet) When(id string, at time.Time) (before, after Sighting, okBefore, okAfter bool) {
-	panic("skeleton")
+// Run exchanges with other processes and does what is due, until ctx ends; then it writes down what it
+// knows and returns nil. It is called once. While it does not run, other processes are not heard.
+func (f *Fleet) Run(ctx context.Context) error {
+	g, gctx := errgroup.WithContext(ctx)
+	for _, part := range []func(context.Context){f.listen, f.converse, f.refreshLost} {
+		g.Go(func() error { part(gctx); return nil })
+	}
+	if !f.cfg.Observe {
+		for _, part := range []func(context.Context){f.tell, f.tick, f.keep, f.compare} {
+			g.Go(func() error { part(gctx); return nil })
+		}
+	}
+	err := g.Wait()
+	f.end(context.WithoutCancel(ctx))
+	return err
 }
-
-// Sighting is where a gateway stood by a report.
-type Sighting struct {
-	At time.Time
-	revocation.Position
-}
-
-// Forget removes a gateway that is gone for good. One that reports again is there again, and belongs to
-// whoever reports it. [ErrNotFound].
-func (f *Fleet) Forget(ctx context.Context, id string) error { panic("skeleton") }
-
-// SetCanary sets where the canary of a gateway is called, empty for nowhere. [ErrNotFound].
-func (f *Fleet) SetCanary(ctx context.Context, id, url string) error { panic("skeleton") }
-
-// RecordCanary keeps the last result of a gateway. [ErrNotFound].
-func (f *Fleet) RecordCanary(ctx context.Context, id string, r CanaryResult) error { panic("skeleton") }
-
-// Load asks gateways to load a snapshot.
-func (f *Fleet) AskLoad(ctx context.Context, ids []string) error { panic("skeleton") }
-
-// AskDigests asks all gateways for digests with this cutoff at positions not before after. They are in
-// Gateway.Report.Digest when they come; see [Fleet.Changed].
-func (f *Fleet) AskDigests(ctx context.Context, r replica.DigestRequest) error { panic("skeleton") }
 
 // Changed returns a channel that is closed when something is known anew. While an asking method or
-// [Fleet.Barrier] was called within the last seconds that is so for reports in other processes too.
-func (f *Fleet) Changed() <-chan struct{} { panic("skeleton") }
-
-// Barrier is what to wait for.
-type Barrier struct {
-	revocation.Position
-	// Select says which gateways count; nil: all do.
-	Select func(*Gateway) bool
+// [Fleet.Wait] was called within the last seconds that is so for reports in other processes too. Take it
+// before looking, so that nothing is missed.
+func (f *Fleet) Changed() <-chan struct{} {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.changed == nil {
+		f.changed = make(chan struct{})
+	}
+	return f.changed
 }
 
-// BarrierResult says who has applied a position.
-type BarrierResult struct {
-	// Reached: every live gateway that counts has.
-	Reached  bool
-	Gateways []Confirmation // sorted by ID; those that count
-	Took     time.Duration
+// announce needs f.mu.
+func (f *Fleet) announce() {
+	if f.changed != nil {
+		close(f.changed)
+		f.changed = nil
+	}
 }
 
-// Confirmation is a gateway at a barrier.
-type Confirmation struct {
-	Gateway
-	// Applied: it is live and has. What is lost never has.
-	Applied bool
-	// After is how long after the barrier began that was known, 0 if it was before.
-	After time.Duration
+func pause(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
 }
-
-// Wait waits until every live gateway that counts has applied b's position, those included that report
-// for the first time meanwhile, or until ctx ends; that is no error. Its error is one of the database.
-func (f *Fleet) Wait(ctx context.Context, b Barrier) (BarrierResult, error) { panic("skeleton") }

@@ -60,6 +60,9 @@ type Config struct {
 	// KeepBytes of the newest encoded events are kept for those who follow; older ones
 	// are read from the database, and some MiB of them kept. Default 16 MiB, at least 1 MiB.
 	KeepBytes int
+	// History is that of the replica's [replica.StateConfig]: how many events its digests can go back by.
+	// 0: none, and nothing can be compared.
+	History int
 }
 
 func (c Config) withDefaults() (Config, error) {
@@ -123,7 +126,7 @@ func New(cfg Config, source Source, reg prometheus.Registerer, log *slog.Logger)
 		cfg:     cfg,
 		source:  source,
 		log:     log.With("component", "follow"),
-		replica: replica.NewState(replica.StateConfig{Records: true}),
+		replica: replica.NewState(replica.StateConfig{Records: true, History: cfg.History}),
 		heads:   newHeads(),
 		behind:  make(chan struct{}, 1),
 		pages:   newPages(),

@@ -183,7 +183,7 @@ func ofTenant(check func(ctx context.Context, domain string) error, next http.Ha
 
 // lasting are the paths below which requests may take long. What answers them bounds
 // them by itself.
-var lasting = []string{"/v1/events", "/v1/snapshots/", "/internal/", "/v2/"}
+var lasting = []string{"/v1/events", "/v1/snapshots/", "/v1/gateways/", "/v1/barrier", "/internal/", "/v2/"}
 
 func isLasting(path string) bool {
 	path = "/" + strings.TrimLeft(path, "/")

@@ -100,6 +100,9 @@ func (a *api) observe(next http.Handler) http.Handler {
 	})
 }
 
+// gatewayReports is the route by which gateways say that all is as it was.
+const gatewayReports = "/v1/gateways/{id}/status"
+
 func (a *api) finish(x *exchange, r *http.Request, took time.Duration) {
 	if x.status == 0 {
 		x.status = http.StatusOK // what net/http sends for a handler that wrote nothing
@@ -113,10 +116,15 @@ func (a *api) finish(x *exchange, r *http.Request, took time.Duration) {
 
 	level := slog.LevelInfo
 	switch {
+	case x.status < 300 && route == gatewayReports:
+		level = slog.LevelDebug // each gateway, every two seconds
 	case x.status == http.StatusServiceUnavailable:
 		level = slog.LevelWarn // heals itself
 	case x.status >= 500:
 		level = slog.LevelError
+	}
+	if !a.log.Enabled(r.Context(), level) {
+		return
 	}
 	attrs := make([]slog.Attr, 0, 10)
 	attrs = append(attrs, slog.String("route", route), slog.String("method", method), slog.Int("status", x.status),

@@ -44,13 +44,15 @@ var errTimeout = fmt.Errorf("the request took too long: %w", context.DeadlineExc
 // repeats another is of the same size.
 func (a *API) admit(next http.Handler) http.Handler {
 	return rest.Handler(func(w http.ResponseWriter, r *http.Request) error {
-		p := a.medium
+		p, s := a.medium, &seat{leave: func() {}, waiting: a.waitingMedium}
 		switch {
 		case 0 <= r.ContentLength && r.ContentLength <= smallBody:
-			next.ServeHTTP(w, r)
+			s.waiting = a.waitingSmall
+			defer func() { s.leave() }() // the one that it has by then
+			next.ServeHTTP(w, s.with(r))
 			return nil
 		case r.ContentLength < 0, r.ContentLength > rest.MaxBody:
-			p, r = a.large, rest.LimitBody(r, maxBody)
+			p, s.waiting, r = a.large, a.waitingLarge, rest.LimitBody(r, maxBody)
 		}
 		leave, ok := p.enter(r)
 		if !ok {
@@ -61,9 +63,10 @@ func (a *API) admit(next http.Handler) http.Handler {
 					"Sending the same request again is safe.",
 			}
 		}
-		defer leave()
+		s.leave = leave
+		defer func() { s.leave() }()
 		extend(w, bodyTime, bodyTime+timeout+sendTime)
-		next.ServeHTTP(w, r)
+		next.ServeHTTP(w, s.with(r))
 		return nil
 	})
 }
@@ -116,17 +119,21 @@ func (o *orders) list() (list []revoke.Order, err error) {
 }
 
 func (a *API) post(w http.ResponseWriter, r *http.Request) error {
-	if r.URL.RawQuery != "" {
-		return rest.InvalidParameter("There are no parameters here: dry_run is a member of the body.")
+	within, err := waitOf(r)
+	if err != nil {
+		return err
 	}
 	var body orders
 	if err := rest.Decode(w, r, &body); err != nil {
 		return err
 	}
 	// Past the time for reading the server takes the caller for gone.
-	extend(w, timeout+sendTime, timeout+sendTime)
+	extend(w, timeout+within+sendTime, timeout+within+sendTime)
 	if body.DryRun {
 		rest.DoNotKeep(w)
+	}
+	if body.DryRun && within > 0 {
+		return badParameter(paramWait, "cannot be there with dry_run: nothing is done that gateways could apply")
 	}
 	list, err := body.list()
 	if err != nil {
@@ -146,10 +153,16 @@ func (a *API) post(w http.ResponseWriter, r *http.Request) error {
 	if err != nil {
 		return body.problem(err)
 	}
-	if body.Items == nil && !outcomes[0].Expired {
+	cancel() // what follows takes as long as the caller wishes
+	many := body.Items != nil
+	if !many && !outcomes[0].Expired {
 		w.Header().Set("Location", path+"/"+outcomes[0].ID)
 	}
-	return answer(w, http.StatusAccepted, body.Items != nil, outcomes, showOutcome)
+	if within == 0 {
+		return answer(w, http.StatusAccepted, many, outcomes, showOutcome)
+	}
+	r.Body = http.NoBody // nothing large is held while it waits but the outcomes
+	return answerConverged(w, many, outcomes, a.converge(w, r, outcomes, within))
 }
 
 // problem is what a caller sees of err.

@@ -131,10 +131,6 @@ func (t tenants) narrow(f *ledger.ListFilter) bool {
 	return t.sees(f.Tenants[0])
 }
 
-func (t tenants) sees(domain string) bool {
-	return t.home == "" || t.home == domain || slices.Contains(t.others, domain)
-}
-
 // badParameter says what the value of a parameter must be.
 func badParameter(name, must string) error {
 	return rest.InvalidParameter("The parameter " + name + " " + must + ".")
@@ -150,7 +146,7 @@ func (a *API) get(w http.ResponseWriter, r *http.Request) error {
 			return err
 		}
 		if ok && tenantsOf(r).sees(found.Tenant.Domain) {
-			return rest.JSON(w, http.StatusOK, showListed(found))
+			return a.answerOne(w, r, found)
 		}
 	}
 	return rest.Status(http.StatusNotFound, "There is no such revocation here, it has ended, or it is another tenant's.")

@@ -12,15 +12,23 @@
 // dry_run is one for all of a request: orders of which some are carried out and some only looked
 // at are a mistake. The answer to a dry run is not kept under an Idempotency-Key: it is large, and
 // changes from minute to minute.
+//
+// Waiting for the gateways begins when the revocations are durable, and nothing that happens then makes
+// them undone: that too many wait, or that the fleet cannot be asked, is said in the answer's convergence,
+// never by another status. A request that waits has given its place back, and takes one of those who
+// wait. When there is none it does not wait.
 package revokeapi
 
 import (
 	"context"
 	"errors"
 	"net/http"
+	"slices"
 
 	"github.com/go-chi/chi/v5"
 
+	"github.com/rescindhq/rescind/api/revocation"
+	"github.com/rescindhq/rescind/internal/fleet"
 	"github.com/rescindhq/rescind/internal/ledger"
 	"github.com/rescindhq/rescind/internal/rest"
 	"github.com/rescindhq/rescind/internal/revoke"
@@ -36,20 +44,38 @@ type Revoker interface {
 type Ledger interface {
 	List(ctx context.Context, f ledger.ListFilter, after string, limit int) ([]ledger.Listed, error)
 	Get(ctx context.Context, id string) (ledger.Listed, bool, error)
+	// Oldest is the lowest seq that the log still has, Cursors how far each sink has come, and Seen the
+	// newest position that this process knows of.
+	Oldest(ctx context.Context) (revocation.Seq, error)
+	Cursors(ctx context.Context) (map[string]revocation.Seq, error)
+	Seen() revocation.Position
+}
+
+// Fleet knows what the gateways have applied. [fleet.Fleet] is one.
+type Fleet interface {
+	Refresh(ctx context.Context) error
+	Gateways() []fleet.Gateway
+	Wait(ctx context.Context, b fleet.Barrier) (fleet.BarrierResult, error)
 }
 
 // Deps are the parts of the service that requests reach. All are required.
 type Deps struct {
 	Revoker     Revoker
 	Ledger      Ledger
+	Fleet       Fleet
 	Accounts    rest.Accounts
 	Idempotency rest.IdempotencyStore
 }
 
 // API is the management API of revocations.
 type API struct {
-	deps          Deps
-	medium, large *places
+	deps Deps
+	// Those that are worked on, and those that wait for gateways, by the size of their requests.
+	medium, large                             *places
+	waitingSmall, waitingMedium, waitingLarge *places
+	// closing ends with Close.
+	closing context.Context
+	close   context.CancelFunc
 }
 
 // New returns the API. Its error names what is missing.
@@ -61,6 +87,9 @@ func New(deps Deps) (*API, error) {
 	if deps.Ledger == nil {
 		errs = append(errs, errors.New("a ledger is missing"))
 	}
+	if deps.Fleet == nil {
+		errs = append(errs, errors.New("a fleet is missing"))
+	}
 	if deps.Accounts == nil {
 		errs = append(errs, errors.New("accounts are missing"))
 	}
@@ -70,8 +99,17 @@ func New(deps Deps) (*API, error) {
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
-	return &API{deps: deps, medium: newPlaces(maxMedium), large: newPlaces(maxLarge)}, nil
+	a := &API{
+		deps: deps, medium: newPlaces(maxMedium, 1), large: newPlaces(maxLarge, 1),
+		waitingSmall: newPlaces(maxWaiting, maxWaiting/2), waitingMedium: newPlaces(maxMedium, 1), waitingLarge: newPlaces(maxLarge, 1),
+	}
+	a.closing, a.close = context.WithCancel(context.Background())
+	return a, nil
 }
+
+// Close answers all that wait for gateways with what is known by then. Those that begin to wait afterwards
+// are answered at once. It may be called more than once.
+func (a *API) Close() { a.close() }
 
 const (
 	path    = "/v1/revocations"
@@ -106,6 +144,10 @@ func final(w http.ResponseWriter, _ *http.Request) error {
 type tenants struct {
 	home   string
 	others []string
+}
+
+func (t tenants) sees(domain string) bool {
+	return t.home == "" || t.home == domain || slices.Contains(t.others, domain)
 }
 
 func tenantsOf(r *http.Request) tenants {

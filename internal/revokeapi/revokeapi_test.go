@@ -416,7 +416,7 @@ func TestFewLargeRequests(t *testing.T) {
 
 func TestPlaces(t *testing.T) {
 	t.Parallel()
-	p := newPlaces(3)
+	p := newPlaces(3, 1)
 	enter := func(who string, role string, tenant revocation.Tenant) (leave func(), ok bool) {
 		t.Helper()
 		r := httptest.NewRequestWithContext(t.Context(), "POST", path, nil)
@@ -514,7 +514,7 @@ func TestDryRunIsNotKept(t *testing.T) {
 func TestNew(t *testing.T) {
 	t.Parallel()
 	_, err := New(Deps{})
-	if err == nil || strings.Count(err.Error(), "missing") != 4 {
+	if err == nil || strings.Count(err.Error(), "missing") != 5 {
 		t.Errorf("%v", err)
 	}
 }

@@ -16,7 +16,9 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -34,6 +36,7 @@ import (
 	"github.com/rescindhq/rescind/api/token"
 	"github.com/rescindhq/rescind/internal/authn"
 	store "github.com/rescindhq/rescind/internal/catalog"
+	"github.com/rescindhq/rescind/internal/fleet"
 	"github.com/rescindhq/rescind/internal/follow"
 	"github.com/rescindhq/rescind/internal/ledger"
 	"github.com/rescindhq/rescind/internal/pgtest"
@@ -108,6 +111,66 @@ func (g *gate) Revoke(ctx context.Context, by revoke.Caller, orders []revoke.Ord
 	return g.Revoker.Revoke(ctx, by, orders)
 }
 
+// gateways is a fleet in which nothing happens by itself.
+type gateways struct {
+	mu      sync.Mutex
+	all     []fleet.Gateway
+	changed chan struct{}
+	away    error         // of the database
+	held    chan struct{} // gets a value when somebody waits
+	asked   []revocation.Position
+}
+
+// change changes all gateways, and wakes who waits.
+func (f *gateways) change(with func(*fleet.Gateway)) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	for i := range f.all {
+		with(&f.all[i])
+	}
+	close(f.changed)
+	f.changed = make(chan struct{})
+}
+
+func (f *gateways) Refresh(context.Context) error { return f.away }
+
+func (f *gateways) Gateways() []fleet.Gateway {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return slices.Clone(f.all)
+}
+
+func (f *gateways) Wait(ctx context.Context, b fleet.Barrier) (fleet.BarrierResult, error) {
+	f.mu.Lock()
+	f.asked = append(f.asked, b.Position)
+	f.mu.Unlock()
+	for began := true; ; began = false {
+		f.mu.Lock()
+		changed := f.changed
+		f.mu.Unlock()
+		r := fleet.BarrierResult{Reached: true, Took: 12345 * time.Microsecond}
+		for _, g := range f.Gateways() {
+			if !b.Select(&g) {
+				continue
+			}
+			c := fleet.Confirmation{Gateway: g, Applied: g.Standing == fleet.Live && g.Applied(b.Position)}
+			if c.Applied && !began {
+				c.After = 1234567 * time.Nanosecond
+			}
+			r.Reached = r.Reached && (c.Applied || g.Standing == fleet.Lost)
+			r.Gateways = append(r.Gateways, c)
+		}
+		if r.Reached || ctx.Err() != nil || f.away != nil {
+			return r, f.away
+		}
+		f.held <- struct{}{}
+		select {
+		case <-changed:
+		case <-ctx.Done():
+		}
+	}
+}
+
 // world is the API over a service of its own: two tenants with an issuer each and an external
 // one, two applications of carbon.super and one of acme.com.
 type world struct {
@@ -115,6 +178,8 @@ type world struct {
 	pool   *pgxpool.Pool
 	ledger *ledger.Ledger
 	gate   *gate
+	fleet  *gateways
+	api    *API
 	server *httptest.Server
 }
 
@@ -189,13 +254,14 @@ func newWorld(t testing.TB) *world {
 	verifier, err := token.NewVerifier(token.Issuer{Iss: iss, Keys: keys}, token.Issuer{Iss: acmeIss, Keys: keys}, token.Issuer{Iss: idp, Keys: away{}})
 	must(err)
 	w.gate = &gate{Revoker: revoke.New(revoke.Config{ClockSkew: 2 * time.Second}, w.ledger, state, verifier)}
-	api, err := New(Deps{
-		Revoker: w.gate, Ledger: w.ledger, Accounts: people, Idempotency: rest.NewIdempotencyStore(w.pool, []authn.MasterKey{key}),
+	w.fleet = &gateways{changed: make(chan struct{}), held: make(chan struct{}, 100)}
+	w.api, err = New(Deps{
+		Revoker: w.gate, Ledger: w.ledger, Fleet: w.fleet, Accounts: people, Idempotency: rest.NewIdempotencyStore(w.pool, []authn.MasterKey{key}),
 	})
 	must(err)
 	router := chi.NewRouter()
 	router.Use(middleware.GetHead)
-	api.Routes(router)
+	w.api.Routes(router)
 	w.server = httptest.NewServer(router)
 	w.server.Client().Transport.(*http.Transport).ExpectContinueTimeout = time.Minute
 	t.Cleanup(w.server.Close)
@@ -212,12 +278,15 @@ func (away) Key(context.Context, string, string) (token.Key, error) {
 var signer = ed25519.NewKeyFromSeed(make([]byte, ed25519.SeedSize))
 
 // access makes an access token that lives for ten minutes.
-func access(iss, jti string) string {
+func access(iss, jti string) string { return ending(iss, jti, 600) }
+
+// ending makes one that lives for so many seconds more.
+func ending(iss, jti string, in int64) string {
 	segment := func(v any) string {
 		b, _ := json.Marshal(v)
 		return base64.RawURLEncoding.EncodeToString(b)
 	}
-	claims := map[string]any{"iss": iss, "azp": "key-1", "iat": time.Now().Unix(), "exp": time.Now().Unix() + 600}
+	claims := map[string]any{"iss": iss, "azp": "key-1", "iat": time.Now().Unix() - 600, "exp": time.Now().Unix() + in}
 	if jti != "" {
 		claims["jti"] = jti
 	}
@@ -352,6 +421,7 @@ func (r *transcript) golden(name string) {
 	got = compact.ReplaceAllString(got, "<jwt>")
 	got = digest.ReplaceAllString(got, `"digest": "<sha256>"`)
 	got = place.ReplaceAllString(got, `"seq": <n>`)
+	got = strings.ReplaceAll(got, string(r.ledger.Seen().Epoch), "<epoch>")
 	got = cursor.ReplaceAllString(got, "<cursor>")
 	path := filepath.Join("testdata", name+".golden")
 	if *update {

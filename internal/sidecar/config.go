@@ -25,6 +25,10 @@ import (
 // Config is the file of rescind-gateway. [ParseConfig] fills it and checks it; sections that the file
 // does not have are nil.
 type Config struct {
+	// ID is what the service knows the gateway by; empty for the one that Folder keeps, or a new one. Labels are for
+	// people, and for those who select gateways.
+	ID     string
+	Labels map[string]string
 	// Service or Etcd is where the state comes from, Service if there are both.
 	Service *Service
 	// Tenant is the domain of the only one that is served; empty for all that the account sees.
@@ -188,6 +192,8 @@ service:
   username: gateway-1
   password_file: /etc/rescind-gateway/password   # or password_env: NAME
 folder: /var/lib/rescind-gateway                 # to start from while the service is away
+id: gateway-1                                    # what the service and people know it by
+labels: {region: eu-1}                           # to select it by
 audiences: [https://api.example.com]             # one of these must be in a token's aud
 staleness: {max: 300s, then: deny}               # or serve, or introspect
 routes:
@@ -233,6 +239,7 @@ func parseConfig(from io.Reader, r reader) (Config, error) {
 }
 
 const (
+	idRule     = "1 to 128 of A-Z a-z 0-9 . _ - that begin with a letter or a digit"
 	domainRule = "the domain of a tenant: 1 to 200 of a-z 0-9 . -"
 	hostRule   = "a URL of scheme, host and port, such as http://127.0.0.1:9000, without a path"
 )
@@ -246,6 +253,8 @@ var (
 
 // read fills c, which has the defaults, and tells s of all that is wrong.
 func (c *Config) read(s *section) {
+	s.optional("id", checkedValue(&c.ID, idRule, replica.ValidID), "one that folder keeps")
+	c.Labels = s.labels("labels")
 	c.Service, c.AMQP, c.Etcd = readService(s.sub("service")), readAMQP(s.sub("amqp")), readEtcd(s.sub("etcd"))
 	s.optional("tenant", checkedValue(&c.Tenant, domainRule, catalog.ValidDomain), "all that the account sees")
 	s.optional("folder", textValue(&c.Folder, "the name of a folder"), "")

@@ -87,6 +87,8 @@ func parseText(text, folder string) (Config, error) {
 }
 
 const everything = `
+id: edge-eu-1.gw_7
+labels: {region: eu-1, team/name: Payments & more, note: ""}
 tenant: foo.example
 service:
   url: https://rescind.example.com/base
@@ -147,6 +149,7 @@ func TestParseConfig(t *testing.T) {
 	in := func(name string) string { return filepath.Join(dir, name) }
 	ca := tlsfile.Files{CA: in("cert.pem")}
 	want := Config{
+		ID: "edge-eu-1.gw_7", Labels: map[string]string{"region": "eu-1", "team/name": "Payments & more", "note": ""},
 		Service: &Service{URL: "https://rescind.example.com/base", Username: "gateway-1", Password: testPassword, TLS: ca},
 		Tenant:  "foo.example",
 		AMQP:    &AMQP{URL: testAMQPURL, Exchange: "events", AllowPlain: true, TLS: tlsfile.Files{CA: in("cert.pem"), Cert: in("cert.pem"), Key: in("key.pem")}},
@@ -286,6 +289,13 @@ func TestConfigMistakes(t *testing.T) {
 		{"a level", sound + "log: {level: DEBUG}\n", "f.yaml:4:14: log.level is \"DEBUG\": it must be debug, info, warn or error. Change it, or leave it out for info."},
 		{"an address", sound + "ops: {listen: localhost}\n", "f.yaml:4:15: ops.listen is \"localhost\": it must be host:port, with port 0 for any that is free. Change it, or leave it out for 127.0.0.1:9091."},
 		{"everybody", sound + "key_networks: [0.0.0.0/0]\n", "f.yaml:4:16: key_networks is \"0.0.0.0/0\": it must be an address or a network such as 10.1.0.0/16, not everybody. Change it."},
+		{"an id", sound + "id: -a\n", "f.yaml:4:5: id is \"-a\": it must be 1 to 128 of A-Z a-z 0-9 . _ - that begin with a letter or a digit. Change it, or leave it out for one that folder keeps."},
+		{"an id that is a number", sound + "id: 7\n", "f.yaml:4:5: id is \"7\", which YAML does not take for text: it must be …"},
+		{"labels that are a list", sound + "labels: [a]\n", "f.yaml:4:9: labels is a list: it must be a mapping of members."},
+		{"labels that cannot be", sound + "labels: {a b: x, c: 1, d: \"a\\tb\"}\n", "f.yaml:4:15: labels.a b is \"x\": it must be text of at most 255 bytes without control characters, under a name of 1 to 63 of A-Z a-z 0-9 . _ / -. Change it.\n" +
+			"f.yaml:4:21: labels.c is \"1\", which YAML does not take for text: it must be …"},
+		{"a label twice", sound + "labels: {a: x, a: y}\n", "f.yaml:4:16: labels.a is given twice, first in line 4. Leave one."},
+		{"many labels", sound + "labels: {" + strings.Join(strings.Split("abcdefghijklmnopq", ""), ": x, ") + ": x}\n", "f.yaml:4:9: labels cannot be used: there are 17 labels, must be at most 16. Take some away."},
 		{"an audience twice", service + "audiences: [a, a]\nauth: {}\n", "f.yaml:2:16: audiences is \"a\" (it is there twice): it must be text of 1 to 255 bytes. Change it."},
 
 		{"nothing to know", "any_audience: true\nauth: {}\n", "f.yaml:1:1: neither service nor etcd is set: what is revoked must come from somewhere. Set service, or etcd for revocations only."},

@@ -17,6 +17,7 @@ import (
 
 	"go.yaml.in/yaml/v4"
 
+	"github.com/rescindhq/rescind/api/replica"
 	"github.com/rescindhq/rescind/internal/yamlfile"
 )
 
@@ -341,6 +342,29 @@ func shown(text string) string {
 		}
 	}
 	return strconv.Quote(yamlfile.Shorten(text))
+}
+
+// labels reads a mapping of names to text.
+func (s *section) labels(member string) map[string]string {
+	sub := s.sub(member)
+	if sub == nil {
+		return nil
+	}
+	labels := make(map[string]string, len(sub.order))
+	for _, name := range sub.order {
+		text := ""
+		sub.required(name, value{rule: "text of at most 255 bytes without control characters, under a name of 1 to 63 of A-Z a-z 0-9 . _ / -", text: true, set: func(s string) error {
+			text = s
+			return ruleIf(replica.ValidLabels(map[string]string{name: s}) != nil)
+		}})
+		labels[name] = text
+	}
+	if len(sub.bad) == 0 {
+		if err := replica.ValidLabels(labels); err != nil {
+			s.wrong(member, "cannot be used: %v. Take some away", err)
+		}
+	}
+	return labels
 }
 
 // textValue is any text but none, without control characters.

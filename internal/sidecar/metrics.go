@@ -161,11 +161,12 @@ var (
 	deltasDesc      = replicaDesc("replica_deltas_total", "Times that missed events were fetched.")
 	troubleDesc     = replicaDesc("replica_trouble", "1 while something is wrong with the source or the folder: /status tells what.")
 	connectedDesc   = replicaDesc("feed_connected", "1 if the feed is connected.", "feed")
+	reportsDesc     = replicaDesc("reports_total", "Reports to the service by whether it took them.", "result")
 	eventsDesc      = replicaDesc("feed_events_total", "Events that the feed has told.", "feed")
 )
 
 func (c *replicaCollector) Describe(to chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{readyDesc, issuersDesc, withKeysDesc, ageDesc, seqDesc, revocationsDesc, entitiesDesc, snapshotsDesc, deltasDesc, troubleDesc, connectedDesc, eventsDesc} {
+	for _, d := range []*prometheus.Desc{readyDesc, issuersDesc, withKeysDesc, ageDesc, seqDesc, revocationsDesc, entitiesDesc, snapshotsDesc, deltasDesc, troubleDesc, reportsDesc, connectedDesc, eventsDesc} {
 		to <- d
 	}
 }
@@ -190,6 +191,10 @@ func (c *replicaCollector) Collect(to chan<- prometheus.Metric) {
 	tell(snapshotsDesc, prometheus.CounterValue, float64(s.Snapshots))
 	tell(deltasDesc, prometheus.CounterValue, float64(s.Deltas))
 	tell(troubleDesc, prometheus.GaugeValue, oneIf(s.Error != ""))
+	if s.Report != nil {
+		tell(reportsDesc, prometheus.CounterValue, float64(s.Report.Taken), "taken")
+		tell(reportsDesc, prometheus.CounterValue, float64(s.Report.Failed), "failed")
+	}
 	for _, f := range s.Feeds {
 		tell(connectedDesc, prometheus.GaugeValue, oneIf(f.Connected), f.Name)
 		tell(eventsDesc, prometheus.CounterValue, float64(f.Events), f.Name)

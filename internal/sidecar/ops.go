@@ -51,10 +51,14 @@ func readinessChecks(e engine, maxAge time.Duration) []obs.Check {
 	}
 }
 
-// opsHandler serves the operators' listener: what [obs.Handler] does, and /status.
+// opsHandler serves the operators' listener: what [obs.Handler] does, /status, and /explain.
 func opsHandler(reg *prometheus.Registry, readiness *obs.Readiness, e engine) http.Handler {
-	rest := obs.Handler(obs.Config{}, reg, readiness)
+	rest, explain := obs.Handler(obs.Config{}, reg, readiness), explainHandler(e)
 	return http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path == "/explain" {
+			explain.ServeHTTP(w, r)
+			return
+		}
 		if r.URL.Path != "/status" || r.Method != http.MethodGet && r.Method != http.MethodHead {
 			rest.ServeHTTP(w, r)
 			return

@@ -54,6 +54,7 @@ type checker interface {
 // engine is what a process is built around: a gateway and its replica.
 type engine interface {
 	checker
+	explainer
 	// Run is called once, and ends with ctx.
 	Run(ctx context.Context) error
 	Status() replica.Status
@@ -103,6 +104,7 @@ func newEngine(ctx context.Context, cfg Config, log *slog.Logger) (_ *live, err 
 		}
 	}()
 	rc := replica.Config{
+		ID: cfg.ID, Labels: cfg.Labels, Version: version(), NoReports: cfg.Service == nil,
 		Folder: cfg.Folder, Staleness: cfg.Staleness, Routes: cfg.Routes, Empty: cfg.Empty,
 		Tenant: cfg.Tenant, Claims: cfg.Claims, Environments: cfg.Environments, Logger: log,
 	}
@@ -189,6 +191,14 @@ func newEngine(ctx context.Context, cfg Config, log *slog.Logger) (_ *live, err 
 	return l, nil
 }
 
+// version is that of this program.
+func version() string {
+	if info, ok := debug.ReadBuildInfo(); ok {
+		return "rescind-gateway " + info.Main.Version
+	}
+	return "rescind-gateway"
+}
+
 // orNone is d as fields take it whose zero value is a default.
 func orNone(d time.Duration) time.Duration {
 	if d == 0 {
@@ -233,10 +243,12 @@ func newClient(files tlsfile.Files) (*http.Client, error) {
 	if tlsConfig == nil {
 		return nil, nil
 	}
+	// As the replica's own: a peer that is gone is noticed also while it holds its answer.
+	alive := net.KeepAliveConfig{Enable: true, Idle: 5 * time.Second, Interval: 5 * time.Second, Count: 3}
 	return &http.Client{
 		Transport: &http.Transport{
 			Proxy:                  http.ProxyFromEnvironment,
-			DialContext:            (&net.Dialer{Timeout: 10 * time.Second, KeepAlive: 5 * time.Second}).DialContext,
+			DialContext:            (&net.Dialer{Timeout: 10 * time.Second, KeepAliveConfig: alive}).DialContext,
 			TLSClientConfig:        tlsConfig,
 			TLSHandshakeTimeout:    10 * time.Second,
 			IdleConnTimeout:        90 * time.Second,

@@ -81,6 +81,7 @@ func getBody(t testing.TB, url string) (status int, body string) {
 }
 
 var aged = replica.Status{
+	ID: "gw-1", Report: &replica.ReportStatus{At: 1790000000000, Taken: 3, Failed: 1},
 	Position: revocation.Position{Epoch: "0198c5b2-0000-7000-8000-000000000001", Seq: 42}, Age: 1500 * time.Millisecond, Ready: true, From: "source",
 	Revocations: 7, Entities: 9, Snapshots: 1, Deltas: 2,
 	Feeds: []replica.FeedStatus{{Name: "sse", Connected: true, Events: 5}, {Name: "amqp", Error: "dial mq.internal: refused"}},

@@ -1,0 +1,124 @@
+package explain
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"mime"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/go-chi/chi/v5"
+
+	"github.com/rescindhq/rescind/internal/rest"
+)
+
+const (
+	path = "/v1/explain"
+	// maxBody bounds the body of a question, in bytes.
+	maxBody = 64 << 10
+	// maxAnswers is how many questions are answered at a time, by a process: each reads the database some
+	// times, and may wait for gateways.
+	maxAnswers = 4
+	// busyRetry is what others are asked to wait.
+	busyRetry = 2 * time.Second
+	// timeout bounds one answer.
+	timeout = 10 * time.Second
+
+	plainText = "text/plain"
+)
+
+var errTimeout = fmt.Errorf("the explanation took too long: %w", context.DeadlineExceeded)
+
+// Endpoint serves /v1/explain.
+type Endpoint struct {
+	explainer *Explainer
+	accounts  rest.Accounts
+	places    chan struct{}
+}
+
+// NewEndpoint returns the endpoint of e.
+func NewEndpoint(e *Explainer, accounts rest.Accounts) *Endpoint {
+	return &Endpoint{explainer: e, accounts: accounts, places: make(chan struct{}, maxAnswers)}
+}
+
+// Routes adds POST /v1/explain to r, which stands at the root of the host.
+func (e *Endpoint) Routes(r chi.Router) {
+	readers := rest.Require(e.accounts, nil, rest.Admin, rest.TenantAdmin, rest.Auditor)
+	r.With(readers).Method(http.MethodPost, path, rest.Handler(e.post))
+}
+
+func (e *Endpoint) post(w http.ResponseWriter, r *http.Request) error {
+	if r.URL.RawQuery != "" {
+		return rest.InvalidParameter("There are no parameters here: the question is the body.")
+	}
+	var q Question
+	if err := rest.Decode(w, rest.LimitBody(r, maxBody), &q); err != nil {
+		return err
+	}
+	select {
+	case e.places <- struct{}{}:
+		defer func() { <-e.places }()
+	default:
+		return &rest.Problem{
+			Status: http.StatusServiceUnavailable, RetryAfter: busyRetry,
+			Detail: "Other questions are being answered. Sending the same request again is safe.",
+		}
+	}
+	ctx, cancel := context.WithTimeoutCause(r.Context(), timeout, errTimeout)
+	defer cancel()
+	answer, err := e.explainer.Explain(ctx, callerOf(r), q)
+	if err != nil {
+		return err
+	}
+	w.Header().Add("Vary", "Accept")
+	if !wantsText(r) {
+		return rest.JSON(w, http.StatusOK, answer)
+	}
+	text := answer.Text()
+	h := w.Header()
+	h.Set("Content-Type", plainText+"; charset=utf-8")
+	h.Set("Content-Length", strconv.Itoa(len(text)))
+	h.Set("Cache-Control", "no-store")
+	_, _ = io.WriteString(w, text) // a caller that is gone does not read it
+	return nil
+}
+
+// callerOf is who sent r: an account sees what it sees of revocations.
+func callerOf(r *http.Request) Caller {
+	account := rest.AccountOf(r.Context())
+	switch {
+	case account.SeesAll() && account.Role != rest.TenantAdmin: // what else that may read, its role ends with its tenant
+		return Caller{}
+	case account.Role == rest.Auditor:
+		return Caller{Tenant: account.Tenant.Domain, Others: account.ExtraTenants}
+	}
+	return Caller{Tenant: account.Tenant.Domain}
+}
+
+// wantsText reports whether r names text/plain, and likes it better than JSON (RFC 9110, section 12.5.1). What is
+// not named in full is JSON.
+func wantsText(r *http.Request) bool {
+	var text, structured float64
+	for accepted := range strings.SplitSeq(strings.Join(r.Header["Accept"], ","), ",") {
+		kind, parameters, err := mime.ParseMediaType(accepted)
+		if err != nil {
+			continue
+		}
+		quality := 1.0
+		if q, ok := parameters["q"]; ok {
+			if quality, err = strconv.ParseFloat(q, 64); err != nil {
+				continue
+			}
+		}
+		switch kind {
+		case plainText:
+			text = max(text, quality)
+		case "application/json":
+			structured = max(structured, quality)
+		}
+	}
+	return text > structured
+}
