@@ -389,18 +389,32 @@ func (r *Replica) load(ctx context.Context) error {
 // errHeldBack is that nothing is applied while the state is repaired.
 var errHeldBack = errors.New("a snapshot is on its way that is to take the place of what is known")
 
+// snapshotAge is how old a snapshot may be that the service has at hand (GET /v1/snapshots).
+const snapshotAge = 2 * time.Second
+
 // repair is load for a state that is not what the log says at its position. A snapshot that events have passed
 // while it was read changes nothing, for a sound state has all of it: so the position stays where it is
-// meanwhile. What is revoked holds at once all the same, ahead of it.
+// meanwhile. What is revoked holds at once all the same, ahead of it. The service may have a snapshot at hand
+// that is older still; then it makes another one in a moment.
 func (r *Replica) repair(ctx context.Context) error {
 	r.heldBack.Store(true)
 	defer r.heldBack.Store(false)
 	before := r.state.loadCount()
-	err := r.load(ctx)
-	if err == nil && r.state.loadCount() == before {
-		r.log.Warn("the snapshot is older than what is known here, which stays as it is", "position", r.state.At())
+	for again := false; ; again = true {
+		if err := r.load(ctx); err != nil {
+			return err
+		}
+		if r.state.loadCount() != before {
+			return nil
+		}
+		if again {
+			r.log.Warn("the snapshot is older than what is known here, which stays as it is", "position", r.state.At())
+			return nil
+		}
+		if !sleep(ctx, snapshotAge+snapshotAge/4, nil) {
+			return context.Cause(ctx)
+		}
 	}
-	return err
 }
 
 // scope is what a state is about. There is a new one when that, or the epoch, has changed.

@@ -44,6 +44,7 @@ type member struct {
 	make func(paths) (*replica.Replica, []func() error) // and what to close after it
 
 	replica atomic.Pointer[replica.Replica]
+	log     *logBuffer
 	end     func()
 	said    []bool // of the fleet's ids: it said "revoked"
 }
@@ -95,10 +96,11 @@ func (m *member) look(ids []string) (revoked int) {
 // or over etcd alone. Folder may be empty.
 func (w *world) newMember(name, username, feed, folder string, p paths) *member {
 	w.t.Helper()
-	m := &member{t: w.t, name: name, way: p}
+	m := &member{t: w.t, name: name, way: p, log: &logBuffer{}}
 	m.make = func(p paths) (*replica.Replica, []func() error) {
 		cfg := replica.Config{
 			Folder: folder, Staleness: replica.Staleness{Max: time.Minute, Then: replica.Serve}, Empty: replica.Serve,
+			Logger: slog.New(slog.NewTextHandler(m.log, &slog.HandlerOptions{Level: slog.LevelDebug})),
 		}
 		var closers []func() error
 		var feeds []replica.Feed
@@ -608,17 +610,17 @@ func TestFleetOutlivesChaos(t *testing.T) {
 
 	head := w.head()
 	for _, m := range members {
-		var knows string
+		hasAll := func() bool {
+			st := m.replica.Load().Status()
+			return st.Seq == head && st.Age < 30*time.Second && m.look(allIDs) == len(allIDs)
+		}
 		t.Cleanup(func() {
-			if t.Failed() {
-				t.Logf("%s, when the log was at %d: %s", m.name, head, knows)
+			if t.Failed() && !hasAll() {
+				status, err := json.Marshal(m.replica.Load().Status())
+				t.Logf("%s, with the log at %d, knows %d of %d: %s %v\n%s", m.name, head, m.look(allIDs), len(allIDs), status, err, tail(m.log.String(), 3000))
 			}
 		})
-		await(t, m.name+" has everything", func() bool {
-			st, known := m.replica.Load().Status(), m.look(allIDs)
-			knows = fmt.Sprintf("%d of %d revocations, %+v", known, len(allIDs), st)
-			return st.Seq == head && st.Age < 30*time.Second && known == len(allIDs)
-		})
+		await(t, m.name+" has everything", hasAll)
 	}
 	for _, m := range members {
 		st, first := m.replica.Load().Status(), members[0].replica.Load().Status()

@@ -6,6 +6,7 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"net/http/httptest"
 	"os"
@@ -423,11 +424,12 @@ type lossy struct {
 	*replica.HTTP
 	first []byte // a snapshot, in the binary form
 	loads atomic.Int32
+	later *held
 }
 
 func (l *lossy) Load(ctx context.Context, s *replica.State) error {
 	if l.loads.Add(1) > 1 {
-		return l.HTTP.Load(ctx, s)
+		return l.later.Load(ctx, s)
 	}
 	header, err := s.ReadSnapshot(bytes.NewReader(l.first))
 	if err != nil {
@@ -493,6 +495,13 @@ func TestDivergenceIsFound(t *testing.T) {
 	start := func(cfg replica.Config) (r *replica.Replica, stop func()) {
 		cfg.Staleness = replica.Staleness{Max: time.Hour, Then: replica.Serve}
 		cfg.Reporter = service()
+		log := &logBuffer{}
+		cfg.Logger = slog.New(slog.NewTextHandler(log, &slog.HandlerOptions{Level: slog.LevelDebug}))
+		t.Cleanup(func() {
+			if t.Failed() {
+				t.Logf("log of %s:\n%s", cfg.ID, tail(log.String(), 3000))
+			}
+		})
 		r, err := replica.New(cfg)
 		if err != nil {
 			t.Fatal(err)
@@ -517,7 +526,7 @@ func TestDivergenceIsFound(t *testing.T) {
 		t.Fatalf("snapshot: %v %d", err, a.status)
 	}
 	gone := admin.revokeIDs(1)[0]
-	source := &lossy{HTTP: service(), first: []byte(a.body)}
+	source := &lossy{HTTP: service(), first: []byte(a.body), later: &held{service(), make(chan struct{})}}
 	r, _ := start(replica.Config{ID: "lacking", Source: source})
 	await(t, "the gateway is at the log's head", func() bool { return r.Status().Seq == w.head() && r.Status().Age < 10*time.Second })
 	if d := r.Check(tokenWithID(gone)); d.Outcome != replica.Valid {
@@ -530,6 +539,8 @@ func TestDivergenceIsFound(t *testing.T) {
 	if status != 1 || !strings.Contains(out, "lacking") || !strings.Contains(out, "diverged") {
 		t.Errorf("verify: exit status %d\n%s", status, out)
 	}
+	await(t, "the fleet shows that it has diverged", func() bool { return admin.fleet()["lacking"].Digest.Verdict == "diverged" })
+	close(source.later.free)
 	await(t, "it has loaded a snapshot, because it was told", func() bool { return r.Check(tokenWithID(gone)).Outcome == replica.Revoked })
 	if out, status := w.run("", "verify"); status != 0 {
 		t.Errorf("verify: exit status %d\n%s", status, out)

@@ -55,8 +55,9 @@ func (g *gateway) wish(w digestWish) {
 	g.wake()
 }
 
+// metBy reports whether d is an answer. One with a later cutoff is: it was asked for later.
 func (w *digestWish) metBy(d *replica.Digest) bool {
-	return d.Cutoff == w.Cutoff && (w.After.Epoch == "" || applied(d.Position, w.After))
+	return d.Cutoff >= w.Cutoff && (w.After.Epoch == "" || applied(d.Position, w.After))
 }
 
 // load asks for a snapshot to be loaded. It needs f.mu.

@@ -300,7 +300,7 @@ func (c *comparison) gateways(ctx context.Context) ([]Member, error) {
 // look compares what g has told, if that is an answer. It reports whether g is to be asked again.
 func (c *comparison) look(ctx context.Context, m *candidate, g *fleet.Gateway) (again bool) {
 	d := g.Report.Digest
-	if m.settled || d == nil || d.Cutoff < c.first || d.Cutoff > c.asked || d.Cutoff <= m.differs ||
+	if m.settled || d == nil || d.Cutoff < c.first || d.Cutoff <= m.differs || // a later one than was asked for: the service has asked too
 		d.Epoch != c.after.Epoch || d.Seq < c.after.Seq {
 		return false
 	}
@@ -310,7 +310,9 @@ func (c *comparison) look(ctx context.Context, m *candidate, g *fleet.Gateway) (
 		return false
 	}
 	m.differs = d.Cutoff
-	return d.Cutoff == c.asked // else it has been asked already
+	again = d.Cutoff >= c.asked // else it has been asked already
+	c.asked = max(c.asked, d.Cutoff)
+	return again
 }
 
 // members are the results for those that are still there.
