@@ -566,6 +566,20 @@ func await(t testing.TB, what string, ok func() bool) {
 	}
 }
 
+// awaitProgress is await for what may take long where much is to be done: as long as how far it is changes.
+func awaitProgress(t testing.TB, what string, ok func() bool, far func() any) {
+	t.Helper()
+	tick := time.NewTicker(20 * time.Millisecond)
+	defer tick.Stop()
+	for last, since := far(), time.Now(); !ok(); <-tick.C {
+		if now := far(); now != last {
+			last, since = now, time.Now()
+		} else if time.Since(since) > 60*time.Second {
+			t.Fatalf("in vain awaited: %s, which stays at %v", what, last)
+		}
+	}
+}
+
 // consumer collects the events of rescind.events from a durable queue that outlives
 // restarts of the broker.
 type consumer struct {

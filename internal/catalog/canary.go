@@ -164,3 +164,19 @@ func (b *batch) ensureCanaryKey(ctx context.Context, application *catalog.Meta) 
 	b.forget = append(b.forget, consumer{b.cfg.Issuer, CanaryKey})
 	return b.makeCanary(ctx, m)
 }
+
+// IsCanary reports whether e is the application or the API that [Store.EnsureCanary] makes.
+func IsCanary(e catalog.Entity) bool {
+	if e.Base().Tenant.Domain != revocation.SuperTenant.Domain {
+		return false
+	}
+	switch e := e.(type) {
+	case *catalog.Application:
+		own := canaryApplication()
+		return e.Name == own.Name && e.Owner == own.Owner
+	case *catalog.API:
+		own := canaryAPI()
+		return e.Name == own.Name && e.Version == own.Version
+	}
+	return false
+}

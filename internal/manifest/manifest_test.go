@@ -745,6 +745,25 @@ func TestExportRoundTrip(t *testing.T) {
 	}
 }
 
+// What the service makes for its canary is in no file, and stays.
+func TestCanaryIsNotPruned(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	if err := w.store.EnsureIssuers(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	before := w.export()
+	if err := w.store.EnsureCanary(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	if diff := cmp.Diff(before, w.export()); diff != "" {
+		t.Errorf("exported with the canary: %s", diff)
+	}
+	if left := told(w.mustPlan(file(t, nothing(w)), true)); len(left) > 0 {
+		t.Errorf("pruned: %q", left)
+	}
+}
+
 // nothing has every list of every tenant, empty.
 func nothing(w *world) string {
 	s, err := ReadState(w.t.Context(), w.pool, nil)

@@ -60,9 +60,24 @@ func ReadState(ctx context.Context, pool *pgxpool.Pool, domains []string) (*Stat
 	s := &State{tenants: make(map[string]*tenantState), clients: make(map[string]authn.Registration)}
 	opts := pgx.TxOptions{IsoLevel: pgx.RepeatableRead, AccessMode: pgx.ReadOnly}
 	err := pgx.BeginTxFunc(ctx, pool, opts, func(tx pgx.Tx) error {
+		canary := make(map[string]bool) // applications, by UUID: they are the service's, and no file describes them
 		for e, err := range store.ReadAll(ctx, tx) {
 			if err != nil {
 				return err
+			}
+			isCanary := store.IsCanary(e)
+			switch e := e.(type) {
+			case *catalog.Application:
+				if isCanary {
+					canary[e.UUID] = true
+				}
+			case *catalog.KeyMapping:
+				isCanary = canary[e.Application.UUID]
+			case *catalog.Subscription:
+				isCanary = canary[e.Application.UUID]
+			}
+			if isCanary {
+				continue
 			}
 			domain := e.Base().Tenant.Domain
 			if domains != nil && !slices.Contains(domains, domain) {
