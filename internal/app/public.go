@@ -129,6 +129,7 @@ func newPublic(ctx context.Context, cfg Config, pool *pgxpool.Pool, l *ledger.Le
 	}
 	revocations, err := revokeapi.New(revokeapi.Deps{
 		Revoker: newRevoker(cfg, l, state, p.issuers), Ledger: l, Fleet: p.fleet, Accounts: callers, Idempotency: repeats,
+		MaxWaiting: max(1, cfg.HTTP.MaxInFlight/8),
 	})
 	if err != nil {
 		return nil, err

@@ -65,6 +65,9 @@ type Deps struct {
 	Fleet       Fleet
 	Accounts    rest.Accounts
 	Idempotency rest.IdempotencyStore
+	// MaxWaiting is how many requests that are not large wait for gateways at a time; each is one that is worked on.
+	// Past it they are answered at once. At most 64, which 0 stands for.
+	MaxWaiting int
 }
 
 // API is the management API of revocations.
@@ -99,9 +102,13 @@ func New(deps Deps) (*API, error) {
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
 	}
+	waiting := maxWaiting
+	if deps.MaxWaiting > 0 {
+		waiting = min(waiting, deps.MaxWaiting)
+	}
 	a := &API{
 		deps: deps, medium: newPlaces(maxMedium, 1), large: newPlaces(maxLarge, 1),
-		waitingSmall: newPlaces(maxWaiting, maxWaiting/2), waitingMedium: newPlaces(maxMedium, 1), waitingLarge: newPlaces(maxLarge, 1),
+		waitingSmall: newPlaces(waiting, max(1, waiting/2)), waitingMedium: newPlaces(maxMedium, 1), waitingLarge: newPlaces(maxLarge, 1),
 	}
 	a.closing, a.close = context.WithCancel(context.Background())
 	return a, nil

@@ -58,7 +58,7 @@ type Options struct {
 	Now time.Time
 	// Timeout is how long gateways and etcd have to answer. Default 15 s.
 	Timeout time.Duration
-	// Tell asks gateways that have diverged to load a snapshot.
+	// Tell asks gateways that have diverged to load a snapshot, up to 20 of them.
 	Tell bool
 }
 
@@ -97,6 +97,9 @@ const (
 	// askAgain is after how long a question is repeated: the fleet forgets it after a while.
 	askAgain = 10 * time.Second
 	minute   = int64(60)
+	// tellAtOnce is how many gateways are told to load a snapshot: more of them do so together only if what is wrong
+	// is not theirs. The service tells others by and by.
+	tellAtOnce = 20
 	// ahead is how many minutes ahead of the clock a cutoff may be. What ends until then is not compared.
 	ahead = 10
 )
@@ -300,7 +303,8 @@ func (c *comparison) gateways(ctx context.Context) ([]Member, error) {
 // look compares what g has told, if that is an answer. It reports whether g is to be asked again.
 func (c *comparison) look(ctx context.Context, m *candidate, g *fleet.Gateway) (again bool) {
 	d := g.Report.Digest
-	if m.settled || d == nil || d.Cutoff < c.first || d.Cutoff <= m.differs || // a later one than was asked for: the service has asked too
+	// A later one than was asked for is an answer too: the service asks by itself. One far ahead leaves out too much.
+	if m.settled || d == nil || d.Cutoff < c.first || d.Cutoff > c.first+ahead*minute || d.Cutoff <= m.differs ||
 		d.Epoch != c.after.Epoch || d.Seq < c.after.Seq {
 		return false
 	}
@@ -310,8 +314,8 @@ func (c *comparison) look(ctx context.Context, m *candidate, g *fleet.Gateway) (
 		return false
 	}
 	m.differs = d.Cutoff
-	again = d.Cutoff >= c.asked // else it has been asked already
-	c.asked = max(c.asked, d.Cutoff)
+	again = d.Cutoff >= c.asked                                     // else it has been asked already
+	c.asked = max(c.asked, min(d.Cutoff, c.first+(ahead-1)*minute)) // the next question is not answered by what is known
 	return again
 }
 
@@ -371,7 +375,7 @@ func (c *comparison) directory(ctx context.Context, d Directory) Member {
 func (c *comparison) tell(ctx context.Context, gateways []Member) error {
 	var ids []string
 	for i := range gateways {
-		if m := &gateways[i]; m.Verdict == fleet.Diverged {
+		if m := &gateways[i]; m.Verdict == fleet.Diverged && len(ids) < tellAtOnce {
 			ids = append(ids, m.ID)
 			m.Told = true
 		}
