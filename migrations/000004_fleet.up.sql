@@ -7,11 +7,14 @@ CREATE TABLE rescind.gateways (
     sees       text[] NOT NULL DEFAULT '{}',
     first_seen timestamptz NOT NULL DEFAULT clock_timestamp(),
     last_seen  timestamptz NOT NULL DEFAULT clock_timestamp(), -- up to a minute too early
-    left_at    timestamptz, -- it said that it stops, and is kept for its canary's sake alone; null: it is there
+    left_at    timestamptz, -- it said that it stops, and its id is kept for it for a while; null: it is there
     report     jsonb NOT NULL, -- the last one that was written down
     canary_url text NOT NULL DEFAULT '', -- set by people, so a gateway that is started again finds it
     canary     jsonb -- the last result
 );
+
+-- Those of an account that have left, the last ones first.
+CREATE INDEX gateways_left ON rescind.gateways (account, left_at) WHERE left_at IS NOT NULL;
 
 -- What each process knows of the gateways that report to it, for the others. It is written when one of
 -- them asks, and is worth nothing after a crash.

@@ -46,7 +46,8 @@ type Digest struct {
 // Digest reads the whole state, a little at a time, and returns its digest at a position that is not
 // before after, for which it waits, as it does for a state that is at no position yet. An empty after is
 // any position. It also waits until the state holds nothing ahead of its position, see [State.Revoke] and
-// [State.Through]: only then is the digest that of the position. One runs at a time; others wait.
+// [State.Through]: only then is the digest that of the position. In a state of some tenants it leaves out what
+// [State.Revoke] alone has told, of issuers that the log has nothing of. One runs at a time; others wait.
 //
 // Its error is that of ctx; [ErrEpoch] if the state is, or comes to be, of another epoch than after; or
 // says that the cutoff is too early: revocations that it counts may be forgotten, see [Kept].

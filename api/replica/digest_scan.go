@@ -23,7 +23,7 @@ type observer struct {
 
 // revoked is told before the entry of k, none if there is none, becomes rec.
 func (o *observer) revoked(c *content, set *set, k key, e entry, rec Record) {
-	read := o.scan != nil && o.scan.hasRead(set, k)
+	read := o.scan != nil && o.scan.hasRead(set, k) && c.counts(set, k)
 	if !read && o.history == nil {
 		return
 	}
@@ -92,10 +92,7 @@ func (a *archive) domainOf(n uint32) string {
 
 // lead notes that something is held ahead of the log, up to p. It needs s.mu.
 func (s *State) lead(p revocation.Position) {
-	if o := s.content.observer; o != nil && o.history != nil {
-		o.history.forget()
-		s.breaks++
-	}
+	s.breakOff()
 	switch p.Epoch {
 	case s.At().Epoch:
 		s.ahead = max(s.ahead, p.Seq)
@@ -103,6 +100,14 @@ func (s *State) lead(p revocation.Position) {
 		s.foreign.Seq = max(s.foreign.Seq, p.Seq)
 	default:
 		s.foreign = p
+	}
+}
+
+// breakOff notes that the state changes otherwise than by the log's next event. It needs s.mu.
+func (s *State) breakOff() {
+	if o := s.content.observer; o != nil && o.history != nil {
+		o.history.forget()
+		s.breaks++
 	}
 }
 
@@ -352,7 +357,7 @@ func (sc *scan) readTable(c *content) int {
 	}
 	t.each(set.stride, func(e entry) {
 		exp := e.exp()
-		if exp < sc.cutoff || !whole && set.hash(e.key()) < sc.from {
+		if exp < sc.cutoff || !whole && set.hash(e.key()) < sc.from || !c.counts(set, e.key()) {
 			return
 		}
 		if sc.byTenant {

@@ -490,6 +490,10 @@ func TestDigestWaits(t *testing.T) {
 			{do: func(_ *testing.T, s *State) { s.Revoke(rec(9), revocation.Position{Epoch: newEpoch, Seq: 8}) }},
 			{do: loads(foreign, partScope{})},
 			{do: loads(revocation.Position{Epoch: newEpoch, Seq: 8}, partScope{}), done: true, seq: 8}}},
+		"missed, then ahead": {after: at(1), steps: []step{
+			{do: func(_ *testing.T, s *State) { s.restore(rec(8)) }}, {do: loads(at(0), partScope{})},
+			{do: func(_ *testing.T, s *State) { s.restore(rec(9)) }}, {do: revokes(2, at(2))}, {do: loads(at(1), partScope{})},
+			{do: applies(2), done: true, seq: 2}}},
 		"beside": {after: at(1), steps: []step{
 			{do: loads(at(0), partScope{})}, {do: revokes(9, foreign)}, {do: applies(1), done: true, seq: 1}}},
 	} {

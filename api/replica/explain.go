@@ -105,7 +105,7 @@ var checks = []struct {
 	reasons []string
 	said    func(*narrator) finding
 }{
-	{"path", []string{reasonPath}, (*narrator).path},
+	{"path", []string{reasonPath}, (*narrator).pathOf},
 	{"catalog", []string{reasonNoCatalog}, (*narrator).catalog},
 	{"api", []string{reasonNoAPI}, (*narrator).api},
 	{"api_state", []string{reasonAPIBlocked}, (*narrator).apiState},
@@ -154,11 +154,15 @@ type narrator struct {
 	a     Authorization
 	v     *View
 	looks *looked
+	path  string // of req, without a query or a fragment, which may have a token
+	cut   bool   // it had one
 }
 
 func (n *narrator) explain() Explanation {
 	e := Explanation{Checks: make([]Check, len(checks))}
 	n.looks = &n.by.looked
+	n.path = withoutQuery(n.req.Path)
+	n.cut = n.path != n.req.Path
 	n.state.View(func(v *View) {
 		n.v = v
 		n.by.authorize(&n.a, v, n.token, n.req)
@@ -187,10 +191,21 @@ func (n *narrator) explain() Explanation {
 		}
 	})
 	e.Authorization, e.HTTPStatus, e.Next = n.a, n.a.Code.HTTPStatus(), Next(n.a.Reason)
-	if n.a.Reason == reasonNoAPI {
+	switch n.a.Reason {
+	case reasonNoAPI:
 		n.nearestAPIs(&e)
+	case reasonNoOperation:
+		n.nearestOperations(&e)
 	}
 	return e
+}
+
+// withoutQuery is a path up to where a query or a fragment begins that does not belong there.
+func withoutQuery(path string) string {
+	if i := strings.IndexAny(path, "?#"); i >= 0 {
+		return path[:i]
+	}
+	return path
 }
 
 // failed is the index of the check that the request was refused for.
@@ -279,15 +294,18 @@ func (n *narrator) why(ofToken bool) string {
 // ofBoth is why for what takes a token and the catalog.
 func (n *narrator) ofBoth() string { return cmp.Or(n.why(true), n.why(false)) }
 
-func (n *narrator) path() finding {
-	f := facts{"path": n.req.Path}
+func (n *narrator) pathOf() finding {
+	f := facts{"path": n.path}
 	if n.req.Method != "" {
 		f["method"] = n.req.Method
 	}
-	if n.a.Reason == reasonPath {
-		return found(f, "The path %q can be read in more than one way, or is no path.", n.req.Path)
+	switch {
+	case n.a.Reason == reasonPath && n.cut:
+		return found(f, "The path %q is followed by a query or a fragment, which is no part of a path.", n.path)
+	case n.a.Reason == reasonPath:
+		return found(f, "The path %q can be read in more than one way, or is no path.", n.path)
 	}
-	return found(f, "The path %q means the same to everyone who reads it.", n.req.Path)
+	return found(f, "The path %q means the same to everyone who reads it.", n.path)
 }
 
 func (n *narrator) catalog() finding {
@@ -336,7 +354,7 @@ func (n *narrator) api() finding {
 	a := n.a.API
 	switch {
 	case a == nil:
-		return found(facts{"path": n.req.Path}, "No API is at the beginning of the path %q.", n.req.Path)
+		return found(facts{"path": n.path}, "No API is at the beginning of the path %q.", n.path)
 	case !n.mine(a.Tenant.Domain):
 		return found(facts{"context": a.Context}, "The path is for the API at %s.", a.Context)
 	}
@@ -381,37 +399,8 @@ const (
 )
 
 func (n *narrator) noOperation() finding {
-	p, rest := n.looks.place, n.looks.rest
-	f := facts{"method": n.req.Method, "path": cmp.Or(rest, "/")}
-	detail := fmt.Sprintf("The API has no operation %s %s.", n.req.Method, cmp.Or(rest, "/"))
-	if !n.mine(p.api.Tenant.Domain) {
-		return finding{detail: detail, facts: f}
-	}
-	var methods []string
-	type ranked struct {
-		text     string
-		distance int
-	}
-	var near []ranked
-	for i := range p.api.Operations {
-		op := &p.api.Operations[i]
-		if _, ok := p.operation(op.Verb, rest); ok && !slices.Contains(methods, op.Verb) && len(methods) < maxOperations {
-			methods = append(methods, op.Verb)
-		}
-		near = append(near, ranked{op.Verb + " " + op.Target, distance(rest, op.Target)})
-	}
-	if len(methods) > 0 {
-		slices.Sort(methods)
-		f["methods"] = methods
-		return finding{detail: detail + " For this path it has: " + strings.Join(methods, ", ") + ".", facts: f}
-	}
-	slices.SortStableFunc(near, func(a, b ranked) int { return cmp.Compare(a.distance, b.distance) })
-	var list []string
-	for _, r := range near[:min(len(near), maxOperations)] {
-		list = append(list, r.text)
-	}
-	f["operations"], f["operations_total"] = list, len(near)
-	return finding{detail: detail + " It has, the nearest first: " + strings.Join(list, ", ") + ".", facts: f}
+	path := cmp.Or(withoutQuery(n.looks.rest), "/")
+	return found(facts{"method": n.req.Method, "path": path}, "The API has no operation %s %s.", n.req.Method, path)
 }
 
 func (n *narrator) credentials() finding {
@@ -741,8 +730,8 @@ func (n *narrator) carriedSubscription() finding {
 			}
 		}
 	}
-	f := facts{"path": n.req.Path}
-	detail := fmt.Sprintf("The token carries no subscription for the path %q", n.req.Path)
+	f := facts{"path": n.path}
+	detail := fmt.Sprintf("The token carries no subscription for the path %q", n.path)
 	if n.a.API != nil {
 		f = facts{"context": n.a.API.Context, "version": n.a.API.Version}
 		detail = fmt.Sprintf("The token carries no subscription to the API %s %s at %s", n.a.API.Name, n.a.API.Version, n.a.API.Context)
@@ -879,13 +868,54 @@ func (n *narrator) nearestAPIs(e *Explanation) {
 	for _, c := range near[:min(len(near), maxNearest)] {
 		nearest = append(nearest, c.apiFact)
 	}
-	c := &e.Checks[slices.IndexFunc(e.Checks, func(c Check) bool { return c.Result == Failed })]
+	c := e.failed()
 	if len(nearest) == 0 {
 		c.Detail += " The tenant has none near it."
 		return
 	}
 	c.Facts["nearest"] = nearest
 	c.Detail += " The nearest of the tenant: " + join(nearest) + "."
+}
+
+// nearestOperations adds to the check of an operation that is not there which ones are near, if the API is the
+// tenant's own. It has the state not wait.
+func (n *narrator) nearestOperations(e *Explanation) {
+	p, rest := n.looks.place, n.looks.rest
+	if !n.mine(p.api.Tenant.Domain) {
+		return
+	}
+	var methods []string
+	type ranked struct {
+		text     string
+		distance int
+	}
+	var near []ranked
+	for i := range p.api.Operations {
+		op := &p.api.Operations[i]
+		if _, ok := p.operation(op.Verb, rest); ok && !slices.Contains(methods, op.Verb) && len(methods) < maxOperations {
+			methods = append(methods, op.Verb)
+		}
+		near = append(near, ranked{op.Verb + " " + op.Target, distance(rest, op.Target)})
+	}
+	c := e.failed()
+	if len(methods) > 0 {
+		slices.Sort(methods)
+		c.Facts["methods"] = methods
+		c.Detail += " For this path it has: " + strings.Join(methods, ", ") + "."
+		return
+	}
+	slices.SortStableFunc(near, func(a, b ranked) int { return cmp.Compare(a.distance, b.distance) })
+	var list []string
+	for _, r := range near[:min(len(near), maxOperations)] {
+		list = append(list, r.text)
+	}
+	c.Facts["operations"], c.Facts["operations_total"] = list, len(near)
+	c.Detail += " It has, the nearest first: " + strings.Join(list, ", ") + "."
+}
+
+// failed is the check that failed.
+func (e *Explanation) failed() *Check {
+	return &e.Checks[slices.IndexFunc(e.Checks, func(c Check) bool { return c.Result == Failed })]
 }
 
 // firstSegments is the beginning of a path, n segments of it.

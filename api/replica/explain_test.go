@@ -351,3 +351,29 @@ func TestDistance(t *testing.T) {
 		}
 	}
 }
+
+// A path may come with a query that does not belong there, and has a token: it is not told.
+func TestExplainTellsNoQuery(t *testing.T) {
+	t.Parallel()
+	m, w := newMint(t), newWorld()
+	s := w.state(t)
+	const hidden = "s3cret"
+	for _, path := range []string{
+		"/pizza/1.0.0/menu?access_token=" + hidden, "/pizza/1.0.0/menu#" + hidden, "/nowhere?" + hidden, "?" + hidden, "/pizza/1.0.0?x#" + hidden,
+		"/pizza/1.0.0/nowhere?" + hidden,
+	} {
+		for _, mode := range []ClaimsMode{ClaimsFirst, CatalogFirst, ClaimsOnly} {
+			for _, method := range []string{"", "GET", "PUT"} {
+				for _, tok := range []*token.Token{nil, m.token(t), m.token(t, selfContained("/state/unblocked"))} {
+					req := Request{Method: method, Path: path}
+					e := Explainer{Claims: mode, AnyOperation: method == ""}.Explain(s, tok, req, frozen)
+					text, err := json.Marshal(e.Checks)
+					must(t, err)
+					if bytes.Contains(text, []byte(hidden)) || strings.Contains(e.Next, hidden) {
+						t.Errorf("%s %s, %s: %s", method, path, mode, text)
+					}
+				}
+			}
+		}
+	}
+}

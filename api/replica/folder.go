@@ -326,9 +326,10 @@ func (f *folder) event(e revocation.Event) error {
 	return f.add(func(b []byte) []byte { return appendEvent(b, e) })
 }
 
-// revoked adds what is revoked ahead of the events, before it is. All else is as with event.
-func (f *folder) revoked(rec Record, at revocation.Position) error {
-	return f.add(func(b []byte) []byte { return appendRevoked(b, rec, at) })
+// revoked adds what is revoked ahead of the events, or missed, see appendRevoked, before it is. All else is as
+// with event.
+func (f *folder) revoked(rec Record, at revocation.Position, missed bool) error {
+	return f.add(func(b []byte) []byte { return appendRevoked(b, rec, at, missed) })
 }
 
 // fresh says that the state, where it is now, was known to have everything at that time. It adds

@@ -290,7 +290,7 @@ func (l *life) step() {
 		l.deliver(1 + l.c.n(4))
 	case 8:
 		rec := Record{Target: ofJTI(fmt.Sprint("ahead-", len(l.kept))), Exp: l.now() + 1000}
-		err := l.f.revoked(rec, revocation.Position{Epoch: epoch, Seq: l.m.head().Seq + 1})
+		err := l.f.revoked(rec, revocation.Position{Epoch: epoch, Seq: l.m.head().Seq + 1}, false)
 		if err == nil {
 			l.kept[rec.Target] = rec.Exp
 		}
@@ -831,8 +831,10 @@ func TestFolderTellsWhatItLacks(t *testing.T) {
 	t.Parallel()
 	late := Record{Target: ofJTI("late"), Tenant: acme, Exp: begin + 1000}
 	for name, add := range map[string]func(f *folder, m *model) error{
-		"event":   func(f *folder, m *model) error { return f.event(m.revoke(late)) },
-		"revoked": func(f *folder, m *model) error { return f.revoked(late, revocation.Position{Epoch: newEpoch, Seq: 1}) },
+		"event": func(f *folder, m *model) error { return f.event(m.revoke(late)) },
+		"revoked": func(f *folder, m *model) error {
+			return f.revoked(late, revocation.Position{Epoch: newEpoch, Seq: 1}, false)
+		},
 	} {
 		for full, room := range map[string]bool{"no room": true, "nothing can be written": false} {
 			for journal, begun := range map[string]bool{"a journal": true, "no journal yet": false} {
@@ -903,7 +905,7 @@ func TestFolderIsOfOne(t *testing.T) {
 	must(t, f.close())
 	open(t, path)
 	for what, err := range map[string]error{
-		"event": f.event(revocation.Event{}), "revoked": f.revoked(Record{}, revocation.Position{}), "save": f.save(NewState(StateConfig{}), time.Time{}),
+		"event": f.event(revocation.Event{}), "revoked": f.revoked(Record{}, revocation.Position{}, false), "save": f.save(NewState(StateConfig{}), time.Time{}),
 	} {
 		if !errors.Is(err, os.ErrClosed) || !strings.Contains(err.Error(), path) {
 			t.Errorf("%s of one that was given up: %v", what, err)
@@ -1107,7 +1109,7 @@ func FuzzJournal(f *testing.F) {
 		return appendFresh(b, time.Unix(begin, 0), e.Position)
 	})))
 	f.Add(slices.Concat(head, []byte("garbage"), record(func(b []byte) []byte {
-		return appendRevoked(b, Record{Target: ofJTI("b"), Exp: begin}, revocation.Position{Epoch: epoch, Seq: 5})
+		return appendRevoked(b, Record{Target: ofJTI("b"), Exp: begin}, revocation.Position{Epoch: epoch, Seq: 5}, false)
 	}), []byte(recordMark)))
 	f.Add(head[:5])
 	f.Fuzz(func(t *testing.T, b []byte) {

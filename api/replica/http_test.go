@@ -70,6 +70,7 @@ type web struct {
 	reported func(w http.ResponseWriter, r *http.Request) // nil: it is a service that knows of no reports
 	requests []*http.Request
 	serving  sync.WaitGroup
+	over     bool // nothing is served any more
 }
 
 // newWeb serves a service, in a bubble of synctest, until the test ends.
@@ -85,6 +86,9 @@ func newWeb(t *testing.T, s *service) *web {
 		server.Close()
 		transport.CloseIdleConnections()
 		done.Wait()
+		web.mu.Lock()
+		web.over = true
+		web.mu.Unlock()
 		web.serving.Wait()
 	})
 	return web
@@ -122,6 +126,10 @@ func (web *web) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	web.mu.Lock()
 	if r.Method != http.MethodPost {
 		web.requests = append(web.requests, r)
+	}
+	if web.over {
+		web.mu.Unlock()
+		return
 	}
 	web.serving.Add(1)
 	defer web.serving.Done()

@@ -77,7 +77,9 @@ func appendEvent(b []byte, e revocation.Event) []byte {
 	return append(b, e.Data...)
 }
 
-func appendRevoked(b []byte, rec Record, at revocation.Position) []byte {
+// appendRevoked appends what was revoked ahead of the log or, if missed, what was at or before the position
+// and missing. That is told last, for programs that do not know it.
+func appendRevoked(b []byte, rec Record, at revocation.Position, missed bool) []byte {
 	b = appendPosition(append(b, recordRevoked), at)
 	b = appendText(b, string(rec.Target.Kind))
 	b = appendText(b, rec.Target.Iss)
@@ -88,7 +90,11 @@ func appendRevoked(b []byte, rec Record, at revocation.Position) []byte {
 	}
 	b = binary.AppendUvarint(b, digest)
 	b = binary.AppendVarint(b, rec.Exp)
-	return binary.AppendVarint(b, rec.NotAfter)
+	b = binary.AppendVarint(b, rec.NotAfter)
+	if missed {
+		b = append(b, 1)
+	}
+	return b
 }
 
 func appendFresh(b []byte, fresh time.Time, at revocation.Position) []byte {
@@ -206,7 +212,10 @@ func (r *replay) record(n int, payload []byte) {
 	case recordRevoked:
 		rec := Record{Target: revocation.Target{Kind: revocation.Kind(f.text()), Iss: f.text(), ID: f.text(), Digest: f.uvarint() == 1}}
 		rec.Exp, rec.NotAfter = f.varint(), f.varint()
-		if ok = !f.bad; ok {
+		switch ok = !f.bad; {
+		case ok && len(f.left) > 0 && f.left[0] == 1:
+			r.state.restore(rec)
+		case ok:
 			r.state.Revoke(rec, p)
 		}
 	case recordFresh:

@@ -6,6 +6,7 @@ import (
 	"hash/maphash"
 	"math/bits"
 	"math/rand/v2"
+	"slices"
 	"sync/atomic"
 
 	"github.com/rescindhq/rescind/api/revocation"
@@ -190,6 +191,7 @@ type marks struct {
 	turn   struct{ set, table int }
 	sets   []*set   // that of tenants, then those of each issuer
 	names  []string // of the issuers, as their sets
+	owned  []bool   // of the issuers: an entry came from the log, not only from ahead of it
 }
 
 // issuerList finds issuers by name: in a list of few, or in a hash table. A list is replaced, never
@@ -313,7 +315,7 @@ func (m *marks) set(c class, iss string) *set {
 		for c := range ofIssuers {
 			m.init(&is.sets[c], c)
 		}
-		m.names = append(m.names, iss)
+		m.names, m.owned = append(m.names, iss), append(m.owned, false)
 		m.issuers.Store(all.with(namedIssuer{iss, is}))
 	}
 	return &is.sets[c]
@@ -324,7 +326,40 @@ func (m *marks) issuerOf(s *set) string {
 	if s.class == tenants {
 		return ""
 	}
-	return m.names[(s.number-1)/uint32(ofIssuers)]
+	return m.names[s.issuer()]
+}
+
+// issuer is the index of a set's issuer, which tenants have none of.
+func (s *set) issuer() uint32 { return (s.number - 1) / uint32(ofIssuers) }
+
+// owns reports whether the log has, or had, entries of the issuer of a set.
+func (m *marks) owns(s *set) bool { return m.owned[s.issuer()] }
+
+// own notes that it has, and reports whether there are entries of the issuer already.
+func (m *marks) own(s *set) (held bool) {
+	n := s.issuer()
+	m.owned[n] = true
+	first := 1 + int(n)*int(ofIssuers)
+	return slices.ContainsFunc(m.sets[first:first+int(ofIssuers)], func(s *set) bool { return s.n > 0 })
+}
+
+// ownAs notes of issuers what o knows of them.
+func (m *marks) ownAs(o *marks) {
+	for n, owned := range o.owned {
+		if !owned {
+			continue
+		}
+		if is := m.issuers.Load().find(o.names[n]); is != nil {
+			m.own(&is.sets[0])
+		}
+	}
+}
+
+// disown takes back that the log has entries of an issuer.
+func (m *marks) disown(iss string) {
+	if is := m.issuers.Load().find(iss); is != nil {
+		m.owned[is.sets[0].issuer()] = false
+	}
 }
 
 func (m *marks) each(f func(iss string, s *set)) {

@@ -39,6 +39,7 @@ type goal struct {
 	// load: the events that follow cannot be used, or do not tell what has to be known.
 	load bool
 	// repair: the state is not what the log says. A snapshot is to take its place, though events go on.
+	// That is tried once, and nothing else depends on it.
 	repair bool
 }
 
@@ -229,6 +230,7 @@ func (r *Replica) serve(ctx context.Context) {
 			if ctx.Err() != nil {
 				return
 			}
+			g.repair = false // it is tried once
 			r.sourceFails(err)
 			if errors.Is(err, errBehind) {
 				// A feed that tells of what is not in the log must not keep this going.
@@ -261,7 +263,11 @@ const maxBehind = 10
 // attempt fetches what follows the state, or a snapshot if there is no other way.
 func (r *Replica) attempt(ctx context.Context, g goal) error {
 	defer func() { r.age.reached(r.state.At()) }()
-	if r.state.At().Epoch != "" && !g.load {
+	repaired := g.repair && r.repaired(ctx)
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if r.state.At().Epoch != "" && !g.load && !repaired {
 		err := r.catchUp(ctx, g)
 		useless, ok := errors.AsType[*uselessError](err)
 		if !ok {
@@ -269,12 +275,10 @@ func (r *Replica) attempt(ctx context.Context, g goal) error {
 		}
 		r.log.Info("a snapshot is needed", "position", r.state.At(), "reason", useless.cause)
 	}
-	load := r.load
-	if g.repair {
-		load = r.repair
-	}
-	if err := load(ctx); err != nil {
-		return err
+	if !repaired {
+		if err := r.load(ctx); err != nil {
+			return err
+		}
 	}
 	// A snapshot may be a little older than the question.
 	err := r.catchUp(ctx, g)
@@ -386,32 +390,49 @@ func (r *Replica) load(ctx context.Context) error {
 	return nil
 }
 
-// errHeldBack is that nothing is applied while the state is repaired.
-var errHeldBack = errors.New("a snapshot is on its way that is to take the place of what is known")
+const (
+	// snapshotAge is how old a snapshot may be that the service has at hand (GET /v1/snapshots).
+	snapshotAge = 2 * time.Second
+	// A repair takes no longer than maxRepair: until it ends nothing that is missing is fetched. Nor does it
+	// take more than half of the age past which requests are refused, if that leaves it minRepair.
+	minRepair = 5 * time.Second
+	maxRepair = 30 * time.Second
+)
 
-// snapshotAge is how old a snapshot may be that the service has at hand (GET /v1/snapshots).
-const snapshotAge = 2 * time.Second
+// errRepairLate is the cause of repairs that are given up.
+var errRepairLate = errors.New("it takes long")
 
-// repair is load for a state that is not what the log says at its position. A snapshot that events have passed
-// while it was read changes nothing, for a sound state has all of it: so the position stays where it is
-// meanwhile. What is revoked holds at once all the same, ahead of it. The service may have a snapshot at hand
-// that is older still; then it makes another one in a moment.
+// repaired is repair, and reports whether it went well. If not, the state goes on as it is: it is not worse
+// than before, and the service asks again.
+func (r *Replica) repaired(ctx context.Context) bool {
+	within := r.cfg.Staleness.Max
+	for _, route := range r.cfg.Routes {
+		within = min(within, route.Max)
+	}
+	repair, cancel := context.WithTimeoutCause(ctx, min(max(within/2, minRepair), maxRepair), errRepairLate)
+	defer cancel()
+	err := r.repair(repair)
+	if err != nil && ctx.Err() == nil {
+		r.log.Warn("what is known here differs from the log and was not repaired, until the service asks again", "position", r.state.At(), "error", err)
+	}
+	return err == nil
+}
+
+// repair is load for a state that is not what the log says at its position, while events go on. The service
+// may have a snapshot at hand that is older than the state was then; then it makes another one in a moment.
 func (r *Replica) repair(ctx context.Context) error {
-	r.heldBack.Store(true)
-	defer r.heldBack.Store(false)
+	defer r.state.repairable()()
 	before := r.state.loadCount()
 	for again := false; ; again = true {
 		if err := r.load(ctx); err != nil {
 			return err
 		}
-		if r.state.loadCount() != before {
+		switch {
+		case r.state.loadCount() != before:
 			return nil
-		}
-		if again {
-			r.log.Warn("the snapshot is older than what is known here, which stays as it is", "position", r.state.At())
-			return nil
-		}
-		if !sleep(ctx, snapshotAge+snapshotAge/4, nil) {
+		case again:
+			return errors.New("the source's snapshot is older than what was known before, or too much has changed since")
+		case !sleep(ctx, snapshotAge+snapshotAge/4, nil):
 			return context.Cause(ctx)
 		}
 	}

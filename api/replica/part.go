@@ -14,6 +14,7 @@ import (
 // the same, and are in order within their tenant.
 type part struct {
 	tenants         map[string]bool // by domain; nil: all
+	keys            map[key]bool    // of their revocations as a whole
 	revocationsOnly bool
 
 	last    map[string]revocation.Seq // of each tenant's events after the position, the last one
@@ -53,15 +54,45 @@ func (c *content) reach(seq revocation.Seq) revocation.Seq {
 	return seq
 }
 
-// redo does to c, a snapshot at seq, what came to o from after it, in the same scope.
-func (c *content) redo(o *content, seq revocation.Seq) {
+// redo does to c, a snapshot at seq, what came to o from after it, in the same scope: changes are those
+// of the catalog, and maybe some from before.
+func (c *content) redo(o *content, seq revocation.Seq, changes []lateChange) {
+	for _, change := range changes {
+		if change.seq > seq {
+			c.shelves.change(change.Entity, change.Verb == catalog.Deleted)
+		}
+	}
 	if o.part == nil {
 		return
 	}
 	c.part.last, c.part.changes = o.part.last, o.part.changes
 	c.part.passed(seq)
-	for _, change := range c.part.changes {
-		c.shelves.change(change.Entity, change.Verb == catalog.Deleted)
+	if c.part.tenants != nil {
+		c.marks.ownAs(o.marks)
+	}
+}
+
+// counts reports whether an entry is of what the state is about, so that digests count it. A feed that
+// does not name tenants (etcd) tells of all of them: what the log, as this state sees it, has nothing of
+// is another tenant's.
+func (c *content) counts(s *set, k key) bool {
+	switch {
+	case c.part == nil || c.part.tenants == nil:
+		return true
+	case s.class == tenants:
+		return c.part.keys[k]
+	}
+	return c.marks.owns(s)
+}
+
+// own notes that the log has entries of the issuer of this set.
+func (c *content) own(s *set) {
+	if s.class == tenants || c.marks.owns(s) {
+		return
+	}
+	held := c.marks.own(s)
+	if held && c.part != nil && c.part.tenants != nil && c.observer != nil && c.observer.scan != nil {
+		c.observer.scan.restart() // it may have passed over them
 	}
 }
 
@@ -81,9 +112,10 @@ func (l *Loader) Tenants(domains []string) {
 		return
 	}
 	p := l.content.partly()
-	p.tenants = make(map[string]bool, len(domains))
+	p.tenants, p.keys = make(map[string]bool, len(domains)), make(map[key]bool, len(domains))
 	for _, domain := range domains {
 		p.tenants[domain] = true
+		p.keys[hashedKey(tenants, domain)] = true
 	}
 }
 

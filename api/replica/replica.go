@@ -257,8 +257,6 @@ type Replica struct {
 
 	scope atomic.Pointer[scope] // of the state. It lags behind a Load
 	loads []instant             // the last snapshots. Of serve's goroutine
-	// heldBack: the position is to stay where it is, see repair.
-	heldBack atomic.Bool
 
 	// keeping is held while what changes the state is kept and applied, one after the other.
 	keeping sync.Mutex
@@ -527,6 +525,7 @@ type FeedStatus struct {
 	Heard int64 `json:"heard"`
 	// Events counts what came since the start, heartbeats left out.
 	Events uint64 `json:"events"`
-	// Error is why it is not connected.
+	// Error is why it is not connected. The service is told, and shows it to who may see the gateway: it
+	// must have no secret.
 	Error string `json:"error,omitempty"`
 }

@@ -19,9 +19,11 @@ type Report struct {
 	// Position is what was applied: everything up to it. Without an epoch nothing is known yet.
 	revocation.Position
 	// AgeMS is [Replica.Age] in milliseconds, -1 for [Never].
-	AgeMS           int64        `json:"age_ms"`
-	Ready           bool         `json:"ready"`
-	Tenants         []string     `json:"tenants,omitempty"` // as in [Status]
+	AgeMS int64 `json:"age_ms"`
+	Ready bool  `json:"ready"`
+	// Tenants are as in [Status]; not there if they are more than 500, or take more than 24 KiB: then the
+	// service goes by what the account sees.
+	Tenants         []string     `json:"tenants,omitempty"`
 	RevocationsOnly bool         `json:"revocations_only"`
 	Revocations     int          `json:"revocations"`
 	Entities        int          `json:"entities"`
@@ -56,7 +58,8 @@ type DigestRequest struct {
 }
 
 // Reporter tells the service of a replica. [HTTP] is one. The service may wait with its answer until it
-// has something to ask for, some seconds. Its methods are called by one goroutine at a time.
+// has something to ask for, some seconds. Its methods are called by one goroutine at a time. Report must return
+// once ctx has ended.
 type Reporter interface {
 	Report(ctx context.Context, id string, r Report) (Instructions, error)
 }

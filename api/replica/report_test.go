@@ -143,7 +143,10 @@ func TestReports(t *testing.T) {
 	})
 }
 
-// A service that does not answer holds up a process that stops for a second.
+// lastQuestion is how long a question to a source may take still that is under way when a replica stops.
+const lastQuestion = 40 * time.Millisecond
+
+// A service that does not answer holds up a process that stops for half a second.
 func TestLeavingInVain(t *testing.T) {
 	bubble(t, func(t *testing.T) {
 		s, d := newService(t), &desk{}
@@ -162,7 +165,7 @@ func TestLeavingInVain(t *testing.T) {
 		}
 		before := time.Now()
 		stop()
-		if took := time.Since(before); took != time.Second {
+		if took := time.Since(before); took < leaveWithin || took > leaveWithin+lastQuestion {
 			t.Errorf("it took %s to stop", took)
 		}
 	})
@@ -398,6 +401,170 @@ func TestLoadAskedRepairs(t *testing.T) {
 	}
 }
 
+// The folder is free before the service is told that the replica stops, and a reporter that does not mind its
+// context holds up nothing.
+func TestLeavingFreesTheFolder(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s, folder := newService(t), t.TempDir()
+		s.revoke("a")
+		free, hang := make(chan error, 1), make(chan struct{})
+		_, stop := start(t, Config{Source: s, Folder: folder, Reporter: reporterFunc(func(_ context.Context, _ string, r Report) (Instructions, error) {
+			if !r.Leaving {
+				return Instructions{NextMS: 1000}, nil
+			}
+			next, err := New(Config{Source: s, Folder: folder})
+			if err == nil {
+				err = next.Close()
+			}
+			free <- err
+			<-hang
+			return Instructions{}, nil
+		})})
+		time.Sleep(5 * time.Second)
+		before := time.Now()
+		stop()
+		if took := time.Since(before); took < leaveWithin || took > leaveWithin+lastQuestion {
+			t.Errorf("it took %s to stop", took)
+		}
+		if err := <-free; err != nil {
+			t.Errorf("the folder is not free: %v", err)
+		}
+		close(hang)
+	})
+}
+
+func TestReporterThatHangs(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var calls atomic.Int32
+		s, hang := newService(t), make(chan struct{})
+		_, stop := start(t, Config{Source: s, Reporter: reporterFunc(func(context.Context, string, Report) (Instructions, error) {
+			if calls.Add(1) > 1 {
+				<-hang
+			}
+			return Instructions{}, nil
+		})})
+		time.Sleep(5 * time.Second)
+		before := time.Now()
+		stop()
+		if took := time.Since(before); took < leaveWithin || took > leaveWithin+lastQuestion || calls.Load() != 2 {
+			t.Errorf("it took %s to stop, with %d calls", took, calls.Load())
+		}
+		close(hang)
+	})
+}
+
+// What there is to tell when an answer comes is told at once, whenever the service wants the next report.
+func TestToldAtOnce(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		s := newService(t)
+		var came []filed
+		asked := false
+		d := reporterFunc(func(ctx context.Context, id string, r Report) (Instructions, error) {
+			came = append(came, filed{at: time.Now(), Report: r})
+			in := Instructions{NextMS: 60_000}
+			if !asked {
+				asked = true
+				return Instructions{Digest: &DigestRequest{Cutoff: 60}}, nil
+			}
+			if len(came) == 2 {
+				<-ctx.Done() // the answer was on its way
+			}
+			return in, nil
+		})
+		r, err := New(Config{Source: s, Reporter: d})
+		must(t, err)
+		tells := newTeller(r)
+		tells.digest = func(ctx context.Context, cutoff int64, _ revocation.Position) (Digest, error) {
+			sleep(ctx, time.Second, nil)
+			return Digest{Cutoff: cutoff}, nil
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		began := time.Now()
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			tells.run(ctx)
+		}()
+		time.Sleep(10 * time.Second)
+		cancel()
+		<-done
+		if diff := gocmp.Diff([]time.Duration{0, digestPatience, time.Second}, times(came, began)); diff != "" || came[2].Digest == nil {
+			t.Errorf("reports (-want +got):\n%s", diff)
+		}
+	})
+}
+
+// Why there is no digest is logged once, until there is one again.
+func TestDigestsFail(t *testing.T) {
+	bubble(t, func(t *testing.T) {
+		var broken atomic.Bool
+		var asked atomic.Int64
+		logged := &logs{}
+		broken.Store(true) // before the first is asked for
+		r, err := New(Config{Source: newService(t), Logger: slog.New(slog.NewTextHandler(logged, nil)), Reporter: reporterFunc(
+			func(context.Context, string, Report) (Instructions, error) {
+				in, minute := Instructions{NextMS: 59_000}, time.Now().Unix()/59 // before it is given up
+				if asked.Swap(minute) != minute {
+					in.Digest = &DigestRequest{Cutoff: minute * 60}
+				}
+				return in, nil
+			})})
+		must(t, err)
+		tells := newTeller(r)
+		tells.digest = func(ctx context.Context, cutoff int64, _ revocation.Position) (Digest, error) {
+			if broken.Load() {
+				<-ctx.Done()
+				return Digest{}, ctx.Err()
+			}
+			return Digest{Cutoff: cutoff}, nil
+		}
+		ctx, cancel := context.WithCancel(t.Context())
+		done := make(chan struct{})
+		go func() {
+			defer close(done)
+			tells.run(ctx)
+		}()
+		for streak := range 2 {
+			broken.Store(true)
+			time.Sleep(10 * time.Minute)
+			if lines := logged.with("was not made"); len(lines) != streak+1 || !strings.Contains(lines[0], "level=WARN") || !strings.Contains(lines[0], "in vain for") {
+				t.Errorf("after streak %d: %s", streak, lines)
+			}
+			broken.Store(false)
+			time.Sleep(10 * time.Minute)
+		}
+		cancel()
+		<-done
+	})
+}
+
+// A report is no larger than the service takes, however many tenants there are.
+func TestReportIsBounded(t *testing.T) {
+	t.Parallel()
+	for name, tt := range map[string]struct {
+		n, length, told int
+	}{
+		"few": {500, 20, 500}, "many": {501, 20, 0}, "long": {200, 200, 0}, "thousands": {20_000, 100, 0},
+	} {
+		r, err := New(Config{Source: newService(t), Version: strings.Repeat("<", maxVersion)})
+		must(t, err)
+		must(t, r.state.Load(revocation.Position{Epoch: epoch, Seq: 1}, func(l *Loader) error {
+			var domains []string
+			for i := range tt.n {
+				domains = append(domains, fmt.Sprintf("%0*d.example", tt.length-8, i))
+			}
+			l.Tenants(domains)
+			return nil
+		}))
+		report := r.reportNow()
+		body, err := json.Marshal(report)
+		must(t, err)
+		if len(report.Tenants) != tt.told || len(body) > 32<<10 || len(r.Status().Tenants) != tt.n {
+			t.Errorf("%s: %d tenants in %d bytes", name, len(report.Tenants), len(body))
+		}
+	}
+}
+
 // A service that does not hold its answers, or asks and asks, has no more reports than it can take.
 func TestReportsArePaced(t *testing.T) {
 	bubble(t, func(t *testing.T) {
@@ -428,7 +595,7 @@ func TestReportRefused(t *testing.T) {
 		"another process's id":   {http.StatusConflict, "", 17, 24, "ERROR", "another process, started later, reports with this id"},
 		"an older service":       {http.StatusNotFound, "", 2, 3, "INFO", "older than this gateway"},
 		"another older service":  {http.StatusMethodNotAllowed, "", 2, 3, "INFO", "older than this gateway"},
-		"a wrong password":       {http.StatusUnauthorized, "", 90, 125, "WARN", "check Username and Password"},
+		"a wrong password":       {http.StatusUnauthorized, "", 17, 24, "WARN", "check Username and Password"},
 		"what is broken":         {http.StatusBadGateway, "", 120, 600, "WARN", "status 502"},
 		"what is busy":           {http.StatusTooManyRequests, "60", 7, 11, "WARN", "status 429"},
 		"what is no instruction": {http.StatusOK, "", 120, 600, "WARN", "read answer"},

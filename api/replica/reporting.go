@@ -30,12 +30,15 @@ const (
 	// older would compare with nothing.
 	digestWithin = time.Minute
 	// leaveWithin bounds the last report, which a process waits for that is told to stop.
-	leaveWithin = time.Second
+	leaveWithin = 500 * time.Millisecond
 	// maxNext is the longest that the service can have a gateway be silent.
 	maxNext = time.Minute
 	// No more than reportsAtOnce reports are sent within reportsWithin, whatever is asked for.
 	reportsAtOnce = 20
 	reportsWithin = time.Second
+	// digestLate is how long a digest must have taken that was not made for people to be told, when it is given
+	// up for another one.
+	digestLate = digestWithin / 2
 	// minReportWait is the wait after a report that has failed: many gateways lose a service at once.
 	// What takes a person to mend, or an update of the service, is tried seldom.
 	minReportWait     = time.Second
@@ -51,6 +54,9 @@ const (
 	maxLabelValue  = 255
 	maxVersion     = 128
 	maxReportError = 500
+	// A report must not be too large for the service, which takes 64 KiB.
+	maxReportTenants     = 500
+	maxReportTenantBytes = 24 << 10
 )
 
 var (
@@ -138,6 +144,13 @@ func (r *Replica) reportNow() Report {
 	if s.Age == Never {
 		report.AgeMS = -1
 	}
+	size := 0
+	for _, domain := range report.Tenants {
+		size += len(domain)
+	}
+	if len(report.Tenants) > maxReportTenants || size > maxReportTenantBytes {
+		report.Tenants = nil
+	}
 	return report
 }
 
@@ -160,17 +173,27 @@ type teller struct {
 	here    <-chan struct{}     // closed when it is there; nil: nothing is waited for
 	giveUp  func()              // waiting
 
-	asked   DigestRequest  // the last one
-	digests <-chan *Digest // where its digest comes, or nothing; nil: none is on its way
-	cancel  func()         // the one that is
+	asked   DigestRequest // the last one
+	began   instant       // when its digest was
+	digests <-chan made   // where that comes; nil: none is on its way
+	cancel  func()        // the one that is
 	last    *Digest
 	untold  bool // last was in no report that was taken
+	failing bool // the last digest was not made
 	running sync.WaitGroup
+
+	reporting <-chan struct{} // closed when the last call of Report has ended; nil: there was none
 }
 
 // reply is what became of a report.
 type reply struct {
 	Instructions
+	err error
+}
+
+// made is what became of a digest.
+type made struct {
+	Digest
 	err error
 }
 
@@ -181,12 +204,16 @@ func newTeller(r *Replica) *teller {
 	return &teller{r: r, to: r.cfg.Reporter, digest: r.state.Digest, giveUp: func() {}, cancel: func() {}}
 }
 
-// run reports until ctx ends, and then that the replica stops.
+// run reports until ctx ends.
 func (t *teller) run(ctx context.Context) {
-	defer t.leave(ctx)
+	defer func() {
+		t.cancel()
+		t.giveUp()
+		t.running.Wait()
+	}()
 	var wait backoff
 	for t.pace(ctx) {
-		in, err := t.send(ctx)
+		in, sooner, err := t.send(ctx)
 		if ctx.Err() != nil {
 			return
 		}
@@ -196,14 +223,18 @@ func (t *teller) run(ctx context.Context) {
 		t.r.reported(err)
 		if err != nil {
 			_, all := wait.next(err)
-			if !sleep(ctx, max(all, leastReportWait(err)), nil) {
+			if !sleep(ctx, max(all, t.leastWait(err)), nil) {
 				return
 			}
 			continue
 		}
 		wait.reset()
 		t.taken = true
-		due := time.NewTimer(t.follow(ctx, in))
+		next := t.follow(ctx, in)
+		if sooner || t.untold {
+			next = 0
+		}
+		due := time.NewTimer(next)
 		t.wait(ctx, nil, due.C)
 		due.Stop()
 	}
@@ -221,32 +252,51 @@ func (t *teller) pace(ctx context.Context) bool {
 	return ctx.Err() == nil
 }
 
-// send sends a report. Its error is errSooner if the service held it, and there is something to tell that
-// it waits for.
-func (t *teller) send(ctx context.Context) (Instructions, error) {
+// report calls the reporter, once it has returned from the call before.
+func (t *teller) report(ctx context.Context, report Report) <-chan reply {
+	answers, before, ended := make(chan reply, 1), t.reporting, make(chan struct{})
+	t.reporting = ended
+	go func() {
+		defer close(ended)
+		if before != nil {
+			<-before
+		}
+		var a reply
+		if a.err = ctx.Err(); a.err == nil {
+			a.Instructions, a.err = t.to.Report(ctx, t.r.id, report)
+		}
+		answers <- a
+	}()
+	return answers
+}
+
+// send sends a report. Sooner: there is something to tell that came before the answer. Then the error is
+// errSooner if the service held the report.
+func (t *teller) send(ctx context.Context) (in Instructions, sooner bool, err error) {
 	report := t.r.reportNow()
 	if t.here != nil && has(report.Position, t.confirm) {
 		t.expectNothing()
 	}
 	report.Digest = t.last
-	ctx, cancel := context.WithCancel(ctx)
+	held, cancel := context.WithCancel(ctx)
 	defer cancel()
-	answers := make(chan reply, 1)
-	go func() {
-		in, err := t.to.Report(ctx, t.r.id, report)
-		answers <- reply{in, err}
-	}()
+	answers := t.report(held, report)
 	a, ok := t.wait(ctx, answers, nil)
 	if !ok {
 		cancel()
-		if a = <-answers; a.err != nil {
+		select {
+		case a = <-answers:
+		case <-ctx.Done():
+			return in, false, context.Cause(ctx)
+		}
+		if a.err != nil {
 			a.err = errSooner
 		}
 	}
 	if a.err == nil && report.Digest == t.last {
 		t.untold = false
 	}
-	return a.Instructions, a.err
+	return a.Instructions, !ok, a.err
 }
 
 // wait waits for an answer or until something is due, of which one is nil. It returns false if there is
@@ -263,10 +313,12 @@ func (t *teller) wait(ctx context.Context, answers <-chan reply, due <-chan time
 			return a, false
 		case d := <-t.digests:
 			t.digests = nil
-			if d != nil {
-				t.last, t.untold = d, true
-				return a, false
+			if d.err != nil {
+				t.notMade(d.err)
+				continue
 			}
+			t.last, t.untold, t.failing = &d.Digest, true, false
+			return a, false
 		case <-ctx.Done():
 			return a, false
 		}
@@ -285,7 +337,7 @@ func (t *teller) follow(ctx context.Context, in Instructions) time.Duration {
 		t.loads = append(t.loads, in.Load)
 		t.loads = t.loads[max(0, len(t.loads)-maxHeardLoads):]
 		t.r.log.Warn("the service asks for a snapshot to be loaded: what is known here differs from the log", "position", t.r.state.At())
-		t.r.ask(goal{load: true, repair: true})
+		t.r.ask(goal{repair: true})
 	}
 	if in.Digest != nil && t.begin(ctx, *in.Digest) {
 		next = max(next, digestPatience)
@@ -305,28 +357,36 @@ func (t *teller) begin(ctx context.Context, asked DigestRequest) bool {
 		return t.digests != nil // the service did not have it yet when it asked again
 	}
 	t.cancel()
-	digests := make(chan *Digest, 1)
-	ctx, t.cancel = context.WithTimeout(ctx, digestWithin)
-	t.asked, t.digests = asked, digests
+	if took := t.r.now().since(t.began); t.digests != nil && took >= digestLate {
+		t.notMade(fmt.Errorf("it was waited for in vain for %s", took.Round(time.Second)))
+	}
+	digests := make(chan made, 1)
+	ctx, t.cancel = context.WithTimeoutCause(ctx, digestWithin, fmt.Errorf("it was waited for in vain for %s", digestWithin))
+	t.asked, t.began, t.digests = asked, t.r.now(), digests
 	cancel := t.cancel
 	t.running.Go(func() {
 		defer cancel()
 		d, err := t.digest(ctx, asked.Cutoff, asked.After)
-		if err != nil {
-			t.r.log.Debug("the digest that the service has asked for was not made", "after", asked.After, "error", err)
-			digests <- nil
-			return
+		if err != nil && ctx.Err() != nil {
+			err = context.Cause(ctx)
 		}
-		digests <- &d
+		digests <- made{d, err}
 	})
 	return true
 }
 
-// leave tells the service that the gateway stops, if it knows of it.
+// notMade notes that the digest that was asked for last was not made.
+func (t *teller) notMade(err error) {
+	if t.failing {
+		return
+	}
+	t.failing = true
+	t.r.log.Warn("the digest that the service has asked for was not made: it cannot see whether what is known here is what the log says",
+		"after", t.asked.After, "position", t.r.state.At(), "error", err)
+}
+
+// leave tells the service that the gateway stops, if it knows of it. It is called once run has returned.
 func (t *teller) leave(ctx context.Context) {
-	t.cancel()
-	t.giveUp()
-	t.running.Wait()
 	if !t.taken {
 		return
 	}
@@ -334,18 +394,25 @@ func (t *teller) leave(ctx context.Context) {
 	defer cancel()
 	report := t.r.reportNow()
 	report.Leaving = true
-	if _, err := t.to.Report(ctx, t.r.id, report); err != nil {
+	var err error
+	select {
+	case a := <-t.report(ctx, report):
+		err = a.err
+	case <-ctx.Done():
+		err = ctx.Err()
+	}
+	if err != nil {
 		t.r.log.Debug("the service was not told that this gateway stops; it will take it for lost", "error", err)
 	}
 }
 
-// leastReportWait is how long to wait at least after a report has failed.
-func leastReportWait(err error) time.Duration {
-	switch refusedWith(err) {
-	case http.StatusForbidden, http.StatusConflict:
+// leastWait is how long to wait at least after a report has failed.
+func (t *teller) leastWait(err error) time.Duration {
+	switch status := refusedWith(err); {
+	case (status == http.StatusNotFound || status == http.StatusMethodNotAllowed) && !t.taken:
+		return jittered(unknownReportWait) // once one was taken, this is a process of before in the midst of an update
+	case status/100 == 4 && status != http.StatusRequestTimeout && status != http.StatusTooManyRequests:
 		return jittered(refusedReportWait)
-	case http.StatusNotFound, http.StatusMethodNotAllowed:
-		return jittered(unknownReportWait)
 	}
 	return jittered(minReportWait)
 }

@@ -33,8 +33,8 @@ const (
 
 // Run keeps the replica up to date until ctx ends, then returns nil. It is called once: to call it again,
 // or after Close, is an error. What fails is tried again, with growing waits of 5 s at most unless the
-// service asks for more; it is logged and told by Status. It returns up to a second after ctx has ended, for the
-// service is told then that this replica stops.
+// service asks for more; it is logged and told by Status. It returns up to half a second after ctx has ended, for
+// the service is told then that this replica stops; the folder is given back before that.
 func (r *Replica) Run(ctx context.Context) error {
 	if r.used.Swap(true) {
 		return errors.New("run replica: it was run or closed before, and has to be made anew")
@@ -48,8 +48,10 @@ func (r *Replica) Run(ctx context.Context) error {
 	if r.folder != nil {
 		all.Go(func() { r.keepSaving(ctx) })
 	}
+	var tells *teller
 	if r.cfg.Reporter != nil {
-		all.Go(func() { newTeller(r).run(ctx) })
+		tells = newTeller(r)
+		all.Go(func() { tells.run(ctx) })
 	}
 	r.watch(ctx)
 	all.Wait()
@@ -58,6 +60,9 @@ func (r *Replica) Run(ctx context.Context) error {
 		if err := r.folder.close(); err != nil {
 			r.folderFails(err)
 		}
+	}
+	if tells != nil {
+		tells.leave(ctx)
 	}
 	return nil
 }
@@ -360,9 +365,6 @@ func (s *session) Event(ctx context.Context, e revocation.Event) error {
 	// it holds nevertheless.
 	s.anchor = nil
 	r.revokeAhead(e)
-	if errors.Is(err, errHeldBack) {
-		return nil // it is fetched once the snapshot is there, and no other event has to wait for that
-	}
 	g := goal{load: true}
 	if errors.Is(err, ErrGap) {
 		r.settle(ctx) // another feed may have missed the same
@@ -391,8 +393,12 @@ func (s *session) tell(p revocation.Position) {
 	s.f.told = p
 }
 
-// revokeAhead makes hold what e revokes, if it does and can be read, though e cannot be applied yet.
+// revokeAhead makes hold what e revokes, if it does and can be read, though e cannot be applied yet. What is
+// of a tenant that the state is not about it would pass over.
 func (r *Replica) revokeAhead(e revocation.Event) {
+	if scope := r.scope.Load(); scope.epoch == e.Epoch && !scope.about(e.Tenant.Domain) {
+		return
+	}
 	if rec, ok := recordOf(e); ok {
 		r.revoke(rec, e.Position)
 	}
@@ -468,8 +474,6 @@ func (s *session) through(ctx context.Context, b Beat) error {
 		return nil
 	}
 	switch {
-	case r.heldBack.Load():
-		return nil // the next one will tell
 	case partial && !scope.whole():
 		r.expect(ofOthers, b.Position, partPatience)
 		return nil
@@ -581,8 +585,6 @@ func (r *Replica) apply(e revocation.Event) error {
 		return nil
 	case e.Seq != at.Seq+1 && r.scope.Load().whole():
 		return ErrGap
-	case r.heldBack.Load():
-		return errHeldBack
 	}
 	if r.folder != nil {
 		r.kept(r.folder.event(e))
@@ -603,11 +605,17 @@ func (r *Replica) hold(rec Record, at revocation.Position) {
 	if !r.state.lacks(rec) {
 		return
 	}
-	if here := r.state.At(); at.Epoch == here.Epoch && at.Seq <= here.Seq {
-		at.Seq = here.Seq + 1 // else it would be taken for part of the state, and now and after a restart passed over
-	}
+	here := r.state.At()
+	missed := has(here, at)
 	if r.folder != nil {
-		r.kept(r.folder.revoked(rec, at))
+		if missed {
+			at.Seq = here.Seq + 1 // a program that does not know what missed is would pass it over
+		}
+		r.kept(r.folder.revoked(rec, at, missed))
+	}
+	if missed {
+		r.state.restore(rec)
+		return
 	}
 	r.state.Revoke(rec, at)
 }

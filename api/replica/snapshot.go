@@ -69,6 +69,7 @@ const (
 	blockFresh  = 0x80
 	blockTold   = 0x81
 	blockChange = 0x82
+	blockAside  = 0x83
 )
 
 // setClasses are the classes of sets by their number in a snapshot.
@@ -313,6 +314,15 @@ func (e *SnapshotEncoder) appendLate(b []byte, last map[string]revocation.Seq, c
 	return b, nil
 }
 
+// appendAside appends the issuers of which there is something beside the log only, see content.counts.
+func (e *SnapshotEncoder) appendAside(b []byte, issuers []string) []byte {
+	from := len(b)
+	for _, iss := range issuers {
+		b = appendBlock(b, blockAside, []byte(iss))
+	}
+	return e.appended(b, from)
+}
+
 // AppendEnd appends what was kept, and the checksum by which a reader knows that it has all.
 func (e *SnapshotEncoder) AppendEnd(b []byte) []byte {
 	for _, s := range e.sets {
@@ -364,6 +374,7 @@ type snapshotDecoder struct {
 	header SnapshotHeader
 	fresh  time.Time
 	late   part // what of it is after the position
+	aside  []string
 
 	payload               []byte // of the block
 	sets                  []announced
@@ -520,6 +531,9 @@ func (d *snapshotDecoder) readContent(l *Loader) error {
 			maps.Copy(p.last, d.late.last)
 			p.changes = d.late.changes
 		}
+		for _, iss := range d.aside {
+			l.content.marks.disown(iss)
+		}
 		return nil
 	}
 }
@@ -587,6 +601,11 @@ func (d *snapshotDecoder) read(typ byte, l *Loader) error {
 		if c.Entity != nil {
 			d.late.changes = append(d.late.changes, lateChange{seq, c})
 		}
+	case blockAside:
+		if len(d.aside) == maxSets {
+			return fmt.Errorf("it has more than %d issuers", maxSets)
+		}
+		d.aside = append(d.aside, string(d.payload))
 	default:
 		if typ < optional {
 			return errors.New("this program does not know it, and it may not be skipped")
@@ -715,6 +734,7 @@ func (s *State) writeSnapshot(w io.Writer, fresh time.Time) (at revocation.Posit
 		set *set
 	}
 	var sets []source
+	var aside []string
 	about := make(map[setName]int)
 	s.View(func(v *View) {
 		h.Position, loads = v.At(), v.Loads()
@@ -727,6 +747,11 @@ func (s *State) writeSnapshot(w io.Writer, fresh time.Time) (at revocation.Posit
 				slices.Sort(h.Tenants)
 			}
 			late = part{last: maps.Clone(p.last), changes: slices.Clone(p.changes)}
+			for n, owned := range v.content.marks.owned {
+				if !owned && p.tenants != nil {
+					aside = append(aside, v.content.marks.names[n])
+				}
+			}
 		}
 		if h.Kind == kindAll {
 			entities = v.entities()
@@ -774,6 +799,7 @@ func (s *State) writeSnapshot(w io.Writer, fresh time.Time) (at revocation.Posit
 	if err == nil {
 		b, err = e.appendLate(b, late.last, late.changes)
 	}
+	b = e.appendAside(b, aside)
 	if !fresh.IsZero() {
 		b = e.appendFresh(b, fresh)
 	}

@@ -9,7 +9,9 @@ import (
 )
 
 // Source is where a replica's state comes from. [HTTP] is one, package etcdfeed has another.
-// Its methods are called by one goroutine at a time.
+// Its methods are called by one goroutine at a time, and must return once ctx has ended. Their errors are
+// logged, and reported to the service, which shows them to people: they must have no secret, no password in
+// a URL either.
 type Source interface {
 	// Load replaces the state by a snapshot, with one call of [State.Load] or
 	// [State.ReadSnapshot].
@@ -42,6 +44,9 @@ type Feed interface {
 	// Follow connects and tells to, from one goroutine, what happens, until ctx ends or the
 	// connection is lost; then its error says why. The replica calls it again. At is where
 	// the replica stands, for feeds that can begin there.
+	//
+	// Its error is logged, and reported to the service, which shows it to people: it must have no secret,
+	// no password in a URL either.
 	//
 	// Follow calls Connected once it can miss nothing any more, and nothing else before.
 	// A connection that is silent for three heartbeats is lost.

@@ -138,6 +138,8 @@ type State struct {
 	// While a snapshot is made ready to replace content, what is revoked meanwhile.
 	joining bool
 	late    []Record
+	// replayed, if it is not nil, is what comes to the catalog while a repair runs, see repairable.
+	replayed *replayed
 
 	// The log's clock: what it showed, in Unix seconds, and when that was heard. The zero time:
 	// never.
@@ -237,8 +239,9 @@ func (s *State) forget(now time.Time) int64 {
 
 // Load replaces the catalog by what fill adds, and adds the revocations that fill adds, as they
 // were at at; fill must not keep the loader. Events can be applied while fill runs: if they have
-// led past at in its epoch by then, the state stays, for it has all of the snapshot. If fill
-// returns an error, or adds what is no revocation, the state stays as it was.
+// led past at in its epoch by then, the state stays, for it has all of the snapshot; while a replica
+// repairs it, what came after at is done again instead. If fill returns an error, or adds what is no
+// revocation, the state stays as it was.
 //
 // No snapshot takes a revocation back: what is revoked stays until it ends. What was applied from
 // after at, as it can be in a state of some tenants, stays altogether.
@@ -282,8 +285,9 @@ func (s *State) Load(at revocation.Position, fill func(*Loader) error) error {
 	for _, rec := range late {
 		next.add(rec, cutoff)
 	}
-	if s.At().Epoch == at.Epoch && sameScope(old.part, next.part) {
-		next.redo(old, at.Seq)
+	if was := s.At(); was.Epoch == at.Epoch && sameScope(old.part, next.part) {
+		next.redo(old, at.Seq, s.changesAfter(at))
+		at.Seq = max(at.Seq, was.Seq)
 	}
 	s.enter(at.Epoch)
 	s.forgotten = cutoff // a snapshot has what it must, whatever was forgotten before
@@ -306,7 +310,7 @@ func (s *State) stays(at revocation.Position, next *content) (bool, error) {
 	case was.Epoch != at.Epoch:
 		return false, nil
 	case sameScope(s.content.part, next.part):
-		return at.Seq < was.Seq, nil
+		return at.Seq < was.Seq && !s.repairs(at), nil
 	case at.Seq < s.content.reach(was.Seq):
 		return false, fmt.Errorf("load snapshot %s over the later state %s, which is about other tenants: a newer one is needed", at, was)
 	}
@@ -357,7 +361,7 @@ func (s *State) Apply(e revocation.Event) error {
 		}
 		s.hold(Record{
 			Target: rev.Target, Tenant: rev.Tenant, Exp: rev.Exp, NotAfter: rev.NotAfter, Signature: rev.Signature,
-		}, now)
+		}, true, now)
 	case catalog.IsChange(e.Type) && (part == nil || !part.revocationsOnly):
 		c, err := catalog.ParseChange(e)
 		if err != nil {
@@ -371,6 +375,7 @@ func (s *State) Apply(e revocation.Event) error {
 		if part != nil {
 			part.changes = append(part.changes, lateChange{e.Seq, c})
 		}
+		s.replay(e.Position, c)
 	}
 	if part != nil {
 		part.last[e.Tenant.Domain] = e.Seq
@@ -418,14 +423,36 @@ func (s *State) Revoke(rec Record, at revocation.Position) {
 		return // its event was applied
 	}
 	s.lead(at)
+	s.reveal(rec)
+}
+
+// restore is Revoke for what is at or before the position, and missing all the same. It is not ahead of
+// anything: digests do not wait for it.
+func (s *State) restore(rec Record) {
+	if rec.Target.Validate() != nil {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.breakOff()
+	s.reveal(rec)
+}
+
+// reveal makes rec hold, which is not of the log's next event. It needs s.mu.
+func (s *State) reveal(rec Record) {
 	now := s.now()
-	s.hold(rec, now)
+	s.hold(rec, false, now)
 	s.tidy(now)
 }
 
-// hold makes rec hold. It needs s.mu.
-func (s *State) hold(rec Record, now time.Time) {
-	s.content.add(rec, s.forget(now))
+// hold makes rec hold. OfLog: its event is applied. It needs s.mu.
+func (s *State) hold(rec Record, ofLog bool, now time.Time) {
+	class, k := keyOf(rec.Target)
+	set := s.content.marks.set(class, rec.Target.Iss)
+	if ofLog {
+		s.content.own(set)
+	}
+	s.content.put(set, k, rec, s.forget(now))
 	if s.joining {
 		s.late = append(s.late, rec)
 	}

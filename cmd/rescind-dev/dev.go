@@ -431,12 +431,15 @@ func (d *dev) writeEnv(path string) error {
 		switch name {
 		case "RESCIND_DATABASE_URL", "RESCIND_ISSUER", "RESCIND_MASTER_KEY", "RESCIND_ETCD_ENDPOINTS", "RESCIND_ETCD_PREFIX",
 			"RESCIND_SINKS", "RESCIND_LOG_FORMAT":
-			fmt.Fprintf(&b, "%s='%s'\n", name, strings.ReplaceAll(value, "'", `'\''`))
+			fmt.Fprintf(&b, "%s=%s\n", name, quoted(value))
 		}
 	}
 	b.WriteString("RESCIND_LOG_LEVEL=error\n")
 	return os.WriteFile(path, []byte(b.String()), 0o600)
 }
+
+// quoted is s as one word of a shell's.
+func quoted(s string) string { return "'" + strings.ReplaceAll(s, "'", `'\''`) + "'" }
 
 // The demo's names. Ids are WSO2's first ones.
 const (
@@ -463,12 +466,16 @@ func (d *dev) announce(path, env string) error {
 	if err := writePrivate(path, info); err != nil {
 		return err
 	}
+	env, err := filepath.Abs(env)
+	if err != nil {
+		return fmt.Errorf("find the folder of %s: %w", devEnvName, err)
+	}
 	fmt.Fprintf(d.stdout, walkthrough, time.Since(d.began).Seconds(), path,
 		info.BaseURL, info.OpsURL, d.kept.Issuer, info.DatabaseURL, info.AMQPURL, info.GatewayAMQPURL, strings.Join(info.EtcdEndpoints, ","),
 		info.ClientID, info.ClientSecret, adminUser, info.AdminPassword, gatewayUser, info.GatewayPassword,
 		info.GatewayURLs[0], info.GatewayURLs[1],
 		info.BaseURL, info.ClientID, info.ClientSecret, strings.Join(info.GatewayURLs, " "),
-		env, info.GatewayPIDs[0], info.GatewayPIDs[0],
+		quoted(env), info.GatewayPIDs[0], info.GatewayPIDs[0],
 		info.EtcdEndpoints[0], info.GatewayPassword, info.GatewayPassword)
 	return nil
 }
@@ -557,7 +564,7 @@ Ask who has applied a revocation, and why the call was refused:
 
 Pause a gateway: --wait names it, and in some seconds its canary gives the alarm:
 
-  kill -STOP %d; rescind revoke --jti $(date +%%s) --wait 5s
+  kill -STOP %d; rescind revoke --jti $(date +%%s) --wait 2s
   sleep 20; rescind gateways
   kill -CONT %d
 

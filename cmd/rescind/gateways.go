@@ -78,7 +78,7 @@ func runGateways(ctx context.Context, args []string, stdout, stderr io.Writer) i
 		var head revocation.Position
 		if all, head, err = tools.Gateways(ctx); err == nil {
 			all = selected(all, labels, *lost)
-			err = printGateways(stdout, all, head, time.Now(), *asJSON)
+			err = printGateways(stdout, all, head, time.Now(), tools.Served(), *asJSON)
 		}
 	}
 	if errors.Is(err, fleet.ErrNotFound) {
@@ -126,9 +126,11 @@ func selected(all []fleet.Gateway, labels map[string]string, lost bool) []fleet.
 	})
 }
 
-func printGateways(w io.Writer, all []fleet.Gateway, head revocation.Position, now time.Time, asJSON bool) error {
+// printGateways writes what is known of gateways. Unless it is served that is what the database remembers: then none is
+// lost for its own sake.
+func printGateways(w io.Writer, all []fleet.Gateway, head revocation.Position, now time.Time, served, asJSON bool) error {
 	if asJSON {
-		out := fleetJSON{Epoch: head.Epoch, Head: head.Seq, Gateways: make([]gatewayJSON, len(all))}
+		out := fleetJSON{Epoch: head.Epoch, Head: head.Seq, Served: served, Gateways: make([]gatewayJSON, len(all))}
 		for i := range all {
 			out.Gateways[i] = newGatewayJSON(&all[i], head, now)
 		}
@@ -145,25 +147,32 @@ func printGateways(w io.Writer, all []fleet.Gateway, head revocation.Position, n
 			behind = "-"
 		}
 		if g.Report.AgeMS >= 0 {
-			age = rough(time.Duration(g.Report.AgeMS) * time.Millisecond)
+			d := time.Duration(g.Report.AgeMS) * time.Millisecond
+			if g.Standing == fleet.Lost { // it has grown since the report, as far as is known
+				d += max(0, now.Sub(g.ReportedAt))
+			}
+			age = rough(d)
 		}
 		fmt.Fprintf(table, "%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\n", g.ID, g.Standing, g.Report.Seq, behind, age, ago(g.ReportedAt, now),
-			cmp.Or(g.Comparison.Verdict, fleet.Unknown), canaryOf(g), feedsOf(g), orDash(g.Report.Version), printable(g.Account))
+			cmp.Or(g.Comparison.Verdict, fleet.Unknown), canaryOf(g, now), feedsOf(g), orDash(g.Report.Version), printable(g.Account))
 	}
 	if err := table.Flush(); err != nil {
 		return err
 	}
 	var b strings.Builder
+	if !served {
+		b.WriteString("No service process answers, so no gateway can report: this is what the database remembers\n")
+	}
 	for i := range all {
-		tellGateway(&b, &all[i], now)
+		tellGateway(&b, &all[i], now, served)
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
 }
 
 // tellGateway says what is wrong with a gateway, and what to do.
-func tellGateway(b *strings.Builder, g *fleet.Gateway, now time.Time) {
-	if g.Standing == fleet.Lost {
+func tellGateway(b *strings.Builder, g *fleet.Gateway, now time.Time, served bool) {
+	if g.Standing == fleet.Lost && served {
 		fmt.Fprintf(b, "%s is lost: it last reported %s, and confirms nothing. If it is gone for good: rescind gateways forget %s\n", g.ID, ago(g.ReportedAt, now), g.ID)
 	}
 	if g.Comparison.Verdict == fleet.Diverged {
@@ -186,16 +195,16 @@ func behindOf(g *fleet.Gateway, head revocation.Position) *int64 {
 	return &n
 }
 
-func canaryOf(g *fleet.Gateway) string {
+func canaryOf(g *fleet.Gateway, now time.Time) string {
 	switch {
 	case g.CanaryURL == "":
 		return "-"
 	case g.Canary == nil:
 		return "not called yet"
 	case g.Canary.RefusedMS > 0:
-		return fmt.Sprintf("%s after %.0f ms", printable(g.Canary.Outcome), g.Canary.RefusedMS)
+		return fmt.Sprintf("%s after %.0f ms, %s", printable(g.Canary.Outcome), g.Canary.RefusedMS, ago(g.Canary.At, now))
 	}
-	return printable(g.Canary.Outcome)
+	return printable(g.Canary.Outcome) + ", " + ago(g.Canary.At, now)
 }
 
 // feedsOf names the feeds of a gateway, those that are cut off as such.
@@ -233,14 +242,22 @@ func rough(d time.Duration) string {
 	if d >= 48*time.Hour {
 		return fmt.Sprintf("%d days", d/(24*time.Hour))
 	}
-	return d.String()
+	s := d.String()
+	for _, zero := range []string{"m0s", "h0m"} {
+		if strings.HasSuffix(s, zero) {
+			s = s[:len(s)-2]
+		}
+	}
+	return s
 }
 
-// fleetJSON is what --json writes. Its members are those of GET /v1/gateways.
+// fleetJSON is what --json writes. Its members are those of GET /v1/gateways, but for Served.
 type fleetJSON struct {
-	Epoch    revocation.Epoch `json:"epoch"`
-	Head     revocation.Seq   `json:"head"`
-	Gateways []gatewayJSON    `json:"gateways"`
+	Epoch revocation.Epoch `json:"epoch"`
+	Head  revocation.Seq   `json:"head"`
+	// Served: a service process has answered. Without one this is what the database remembers.
+	Served   bool          `json:"served"`
+	Gateways []gatewayJSON `json:"gateways"`
 }
 
 type gatewayJSON struct {

@@ -174,13 +174,20 @@ func TestFleetCommands(t *testing.T) {
 	w := newCommandWorld(t)
 	w.ensureIssuers()
 	look := w.looks()
-	if out := look.expect(0, "ID  STANDING", "", "gateways"); strings.Count(out, "\n") != 1 {
+	if out := look.expect(0, "No service process answers", "", "gateways"); strings.Count(out, "\n") != 2 {
 		t.Error(out)
 	}
-	if out := w.expect(0, "No live gateway serves carbon.super: there was nobody to wait for.", "", "revoke", "--jti", "j0", "--wait", "5s"); strings.Contains(out, "GATEWAY") {
+	const unserved = "no service is running, or none answers: whether gateways have it cannot be told\n"
+	if out := w.expect(1, "token  j0", unserved, "revoke", "--jti", "j0", "--wait", "5s"); strings.Contains(out, "GATEWAY") || strings.Contains(out, "No gateway") {
 		t.Error(out)
 	}
 	world := newFleetWorld(t, w)
+	if out := look.expect(0, "ID  STANDING", "", "gateways"); strings.Count(out, "\n") != 1 {
+		t.Error(out)
+	}
+	if out := w.expect(0, "No gateway that serves carbon.super is known", "", "revoke", "--jti", "j0", "--wait", "5s"); strings.Contains(out, "GATEWAY") {
+		t.Error(out)
+	}
 	gateway{w: world, id: "east"}.start()
 	gateway{w: world, id: "west"}.start()
 
@@ -287,7 +294,7 @@ func TestPrintGateways(t *testing.T) {
 	head := revocation.Position{Epoch: "3b0d7c52-5d0e-4a2f-9a61-6c1f0a7f9d10", Seq: 90}
 	all := []fleet.Gateway{{
 		ID: "a", Account: "gw", Standing: fleet.Live, ReportedAt: at.Add(-1200 * time.Millisecond), CanaryURL: "https://a/x",
-		Canary:     &fleet.CanaryResult{Outcome: "refused", RefusedMS: 12.3},
+		Canary:     &fleet.CanaryResult{Outcome: "refused", RefusedMS: 12.3, At: at.Add(-3 * time.Minute)},
 		Comparison: fleet.Comparison{Verdict: fleet.Equal},
 		Report: replica.Report{Position: head, AgeMS: 340, Version: "v1\x1b[2J", Feeds: []replica.FeedStatus{
 			{Name: "sse", Connected: true}, {Name: "amqp"},
@@ -299,22 +306,36 @@ func TestPrintGateways(t *testing.T) {
 	}, {
 		ID: "c", Account: "gw", Standing: fleet.Live, ReportedAt: at, CanaryURL: "https://c/x",
 		Report: replica.Report{Position: revocation.Position{Epoch: "5e1f4a90-0c3b-4a77-8f0e-2b9d8c7a6e51", Seq: 7}},
-	}, {ID: "d", Account: "gw", Standing: fleet.Live, ReportedAt: at, Report: replica.Report{AgeMS: -1}}}
-	var b bytes.Buffer
-	if err := printGateways(&b, all, head, at, false); err != nil {
-		t.Fatal(err)
+	}, {
+		ID: "d", Account: "gw", Standing: fleet.Live, ReportedAt: at, Report: replica.Report{AgeMS: -1}, CanaryURL: "https://d/x",
+		Canary: &fleet.CanaryResult{Outcome: "unreachable", At: at.Add(-2*time.Hour - 30*time.Second)},
+	}, {
+		ID: "e", Account: "gw", Standing: fleet.Lost, ReportedAt: at.Add(-2 * time.Hour), Report: replica.Report{Position: head, AgeMS: 90e3},
+	}}
+	print := func(served bool) string {
+		t.Helper()
+		var b bytes.Buffer
+		if err := printGateways(&b, all, head, at, served, false); err != nil {
+			t.Fatal(err)
+		}
+		return b.String()
 	}
-	want := `ID  STANDING  SEQ  BEHIND         AGE    REPORTED    VERDICT   CANARY               FEEDS                VERSION  ACCOUNT
-a   live      90   0              340ms  1.2s ago    equal     refused after 12 ms  sse, amqp (cut off)  v1�[2J   gw
-b   lost      80   10             -      3 days ago  diverged  -                    -                    -        gw
-c   live      7    another epoch  0s     0s ago      unknown   not called yet       -                    -        gw
-d   live      0    -              -      0s ago      unknown   -                    -                    -        gw
+	want := `ID  STANDING  SEQ  BEHIND         AGE      REPORTED    VERDICT   CANARY                       FEEDS                VERSION  ACCOUNT
+a   live      90   0              340ms    1.2s ago    equal     refused after 12 ms, 3m ago  sse, amqp (cut off)  v1�[2J   gw
+b   lost      80   10             -        3 days ago  diverged  -                            -                    -        gw
+c   live      7    another epoch  0s       0s ago      unknown   not called yet               -                    -        gw
+d   live      0    -              -        0s ago      unknown   unreachable, 2h0m30s ago     -                    -        gw
+e   lost      90   0              2h1m30s  2h ago      unknown   -                            -                    -        gw
 b is lost: it last reported 3 days ago, and confirms nothing. If it is gone for good: rescind gateways forget b
 b has diverged from the log: It has 1 of 2 revocations. To compare it again: rescind verify
-b is the id of two processes: the other one last reported 1m0s ago. Each needs an id of its own
+b is the id of two processes: the other one last reported 1m ago. Each needs an id of its own
 b says: no disk
+e is lost: it last reported 2h ago, and confirms nothing. If it is gone for good: rescind gateways forget e
 `
-	if diff := cmp.Diff(want, b.String()); diff != "" {
+	if diff := cmp.Diff(want, print(true)); diff != "" {
 		t.Error(diff)
+	}
+	if got := print(false); !strings.Contains(got, "\nNo service process answers") || strings.Contains(got, "forget") || !strings.Contains(got, "b says: no disk") {
+		t.Error(got)
 	}
 }

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"os"
+	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -32,8 +33,9 @@ somebody has looked already.
 With --wait it says of each gateway that serves the tenant when it had applied it.
 One that is lost is named, and not waited for.
 
-Exit status: 0 done, 1 failed, or not all live gateways had applied it in time,
-2 used wrongly, 3 not confirmed.`
+Exit status: 0 done, 1 failed, or a live gateway had not applied it in time or was
+lost meanwhile, or all are lost, or no service runs that they could report to, 2 used
+wrongly, 3 not confirmed.`
 )
 
 // aim is a flag that says what is to end.
@@ -145,7 +147,7 @@ func runRevoke(ctx context.Context, args []string, stdout, stderr io.Writer) int
 	}
 	limited, cancel := context.WithTimeout(ctx, *wait)
 	defer cancel()
-	var waited *fleet.BarrierResult
+	var waited *app.Convergence
 	result, unknown := revoker.Wait(limited, outcome)
 	if unknown == nil {
 		waited = &result
@@ -153,8 +155,13 @@ func runRevoke(ctx context.Context, args []string, stdout, stderr io.Writer) int
 	if err := printOutcome(stdout, outcome, effect, waited, *asJSON); err != nil {
 		return inv.failed(err)
 	}
-	if err := unconverged(&result, unknown); err != nil {
-		return inv.failed(err)
+	if unknown == nil {
+		unknown = unconverged(&result)
+	} else {
+		unknown = fmt.Errorf("whether gateways have it cannot be told: %w", unknown)
+	}
+	if unknown != nil {
+		return inv.failed(fmt.Errorf("the revocation is committed and will arrive; %w", unknown))
 	}
 	return exitOK
 }
@@ -162,22 +169,35 @@ func runRevoke(ctx context.Context, args []string, stdout, stderr io.Writer) int
 // maxWait is the longest time to wait for gateways.
 const maxWait = 60 * time.Second
 
-// unconverged says what is known although gateways have not confirmed, nil if they have. Unknown is why
-// they could not be asked.
-func unconverged(r *fleet.BarrierResult, unknown error) error {
-	switch {
-	case unknown != nil:
-		return fmt.Errorf("the revocation is committed and will arrive; whether gateways have it cannot be told: %w", unknown)
-	case r.Reached:
-		return nil
+// unconverged says why it is not known that the gateways have applied what was revoked, nil if they have or there are
+// none.
+func unconverged(c *app.Convergence) error {
+	if !c.Served {
+		return errors.New("no service is running, or none answers: whether gateways have it cannot be told")
 	}
-	var missing []string
-	for i := range r.Gateways {
-		if c := &r.Gateways[i]; !c.Applied && c.Standing != fleet.Lost {
-			missing = append(missing, c.ID)
+	var missing, lost []string
+	applied := 0
+	for i := range c.Gateways {
+		switch g := &c.Gateways[i]; {
+		case g.Applied:
+			applied++
+		case g.Standing != fleet.Lost:
+			missing = append(missing, g.ID)
+		case slices.Contains(c.LostMeanwhile, g.ID):
+			missing = append(missing, g.ID+" (lost meanwhile)")
+		default:
+			lost = append(lost, g.ID)
 		}
 	}
-	return fmt.Errorf("the revocation is committed and will arrive; not confirmed by: %s", strings.Join(missing, ", "))
+	switch {
+	case len(missing) > 0:
+		return fmt.Errorf("not confirmed by: %s", strings.Join(missing, ", "))
+	case applied == 0 && len(lost) > 0:
+		return fmt.Errorf("no gateway confirmed: all that are known are lost: %s", strings.Join(lost, ", "))
+	case !c.Reached:
+		return errors.New("not all service processes have answered in time: whether all gateways have it cannot be told")
+	}
+	return nil
 }
 
 // errBareToken does not repeat what was given, which may be a token.
@@ -319,7 +339,7 @@ func title(t revocation.Target) string {
 func second(unix int64) string { return time.Unix(unix, 0).UTC().Format(time.RFC3339) }
 
 // printOutcome writes what was revoked, and who has applied it if that was waited for.
-func printOutcome(w io.Writer, o *revoke.Outcome, e *revoke.Effect, waited *fleet.BarrierResult, asJSON bool) error {
+func printOutcome(w io.Writer, o *revoke.Outcome, e *revoke.Effect, waited *app.Convergence, asJSON bool) error {
 	if asJSON {
 		out := newRevokedJSON(o.Target, o.Tenant, o.NotAfter, o.Exp)
 		out.ID, out.Seq, out.Expired, out.AlreadyRevoked = o.ID, o.Seq, o.Expired, !o.Added && !o.Expired
@@ -352,10 +372,9 @@ func printOutcome(w io.Writer, o *revoke.Outcome, e *revoke.Effect, waited *flee
 }
 
 // printConvergence tells a person of each gateway whether it has applied o.
-func printConvergence(w io.Writer, o *revoke.Outcome, r *fleet.BarrierResult, now time.Time) error {
+func printConvergence(w io.Writer, o *revoke.Outcome, r *app.Convergence, now time.Time) error {
 	var b strings.Builder
 	b.WriteByte('\n')
-	live := 0
 	table := tabwriter.NewWriter(&b, 0, 0, 2, ' ', 0)
 	fmt.Fprintln(table, "GATEWAY\tSTANDING\tAPPLIED")
 	for i := range r.Gateways {
@@ -373,16 +392,15 @@ func printConvergence(w io.Writer, o *revoke.Outcome, r *fleet.BarrierResult, no
 		default:
 			applied = fmt.Sprintf("not yet: at seq %d, reported %s", c.Report.Seq, ago(c.ReportedAt, now))
 		}
-		if c.Standing != fleet.Lost {
-			live++
-		}
 		fmt.Fprintf(table, "%s\t%s\t%s\n", c.ID, c.Standing, applied)
 	}
-	if len(r.Gateways) > 0 {
+	switch {
+	case len(r.Gateways) > 0:
 		_ = table.Flush() // into memory
-	}
-	if live == 0 {
-		fmt.Fprintf(&b, "No live gateway serves %s: there was nobody to wait for.\n", o.Tenant.Domain)
+	case r.Served:
+		fmt.Fprintf(&b, "No gateway that serves %s is known, none has ever reported or all have left: there was nobody to wait for.\n", o.Tenant.Domain)
+	default:
+		return nil // what is wrong is told on standard error
 	}
 	_, err := io.WriteString(w, b.String())
 	return err
@@ -420,7 +438,7 @@ type revokedJSON struct {
 	Convergence *convergenceJSON `json:"convergence,omitempty"`
 }
 
-// convergenceJSON says who has applied a revocation, in the words of POST /v1/barrier.
+// convergenceJSON says who has applied a revocation, in the words of POST /v1/barrier. Reached is as the exit status.
 type convergenceJSON struct {
 	Reached  bool           `json:"reached"`
 	TookMS   float64        `json:"took_ms"`
@@ -440,8 +458,8 @@ type standingJSON struct {
 	ReportedAt time.Time        `json:"reported_at"`
 }
 
-func newConvergenceJSON(r *fleet.BarrierResult) *convergenceJSON {
-	out := &convergenceJSON{Reached: r.Reached, TookMS: milliseconds(r.Took), Gateways: make([]standingJSON, len(r.Gateways))}
+func newConvergenceJSON(r *app.Convergence) *convergenceJSON {
+	out := &convergenceJSON{Reached: unconverged(r) == nil, TookMS: milliseconds(r.Took), Gateways: make([]standingJSON, len(r.Gateways))}
 	for i := range r.Gateways {
 		c := &r.Gateways[i]
 		shown := standingJSON{ID: c.ID, Standing: c.Standing, Applied: c.Applied, Epoch: c.Report.Epoch, Seq: c.Report.Seq, ReportedAt: c.ReportedAt.UTC()}

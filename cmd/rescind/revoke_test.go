@@ -19,6 +19,7 @@ import (
 	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/revocation"
 	"github.com/rescindhq/rescind/internal/app"
+	"github.com/rescindhq/rescind/internal/fleet"
 	"github.com/rescindhq/rescind/internal/ledger"
 	"github.com/rescindhq/rescind/internal/pgtest"
 	"github.com/rescindhq/rescind/internal/revoke"
@@ -263,6 +264,45 @@ func TestPrintOutcome(t *testing.T) {
 `
 	if diff := cmp.Diff(want, b.String()); diff != "" {
 		t.Error(diff)
+	}
+}
+
+func TestUnconverged(t *testing.T) {
+	t.Parallel()
+	gateway := func(id string, standing fleet.Standing, applied bool) fleet.Confirmation {
+		return fleet.Confirmation{Gateway: fleet.Gateway{ID: id, Standing: standing}, Applied: applied}
+	}
+	done, slow, gone := gateway("done", fleet.Live, true), gateway("slow", fleet.Live, false), gateway("gone", fleet.Lost, false)
+	type confirmations = []fleet.Confirmation
+	for name, tt := range map[string]struct {
+		gateways           confirmations
+		unserved, unasked  bool
+		lost               []string
+		want               string // of the error, empty for none
+		applied, live, out int
+	}{
+		"none":             {},
+		"all":              {gateways: confirmations{done}, applied: 1, live: 1},
+		"all but the lost": {gateways: confirmations{done, gone}, applied: 1, live: 1, out: 1},
+		"not all":          {gateways: confirmations{done, slow}, applied: 1, live: 2, want: "not confirmed by: slow"},
+		"lost meanwhile":   {gateways: confirmations{done, gone, slow}, lost: []string{"gone"}, applied: 1, live: 2, out: 1, want: "not confirmed by: gone (lost meanwhile), slow"},
+		"all lost":         {gateways: confirmations{gone}, out: 1, want: "no gateway confirmed: all that are known are lost: gone"},
+		"no service":       {gateways: confirmations{gone}, unserved: true, out: 1, want: "no service is running, or none answers: whether gateways have it cannot be told"},
+		"nothing at all":   {unserved: true, want: "no service is running, or none answers: whether gateways have it cannot be told"},
+		"too short":        {gateways: confirmations{done}, unasked: true, applied: 1, live: 1, want: "not all service processes have answered in time: whether all gateways have it cannot be told"},
+	} {
+		c := &app.Convergence{Served: !tt.unserved, LostMeanwhile: tt.lost}
+		c.Gateways, c.Reached = tt.gateways, !tt.unasked && tt.applied == tt.live
+		got := ""
+		if err := unconverged(c); err != nil {
+			got = err.Error()
+		}
+		if got != tt.want {
+			t.Errorf("%s: %q, want %q", name, got, tt.want)
+		}
+		if j := newConvergenceJSON(c); j.Reached != (tt.want == "") || j.Applied != tt.applied || j.Live != tt.live || j.Lost != tt.out {
+			t.Errorf("%s: %+v", name, j)
+		}
 	}
 }
 

@@ -53,13 +53,13 @@ func runVerify(ctx context.Context, args []string, stdout, stderr io.Writer) int
 		return inv.failed(err)
 	}
 	if !report.Equal() {
-		return inv.failed(unequal(&report))
+		return inv.failed(unequal(&report, verifier.Served()))
 	}
 	return exitOK
 }
 
-// unequal says what to do.
-func unequal(r *verify.Report) error {
+// unequal says what to do. Unless it is served no gateway could be asked.
+func unequal(r *verify.Report, served bool) error {
 	var lines []string
 	if d := r.Directory; d != nil && d.Verdict == fleet.Diverged {
 		lines = append(lines, "etcd is not what Postgres is. Running services compare and repair it each RESCIND_ETCD_RECONCILE_INTERVAL: verify again after that")
@@ -79,6 +79,10 @@ func unequal(r *verify.Report) error {
 		default:
 			silent = append(silent, m.ID)
 		}
+	}
+	if !served {
+		lines = append(lines, "no service process answers: no gateway was compared")
+		silent, lost = nil, nil
 	}
 	for _, p := range []struct {
 		ids  []string

@@ -198,7 +198,7 @@ func settings(c *Config) []setting {
 		{name: "GATEWAY_LEASE", use: ForServe | ForRevoke | forLooks, def: "10s", value: periodValue(&c.GatewayLease, 10*time.Second, 10*time.Minute),
 			help: "How long a gateway may be silent before it counts as lost: no barrier waits for it, and it confirms nothing."},
 		{name: "CANARY_INTERVAL", use: ForServe, def: "0s", value: optionalPeriodValue(&c.Canary.Every, 10*time.Second, 24*time.Hour),
-			help: "How often a token is issued, accepted by each gateway that has a canary URL, revoked, and tried until it is refused. Each round adds a revocation. 0s: never."},
+			help: "How often a token is issued, accepted by each gateway that has a canary URL, revoked, and tried until it is refused. Each round adds two revocations. 0s: never."},
 		{name: "CANARY_LIMIT", use: ForServe, def: "10s", value: periodValue(&c.Canary.Limit, 100*time.Millisecond, time.Minute),
 			help: "How long a gateway may take to refuse the canary's token before /readyz warns and the metrics give the alarm."},
 		{name: "CANARY_AUDIENCE", use: ForServe, value: textValue(&c.Canary.Audience, "1 to 255 bytes of printable ASCII", regexp.MustCompile(`^[!-~]{1,255}$`)),

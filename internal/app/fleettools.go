@@ -68,13 +68,37 @@ func (r *Revoker) Watch(ctx context.Context, cfg Config, log *slog.Logger) (err 
 	return err
 }
 
+// Convergence says who has applied what was revoked.
+type Convergence struct {
+	fleet.BarrierResult
+	// Served: a service process has answered. Without one no gateway can say anything.
+	Served bool
+	// LostMeanwhile are the ids of those that were live when the wait began, and are lost now.
+	LostMeanwhile []string
+}
+
 // Wait waits until each live gateway that serves the tenant of what was revoked has applied it, or until
 // ctx ends; that is no error.
-func (r *Revoker) Wait(ctx context.Context, o *revoke.Outcome) (fleet.BarrierResult, error) {
-	return r.watch.Wait(ctx, fleet.Barrier{
-		Position: revocation.Position{Epoch: r.tools.ledger.Seen().Epoch, Seq: o.Seq},
-		Select:   func(g *fleet.Gateway) bool { return g.Serves(o.Tenant.Domain) },
+func (r *Revoker) Wait(ctx context.Context, o *revoke.Outcome) (Convergence, error) {
+	serves := func(g *fleet.Gateway) bool { return g.Serves(o.Tenant.Domain) }
+	live := make(map[string]bool)
+	for _, g := range r.watch.Gateways() {
+		live[g.ID] = g.Standing == fleet.Live
+	}
+	served := r.watch.Served() // a short wait may end before there is an answer
+	result, err := r.watch.Wait(ctx, fleet.Barrier{
+		Position: revocation.Position{Epoch: r.tools.ledger.Seen().Epoch, Seq: o.Seq}, Select: serves,
 	})
+	if err != nil {
+		return Convergence{}, err
+	}
+	c := Convergence{BarrierResult: result, Served: served || r.watch.Served()}
+	for i := range result.Gateways {
+		if g := &result.Gateways[i]; g.Standing == fleet.Lost && live[g.ID] {
+			c.LostMeanwhile = append(c.LostMeanwhile, g.ID)
+		}
+	}
+	return c, nil
 }
 
 // logTools are what a command looks at the log with. Such a command needs no master key, and works on a
@@ -128,6 +152,10 @@ func OpenFleet(ctx context.Context, cfg Config, log *slog.Logger) (*FleetTools, 
 	}
 	return &FleetTools{t}, nil
 }
+
+// Served reports whether a service process has answered. Without one what is known of gateways is what the database
+// remembers.
+func (t *FleetTools) Served() bool { return t.watch.Served() }
 
 // Gateways returns all, sorted by ID, and the log's head, read after them.
 func (t *FleetTools) Gateways(ctx context.Context) ([]fleet.Gateway, revocation.Position, error) {
@@ -238,6 +266,9 @@ func (v *Verifier) Verify(ctx context.Context, o verify.Options) (verify.Report,
 	}
 	return verify.Run(ctx, v.state, v.directory, v.tools.watch, o)
 }
+
+// Served reports whether a service process has answered. Without one no gateway can be asked.
+func (v *Verifier) Served() bool { return v.tools.watch.Served() }
 
 // Close ends all connections.
 func (v *Verifier) Close() {

@@ -315,7 +315,7 @@ func readinessChecks(pool *pgxpool.Pool, feeds *relay.Relay, state *follow.Follo
 func fleetChecks(cfg Config, f *fleet.Fleet) []obs.Check {
 	checks := []obs.Check{{Name: "gateways", Run: func(context.Context) (obs.Status, string) {
 		var lost, diverged []string
-		all := f.Gateways()
+		all := f.Here() // others warn of theirs
 		for _, g := range all {
 			if g.Standing == fleet.Lost {
 				lost = append(lost, g.ID)
@@ -330,12 +330,21 @@ func fleetChecks(cfg Config, f *fleet.Fleet) []obs.Check {
 		case len(lost) > 0:
 			return obs.Warn, "have not reported for longer than RESCIND_GATEWAY_LEASE: " + some(lost)
 		}
-		return obs.Pass, fmt.Sprintf("%d known", len(all))
+		return obs.Pass, fmt.Sprintf("%d report to this process", len(all))
 	}}}
 	if cfg.Canary.Every > 0 {
+		silence := canary.NewSilence(cfg.Canary.Every, time.Now())
 		checks = append(checks, obs.Check{Name: "canary", Run: func(context.Context) (obs.Status, string) {
-			if alarms := canary.Alarms(f.Gateways(), cfg.Canary.Every, time.Now()); len(alarms) > 0 {
-				return obs.Warn, "gateways that do not refuse a revoked token, or do not answer: " + some(alarms)
+			var wrong []string
+			all := f.Gateways()
+			if alarms := canary.Alarms(all); len(alarms) > 0 {
+				wrong = append(wrong, "gateways whose canary gives the alarm: "+some(alarms))
+			}
+			if since, silent := silence.Since(all, time.Now()); silent {
+				wrong = append(wrong, "the canary has told nothing since "+since.UTC().Format(time.RFC3339)+": see the log of the process that runs it")
+			}
+			if len(wrong) > 0 {
+				return obs.Warn, strings.Join(wrong, "; ")
 			}
 			return obs.Pass, "no gateway is known to accept a revoked token"
 		}})

@@ -47,9 +47,11 @@ func strict(client *http.Client) *http.Client {
 type kind int
 
 const (
-	silent kind = iota // neither
+	silent kind = iota // none of the others
 	accepting
-	refusing
+	refusing    // 401
+	forbidding  // 403
+	refusingAll // 401, and also what is not revoked
 )
 
 // answer is what came of a call.
@@ -91,14 +93,17 @@ func (c *Canary) call(ctx context.Context, url, compact string, within time.Dura
 	switch status := resp.StatusCode; {
 	case status >= 200 && status < 300:
 		a.kind = accepting
-	case status == http.StatusUnauthorized, status == http.StatusForbidden:
+	case status == http.StatusUnauthorized:
 		a.kind = refusing
+	case status == http.StatusForbidden:
+		a.kind = forbidding
 	}
 	a.detail = fmt.Sprintf("it answered %d", resp.StatusCode)
 	return a
 }
 
-// cause is err without the URL, which is shown to fewer people than details are.
+// cause is err without the URL, which a detail need not repeat: whoever sees the one sees the other. Host and
+// address may still be in it, as a dialer names them.
 func cause(err error) error {
 	if outer, ok := errors.AsType[*url.Error](err); ok {
 		return outer.Err

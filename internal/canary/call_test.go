@@ -66,7 +66,7 @@ func TestCalls(t *testing.T) {
 	c := caller(client)
 	const long = time.Minute
 	for path, want := range map[string]kind{
-		"/200": accepting, "/204": accepting, "/endless": accepting, "/401": refusing, "/403": refusing,
+		"/200": accepting, "/204": accepting, "/endless": accepting, "/401": refusing, "/403": forbidding,
 		"/301": silent, "/307": silent, "/404": silent, "/500": silent, "/broken": silent,
 	} {
 		for range 2 { // with what the first one left

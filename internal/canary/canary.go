@@ -1,16 +1,18 @@
 // Package canary finds out how long a revocation takes to reach each gateway, by what the gateway does: a
 // token is issued, accepted, revoked, and tried until it is refused. It hides how gateways are called, how
-// their answers are read, and which result is alarming.
+// their answers are read, how results are kept, and which result is alarming.
 //
 // # A round
 //
-// One token is issued for all gateways that have a canary URL. Each is called until it accepts the token, 5 s
-// at most: it may have to learn of the canary's API or of a signing key first. Then the token is revoked, once,
-// and all that accepted it are called again and again until they refuse it.
+// Two tokens are issued for all gateways that have a canary URL, the probe and the control. Each gateway is
+// called until it accepts both, 5 s at most: it may have to learn of the canary's API or of a signing key first.
+// Then the probe is revoked, once, and all that accepted it are called with it again and again until they refuse
+// it. What is issued is revoked when the round is over, whatever way it ends.
 //
-// A 2xx says that the token is accepted, 401 and 403 that it is refused: WSO2's gateways answer the former for
-// what is revoked, and nothing but the revocation has happened since it was accepted. Anything else, a redirect
-// or a 503 or no answer within 2 s, says nothing, and the gateway is asked again.
+// A 2xx says that a token is accepted, 401 that it is refused. A refusal of the probe counts if the gateway
+// accepts the control right after it: one that has lost the signing key, or the canary's API, or refuses
+// everybody, shows nothing of the revocation. Anything else, a 403 or a redirect or a 503 or no answer within
+// 2 s, says nothing either, and the gateway is asked again.
 //
 // # What is measured
 //
@@ -18,9 +20,10 @@
 // two calls are 5 ms at first, half as much again each time, up to 250 ms: so a time is too long by a round trip
 // to the gateway, and by up to half of itself, or 250 ms if that is less.
 //
-// Past the limit a gateway is alarming, at once. It is called further, so that its true time is known, until ten
+// Past the limit a gateway is alarming, at once, or as soon as the control is answered. It is called further, so that its true time is known, until ten
 // times the limit, or shortly before the token ends by itself: a token that is over is refused by everybody, and
-// that is no answer. What it says meanwhile does not end the alarm; the next round does.
+// that is no answer. What it says meanwhile does not end the alarm; the next result does. A gateway whose URL
+// was changed or removed, or that was forgotten, is no longer called, and nothing more is said of it.
 package canary
 
 import (
@@ -41,13 +44,14 @@ import (
 	"github.com/rescindhq/rescind/internal/fleet"
 )
 
-// The outcomes of [fleet.CanaryResult]. All but Refused are alarming.
+// The outcomes of [fleet.CanaryResult]. All but Refused are alarming, also with RefusedMS: then the token was refused
+// past the limit.
 const (
 	// Refused: the token was refused within the limit after its revocation.
 	Refused = "refused"
-	// StillAccepted: it was not. With RefusedMS it was refused later.
+	// StillAccepted: it was not.
 	StillAccepted = "still_accepted"
-	// NotAccepted: it was refused before it was revoked.
+	// NotAccepted: it was refused before it was revoked, or together with one that is not revoked.
 	NotAccepted = "not_accepted"
 	// Unreachable: the gateway said neither.
 	Unreachable = "unreachable"
@@ -62,11 +66,11 @@ type Token struct {
 	Expires time.Time
 }
 
-// Issuer issues and revokes tokens of the canary application.
+// Issuer issues and revokes tokens of the canary application, two in each round.
 type Issuer interface {
 	// Issue returns a token that lives for a few minutes, longer than two minutes and the limit.
 	Issue(ctx context.Context) (Token, error)
-	// Revoke returns when the revocation is committed.
+	// Revoke returns when the revocation is committed. It may be called again after an error.
 	Revoke(ctx context.Context, t Token) (revocation.Position, error)
 }
 
@@ -74,7 +78,8 @@ type Issuer interface {
 type Fleet interface {
 	Refresh(ctx context.Context) error
 	Gateways() []fleet.Gateway
-	RecordCanary(ctx context.Context, id string, r fleet.CanaryResult) error
+	Gateway(id string) (fleet.Gateway, bool)
+	RecordCanaries(ctx context.Context, results map[string]fleet.CanaryResult) error
 }
 
 // Lead waits until this process may run the canary, and returns a context that ends when it may no longer.
@@ -120,8 +125,13 @@ const (
 	lateFactor = 10
 	// expiryMargin is how long before its end a token is no longer looked at: a gateway's clock may be ahead.
 	expiryMargin = 30 * time.Second
-	// recordTime bounds the keeping of a result.
-	recordTime = 5 * time.Second
+	// recordTime bounds the keeping of results, retryRecord is the time until those that were not kept are
+	// tried again.
+	recordTime, retryRecord = 5 * time.Second, time.Second
+	// gatherTime is how long results wait for others, to be recorded together.
+	gatherTime = 100 * time.Millisecond
+	// revokeTime bounds the revoking of a token at the end of a round, also when this process ends.
+	revokeTime = 3 * time.Second
 	// soon is within which time the first round begins.
 	soon = 5 * time.Second
 )
@@ -137,10 +147,19 @@ type Canary struct {
 	log     *slog.Logger
 
 	mu sync.Mutex
-	// last is the last outcome of each gateway that this process tried while it has led.
-	last map[string]string
+	// last is the last result of each gateway that this process tried while it has led.
+	last map[string]result
 	// late are called still, since a round before.
 	late map[string]bool
+	// unkept results are to be recorded. More is given to unkept when there are some.
+	unkept map[string]result
+	more   chan struct{}
+}
+
+// result is what came of calling url.
+type result struct {
+	url string
+	fleet.CanaryResult
 }
 
 // New returns a canary.
@@ -154,7 +173,7 @@ func New(cfg Config, issuer Issuer, f Fleet, lead Lead, reg prometheus.Registere
 	}
 	return &Canary{
 		cfg: cfg, issuer: issuer, fleet: f, lead: lead, client: strict(client), metrics: newMetrics(reg), log: log.With("component", "canary"),
-		last: make(map[string]string), late: make(map[string]bool),
+		last: make(map[string]result), late: make(map[string]bool), unkept: make(map[string]result), more: make(chan struct{}, 1),
 	}, nil
 }
 
@@ -181,13 +200,16 @@ func (c *Canary) Run(ctx context.Context) error {
 // rounds runs rounds until ctx ends. Then nothing of them goes on, and what this process knew is dropped:
 // another one knows it now.
 func (c *Canary) rounds(ctx context.Context) {
-	var watching sync.WaitGroup
+	var watching, keeping sync.WaitGroup
+	keeping.Go(func() { c.keep(ctx) })
 	defer func() {
 		watching.Wait()
+		keeping.Wait()
 		c.mu.Lock()
 		defer c.mu.Unlock()
 		clear(c.last)
 		clear(c.late)
+		clear(c.unkept)
 		c.metrics.reset()
 	}()
 	for wait := rand.N(soon); pause(ctx, wait); {
@@ -215,37 +237,68 @@ func (c *Canary) round(ctx context.Context, watching *sync.WaitGroup) (tried int
 	if len(due) == 0 {
 		return 0, nil
 	}
-	token, err := c.issuer.Issue(ctx)
-	if err != nil {
-		return 0, fmt.Errorf("issue the canary's token: %w", err)
+	var (
+		probe, control Token
+		open           []Token        // are to be revoked
+		using          sync.WaitGroup // those that are called still
+	)
+	defer func() {
+		watching.Go(func() {
+			using.Wait()
+			c.revoke(ctx, open)
+		})
+	}()
+	for _, token := range []*Token{&probe, &control} {
+		if *token, err = c.issuer.Issue(ctx); err != nil {
+			return 0, fmt.Errorf("issue the canary's token: %w", err)
+		}
+		open = append(open, *token)
 	}
-	accepted := c.accept(ctx, due, token)
+	accepted := c.accept(ctx, due, probe, control)
 	if ctx.Err() != nil {
 		return 0, context.Cause(ctx)
 	}
 	if len(accepted) == 0 {
 		return len(due), nil
 	}
-	if left := time.Until(token.Expires) - expiryMargin; left < c.cfg.Limit {
+	over := probe.Expires
+	if control.Expires.Before(over) {
+		over = control.Expires
+	}
+	if left := time.Until(over) - expiryMargin; left < c.cfg.Limit {
 		return 0, fmt.Errorf("the canary's token lives for %s more, which is too short for the limit of %s", left+expiryMargin, c.cfg.Limit)
 	}
-	at, err := c.issuer.Revoke(ctx, token)
+	at, err := c.issuer.Revoke(ctx, probe)
 	if err != nil {
 		return 0, fmt.Errorf("revoke the canary's token: %w", err)
 	}
-	committed := time.Now()
-	c.log.Debug("the canary's token is revoked", "jti", token.ID, "seq", at.Seq, "gateways", len(accepted))
+	w := watched{probe: probe, control: control, committed: time.Now(), over: over.Add(-expiryMargin)}
+	open = []Token{control}
+	c.log.Debug("the canary's token is revoked", "jti", probe.ID, "seq", at.Seq, "gateways", len(accepted))
 	var judged sync.WaitGroup
 	for _, g := range accepted {
 		judged.Add(1)
 		c.setLate(g.ID, true)
+		using.Add(1)
 		watching.Go(func() {
+			defer using.Done()
 			defer c.setLate(g.ID, false)
-			c.watch(ctx, g, token, committed, sync.OnceFunc(judged.Done))
+			c.watch(ctx, g, w, sync.OnceFunc(judged.Done))
 		})
 	}
 	judged.Wait()
 	return len(due), nil
+}
+
+// revoke revokes what a round leaves, as well as it can: these tokens end by themselves within minutes.
+func (c *Canary) revoke(ctx context.Context, open []Token) {
+	for _, token := range open {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), revokeTime)
+		if _, err := c.issuer.Revoke(ctx, token); err != nil {
+			c.log.Warn("a token of the canary could not be revoked after its round, it ends by itself", "jti", token.ID, "expires", token.Expires, "error", err)
+		}
+		cancel()
+	}
 }
 
 // due are the gateways to try now. It forgets those that are gone.
@@ -253,26 +306,27 @@ func (c *Canary) due() (due []fleet.Gateway) {
 	gateways := c.fleet.Gateways()
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	there := make(map[string]bool)
+	there := make(map[string]string)
 	for _, g := range gateways {
 		if g.CanaryURL == "" {
 			continue
 		}
-		there[g.ID] = true
+		there[g.ID] = g.CanaryURL
 		if !c.late[g.ID] {
 			due = append(due, g)
 		}
 	}
-	for id := range c.last {
-		if !there[id] {
+	for id, last := range c.last {
+		if there[id] != last.url {
 			delete(c.last, id)
 			c.metrics.forget(id)
 		}
 	}
 	c.countAlarming()
 	if len(due) > maxRound {
-		tried := func(g fleet.Gateway) (at time.Time) {
-			if g.Canary != nil {
+		tried := func(g fleet.Gateway) time.Time {
+			at := c.last[g.ID].At // may not be recorded yet
+			if g.Canary != nil && g.Canary.At.After(at) {
 				at = g.Canary.At
 			}
 			return at
@@ -293,8 +347,8 @@ func (c *Canary) setLate(id string, late bool) {
 	}
 }
 
-// accept returns the gateways that accept the token, and records what became of the others.
-func (c *Canary) accept(ctx context.Context, due []fleet.Gateway, token Token) (accepted []fleet.Gateway) {
+// accept returns the gateways that accept all the tokens, and records what became of the others.
+func (c *Canary) accept(ctx context.Context, due []fleet.Gateway, tokens ...Token) (accepted []fleet.Gateway) {
 	accepts := make([]bool, len(due))
 	places := make(chan struct{}, maxAccepting)
 	var calls sync.WaitGroup
@@ -306,7 +360,13 @@ func (c *Canary) accept(ctx context.Context, due []fleet.Gateway, token Token) (
 			case <-ctx.Done():
 				return
 			}
-			accepts[i] = c.accepts(ctx, g, token)
+			end := time.Now().Add(acceptTime)
+			for _, token := range tokens {
+				if !c.accepts(ctx, g, token, end) {
+					return
+				}
+			}
+			accepts[i] = true
 		})
 	}
 	calls.Wait()
@@ -318,22 +378,21 @@ func (c *Canary) accept(ctx context.Context, due []fleet.Gateway, token Token) (
 	return accepted
 }
 
-// accepts calls a gateway until it accepts the token.
-func (c *Canary) accepts(ctx context.Context, g fleet.Gateway, token Token) bool {
+// accepts calls a gateway until it accepts the token, or until end.
+func (c *Canary) accepts(ctx context.Context, g fleet.Gateway, token Token, end time.Time) bool {
 	if err := c.cfg.CheckURL(g.CanaryURL); err != nil {
-		c.record(ctx, g.ID, fleet.CanaryResult{Outcome: Unreachable, Detail: "cannot be called: " + err.Error()})
+		c.record(ctx, g, fleet.CanaryResult{Outcome: Unreachable, Detail: "cannot be called: " + err.Error()})
 		return false
 	}
 	var p pace
-	end := time.Now().Add(acceptTime)
 	for last := unasked; ; {
 		left := time.Until(end)
 		if left <= 0 {
 			outcome := Unreachable
-			if last.kind == refusing {
+			if last.kind == refusing || last.kind == forbidding {
 				outcome = NotAccepted
 			}
-			c.record(ctx, g.ID, fleet.CanaryResult{Outcome: outcome,
+			c.record(ctx, g, fleet.CanaryResult{Outcome: outcome,
 				Detail: fmt.Sprintf("did not accept a new token within %s: %s", acceptTime, last.detail)})
 			return false
 		}
@@ -350,13 +409,39 @@ func (c *Canary) accepts(ctx context.Context, g fleet.Gateway, token Token) bool
 	}
 }
 
-// watch calls a gateway until it refuses the token, which was revoked at committed. It calls judged once the
-// gateway has, or is alarming.
-func (c *Canary) watch(ctx context.Context, g fleet.Gateway, token Token, committed time.Time, judged func()) {
+// watched is what gateways are watched for: that they refuse the probe, which was revoked at committed, and not
+// the control. Over is when neither is to be looked at any more.
+type watched struct {
+	probe, control  Token
+	committed, over time.Time
+}
+
+// ask calls a gateway with the probe, and if it is refused with the control, which has the time of a call
+// whatever within is: that the probe was refused in time must not be lost.
+func (c *Canary) ask(ctx context.Context, url string, w watched, within time.Duration) answer {
+	a := c.call(ctx, url, w.probe.Compact, within)
+	if a.kind != refusing {
+		return a
+	}
+	switch control := c.call(ctx, url, w.control.Compact, requestTime); control.kind {
+	case accepting:
+	case refusing, forbidding:
+		a.kind = refusingAll
+		a.detail += ", but a control token that is not revoked is refused too: " + control.detail
+	default:
+		a.kind = silent
+		a.detail += ", but a control token that is not revoked was not accepted: " + control.detail
+	}
+	return a
+}
+
+// watch calls a gateway until it refuses the probe. It calls judged once the gateway has, or is alarming, or
+// is not to be called any more.
+func (c *Canary) watch(ctx context.Context, g fleet.Gateway, w watched, judged func()) {
 	defer judged()
-	limit, end := committed.Add(c.cfg.Limit), committed.Add(lateFactor*c.cfg.Limit)
-	if over := token.Expires.Add(-expiryMargin); over.Before(end) {
-		end = over
+	limit, end := w.committed.Add(c.cfg.Limit), w.committed.Add(lateFactor*c.cfg.Limit)
+	if w.over.Before(end) {
+		end = w.over
 	}
 	var (
 		p         pace
@@ -367,15 +452,22 @@ func (c *Canary) watch(ctx context.Context, g fleet.Gateway, token Token, commit
 	)
 	record := func(r fleet.CanaryResult) {
 		recorded = time.Now()
-		c.record(ctx, g.ID, r)
+		c.record(ctx, g, r)
 	}
 	for ctx.Err() == nil {
 		now := time.Now()
-		is := Unreachable
-		if confirmed || last.kind == accepting {
-			is = StillAccepted
+		past := now.Sub(w.committed).Round(time.Millisecond)
+		if past > maxSpacing && !c.wanted(g.ID, g.CanaryURL) {
+			return
 		}
-		switch past := now.Sub(committed).Round(time.Millisecond); {
+		is := Unreachable
+		switch {
+		case confirmed, last.kind == accepting:
+			is = StillAccepted
+		case last.kind == refusingAll:
+			is = NotAccepted
+		}
+		switch {
 		case now.Before(limit):
 		case !now.Before(end):
 			record(fleet.CanaryResult{Outcome: is, Detail: fmt.Sprintf("did not refuse the token within %s of its revocation, and was not called further: %s", past, last.detail)})
@@ -390,13 +482,12 @@ func (c *Canary) watch(ctx context.Context, g fleet.Gateway, token Token, commit
 		if outcome != "" {
 			until = end
 		}
-		a := c.call(ctx, g.CanaryURL, token.Compact, min(requestTime, until.Sub(now)))
+		a := c.ask(ctx, g.CanaryURL, w, min(requestTime, until.Sub(now)))
 		switch {
 		case ctx.Err() != nil:
 			return
 		case a.kind == refusing:
-			took := a.at.Sub(committed)
-			c.metrics.seconds.Observe(took.Seconds())
+			took := a.at.Sub(w.committed)
 			r := fleet.CanaryResult{Outcome: Refused, RefusedMS: float64(took.Microseconds()) / 1000}
 			if outcome != "" || took > c.cfg.Limit {
 				r.Outcome = cmp.Or(outcome, is)
@@ -413,38 +504,91 @@ func (c *Canary) watch(ctx context.Context, g fleet.Gateway, token Token, commit
 	}
 }
 
-// record keeps and shows a result, of now. One that cannot be kept is shown all the same.
-func (c *Canary) record(ctx context.Context, id string, r fleet.CanaryResult) {
-	if ctx.Err() != nil {
-		return // it is no longer for this process to say
-	}
+// wanted reports whether a gateway's canary is still to be called there.
+func (c *Canary) wanted(id, url string) bool {
+	g, ok := c.fleet.Gateway(id)
+	return ok && g.CanaryURL == url
+}
+
+// record shows a result, of now, and leaves it to be kept: who measures does not wait for the database.
+func (c *Canary) record(ctx context.Context, g fleet.Gateway, r fleet.CanaryResult) {
 	r.At = time.Now()
 	c.mu.Lock()
-	before := c.last[id]
-	c.last[id] = r.Outcome
-	c.metrics.result(id, r)
+	// That it is wanted is asked with the lock held: else due could forget it in between, and it would be back.
+	if ctx.Err() != nil || !c.wanted(g.ID, g.CanaryURL) {
+		c.mu.Unlock()
+		return
+	}
+	before := c.last[g.ID].Outcome
+	c.last[g.ID] = result{g.CanaryURL, r}
+	c.unkept[g.ID] = c.last[g.ID]
+	c.metrics.result(g.ID, r)
 	c.countAlarming()
 	c.mu.Unlock()
 	switch {
 	case alarming(r.Outcome) && r.Outcome != before:
-		c.log.Warn("a gateway's canary is alarming", "gateway", id, "outcome", r.Outcome, "detail", r.Detail)
+		c.log.Warn("a gateway's canary is alarming", "gateway", g.ID, "outcome", r.Outcome, "detail", r.Detail)
 	case alarming(before) && !alarming(r.Outcome):
-		c.log.Info("a gateway's canary is well again", "gateway", id, "refused_ms", r.RefusedMS)
+		c.log.Info("a gateway's canary is well again", "gateway", g.ID, "refused_ms", r.RefusedMS)
 	}
-	ctx, cancel := context.WithTimeout(ctx, recordTime)
-	defer cancel()
-	switch err := c.fleet.RecordCanary(ctx, id, r); {
-	case errors.Is(err, fleet.ErrNotFound): // the next round forgets it
-	case err != nil && !errors.Is(err, context.Canceled):
-		c.log.Warn("the result of a gateway's canary could not be kept", "gateway", id, "outcome", r.Outcome, "error", err)
+	select {
+	case c.more <- struct{}{}:
+	default:
+	}
+}
+
+// keep records results until ctx ends, together those that come together or while others are written.
+func (c *Canary) keep(ctx context.Context) {
+	for down := false; ; {
+		select {
+		case <-c.more:
+		case <-ctx.Done():
+			return
+		}
+		for pause(ctx, gatherTime) {
+			c.mu.Lock()
+			batch := c.unkept
+			c.unkept = make(map[string]result)
+			c.mu.Unlock()
+			results := make(map[string]fleet.CanaryResult, len(batch))
+			for id, r := range batch {
+				if c.wanted(id, r.url) {
+					results[id] = r.CanaryResult
+				}
+			}
+			if len(results) == 0 {
+				break
+			}
+			wctx, cancel := context.WithTimeout(ctx, recordTime)
+			err := c.fleet.RecordCanaries(wctx, results)
+			cancel()
+			if err == nil {
+				down = false
+				continue
+			}
+			if !down && ctx.Err() == nil {
+				c.log.Warn("the results of the canary cannot be kept, it is tried until they can", "gateways", len(results), "error", err)
+			}
+			down = true
+			c.mu.Lock()
+			for id, r := range batch {
+				if _, newer := c.unkept[id]; !newer {
+					c.unkept[id] = r
+				}
+			}
+			c.mu.Unlock()
+			if !pause(ctx, retryRecord) {
+				return
+			}
+		}
 	}
 }
 
 // countAlarming is called with c.mu held.
 func (c *Canary) countAlarming() {
 	n := 0
-	for _, outcome := range c.last {
-		if alarming(outcome) {
+	for _, last := range c.last {
+		if alarming(last.Outcome) {
 			n++
 		}
 	}
@@ -453,20 +597,55 @@ func (c *Canary) countAlarming() {
 
 func alarming(outcome string) bool { return outcome != "" && outcome != Refused }
 
-// staleAfter rounds without a result nothing is known of a gateway.
-const staleAfter = 3
-
-// Alarms are the ids of the gateways with a canary whose last result is alarming, sorted, as the fleet knows
-// them. Results from longer before now than three times every, the time between two rounds, do not count.
-func Alarms(gateways []fleet.Gateway, every time.Duration, now time.Time) []string {
-	var ids []string
+// Alarms names the gateways with a canary whose last result is alarming, as the fleet knows them, each with its
+// outcome, such as "gw-1 (still_accepted)", sorted. An alarm stays until another result is there, or no URL.
+func Alarms(gateways []fleet.Gateway) []string {
+	var alarms []string
 	for _, g := range gateways {
-		if g.CanaryURL != "" && g.Canary != nil && alarming(g.Canary.Outcome) && now.Sub(g.Canary.At) <= staleAfter*every {
-			ids = append(ids, g.ID)
+		if g.CanaryURL != "" && g.Canary != nil && alarming(g.Canary.Outcome) {
+			alarms = append(alarms, fmt.Sprintf("%s (%s)", g.ID, g.Canary.Outcome))
 		}
 	}
-	slices.Sort(ids)
-	return ids
+	slices.Sort(alarms)
+	return alarms
+}
+
+const (
+	// silentRounds without a result, and at least silentTime, are a canary that tells nothing.
+	silentRounds = 3
+	silentTime   = 10 * time.Minute
+)
+
+// Silence finds out that a canary which should tell something does not, in whichever process it runs. Its methods
+// may be called concurrently.
+type Silence struct {
+	after time.Duration
+	mu    sync.Mutex
+	heard time.Time // when there was last a result, or nothing to tell
+}
+
+// NewSilence returns a Silence from now on, of a canary with a round every so long.
+func NewSilence(every time.Duration, now time.Time) *Silence {
+	return &Silence{after: max(silentRounds*every, silentTime), heard: now}
+}
+
+// Since returns when the canary last told something, if no gateway with a URL has had a result for longer than
+// three rounds, and than 10 min. The time of a result is by another machine's clock, which should be within
+// minutes of now's.
+func (s *Silence) Since(gateways []fleet.Gateway, now time.Time) (heard time.Time, silent bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	asked := false
+	for _, g := range gateways {
+		asked = asked || g.CanaryURL != ""
+		if g.CanaryURL != "" && g.Canary != nil && g.Canary.At.After(s.heard) {
+			s.heard = g.Canary.At
+		}
+	}
+	if !asked || s.heard.After(now) {
+		s.heard = now
+	}
+	return s.heard, now.Sub(s.heard) > s.after
 }
 
 // pace is how calls of one gateway follow each other.

@@ -23,7 +23,17 @@ import (
 	"github.com/rescindhq/rescind/internal/fleet"
 )
 
-const secret = "eyJhbGciOiJFUzI1NiJ9.c2VjcmV0.c2lnbmF0dXJl"
+// The probe and the control.
+const (
+	secret = "eyJhbGciOiJFUzI1NiJ9.c2VjcmV0.c2lnbmF0dXJl"
+	other  = "eyJhbGciOiJFUzI1NiJ9.b3RoZXI.c2lnbmF0dXJl"
+)
+
+// control is what the context of a call with the control has.
+type control struct{}
+
+// toAll is 401 for the control too, which is else accepted where the probe is refused after its revocation.
+const toAll = 1401
 
 // world is a fleet, an issuer and gateways within one process, on a clock of their own.
 type world struct {
@@ -34,25 +44,31 @@ type world struct {
 
 	lifetime             time.Duration
 	issueErr, revokeErr  error
+	issueFails           int // 0: the probe's, 1: the control's
 	leads, leadEnds      int
 	lose                 context.CancelCauseFunc
 	refreshed            int
 	mu                   sync.Mutex // of what follows, and of leads and what ends them
-	issued, revoked      int
+	issued, issuedNow    int        // in all, and in this round
+	revoked              []string
+	open                 map[string]bool
 	expires              time.Time
 	revokedAt            time.Time // zero while the last token is good
 	gateways             []fleet.Gateway
 	behave               map[string]behaviour // by host
 	inFlight, mostFlying int
-	results              map[string][]result
+	results              map[string][]outcome
+	recording            int
+	records              int
+	stuck                chan struct{} // the database, until it is closed
 	recordErr            error
 }
 
 // behaviour answers a call: since is the time from the revocation, negative before it.
 type behaviour func(ctx context.Context, since time.Duration) (status int, err error)
 
-// result is what was recorded, at which time after the revocation, or after the token was issued.
-type result struct {
+// outcome is what was recorded, at which time after the revocation, or after the token was issued.
+type outcome struct {
 	outcome string
 	at      time.Duration
 	refused time.Duration
@@ -60,7 +76,8 @@ type result struct {
 
 func newWorld(t testing.TB, cfg Config) *world {
 	t.Helper()
-	w := &world{TB: t, reg: prometheus.NewRegistry(), lifetime: 5 * time.Minute, behave: make(map[string]behaviour), results: make(map[string][]result)}
+	w := &world{TB: t, reg: prometheus.NewRegistry(), lifetime: 5 * time.Minute, behave: make(map[string]behaviour),
+		results: make(map[string][]outcome), open: make(map[string]bool)}
 	cfg.Every, cfg.Limit = cmp.Or(cfg.Every, time.Minute), cmp.Or(cfg.Limit, 5*time.Second)
 	cfg.Client = &http.Client{Transport: w}
 	log := slog.New(slog.NewJSONHandler(&w.logged, &slog.HandlerOptions{Level: slog.LevelDebug}))
@@ -92,19 +109,43 @@ func (w *world) run(d time.Duration) {
 	if err := <-done; err != nil {
 		w.Errorf("Run: %v", err)
 	}
-	if strings.Contains(w.logged.String(), secret) {
-		w.Errorf("the token is in the log:\n%s", w.logged.String())
+	if w.revokeErr == nil && len(w.open) != 0 {
+		w.Errorf("after the end tokens are good still: %v", w.open)
+	}
+	w.checkSecrets()
+}
+
+func (w *world) checkSecrets() {
+	w.Helper()
+	if strings.Contains(w.logged.String(), secret) || strings.Contains(w.logged.String(), other) {
+		w.Errorf("a token is in the log:\n%s", w.logged.String())
 	}
 }
 
 // round runs one round, and what comes after it.
 func (w *world) round() {
 	w.Helper()
-	var watching sync.WaitGroup
-	if _, err := w.canary.round(w.Context(), &watching); err != nil {
+	if err := w.try(); err != nil {
 		w.Fatal(err)
 	}
+}
+
+// try is round, which may fail.
+func (w *world) try() error {
+	w.Helper()
+	ctx, cancel := context.WithCancel(w.Context())
+	var watching, keeping sync.WaitGroup
+	keeping.Go(func() { w.canary.keep(ctx) })
+	_, err := w.canary.round(ctx, &watching)
 	watching.Wait()
+	time.Sleep(2 * gatherTime)
+	cancel()
+	keeping.Wait()
+	if w.revokeErr == nil && len(w.open) != 0 {
+		w.Errorf("after the round tokens are good still: %v", w.open)
+	}
+	w.checkSecrets()
+	return err
 }
 
 func (w *world) lead(ctx context.Context) (context.Context, func(), error) {
@@ -124,29 +165,47 @@ func (w *world) lead(ctx context.Context) (context.Context, func(), error) {
 func (w *world) Issue(context.Context) (Token, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.issueErr != nil {
+	if w.issueErr != nil && w.issuedNow == w.issueFails {
 		return Token{}, w.issueErr
 	}
 	w.issued++
-	w.revokedAt, w.expires = time.Time{}, time.Now().Add(w.lifetime)
-	return Token{Compact: secret, Iss: "https://km.example.com", ID: fmt.Sprintf("jti-%d", w.issued), Expires: w.expires}, nil
+	w.issuedNow++
+	compact := other
+	if w.issuedNow == 1 {
+		compact = secret
+		w.revokedAt, w.expires = time.Time{}, time.Now().Add(w.lifetime)
+	}
+	t := Token{Compact: compact, Iss: "https://km.example.com", ID: fmt.Sprintf("jti-%d", w.issued), Expires: w.expires}
+	w.open[t.ID] = true
+	return t, nil
 }
 
-func (w *world) Revoke(_ context.Context, t Token) (revocation.Position, error) {
+func (w *world) Revoke(ctx context.Context, t Token) (revocation.Position, error) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if w.revokeErr != nil {
+	switch {
+	case ctx.Err() != nil:
+		return revocation.Position{}, ctx.Err()
+	case w.revokeErr != nil:
 		return revocation.Position{}, w.revokeErr
+	case !w.open[t.ID]:
+		w.Errorf("revoked is %s, which is not good", t.ID)
 	}
-	if want := fmt.Sprintf("jti-%d", w.issued); t.ID != want {
-		w.Errorf("revoked is %s, want %s", t.ID, want)
+	delete(w.open, t.ID)
+	w.revoked = append(w.revoked, t.ID)
+	if t.Compact == secret {
+		w.revokedAt = time.Now()
 	}
-	w.revoked++
-	w.revokedAt = time.Now()
-	return revocation.Position{Epoch: "e", Seq: revocation.Seq(w.revoked)}, nil
+	return revocation.Position{Epoch: "e", Seq: revocation.Seq(len(w.revoked))}, nil
 }
 
-func (w *world) Refresh(context.Context) error { w.refreshed++; return nil }
+func (w *world) Refresh(context.Context) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	w.refreshed++
+	w.issuedNow = 0
+	return nil
+}
 
 func (w *world) Gateways() []fleet.Gateway {
 	w.mu.Lock()
@@ -154,32 +213,60 @@ func (w *world) Gateways() []fleet.Gateway {
 	return slices.Clone(w.gateways)
 }
 
-func (w *world) RecordCanary(_ context.Context, id string, r fleet.CanaryResult) error {
+func (w *world) Gateway(id string) (fleet.Gateway, bool) {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	if strings.Contains(r.Detail, secret) {
-		w.Errorf("the token is in the detail %q", r.Detail)
+	if i := slices.IndexFunc(w.gateways, func(g fleet.Gateway) bool { return g.ID == id }); i >= 0 {
+		return w.gateways[i], true
 	}
-	if (r.Detail == "") != (r.Outcome == Refused) {
-		w.Errorf("%s: outcome %s with detail %q", id, r.Outcome, r.Detail)
+	return fleet.Gateway{}, false
+}
+
+func (w *world) RecordCanaries(ctx context.Context, results map[string]fleet.CanaryResult) error {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	if w.recording++; w.recording > 1 {
+		w.Error("two statements at a time")
 	}
-	since := w.revokedAt
-	if since.IsZero() {
-		since = w.expires.Add(-w.lifetime)
-	}
-	w.results[id] = append(w.results[id], result{r.Outcome, r.At.Sub(since), time.Duration(r.RefusedMS * float64(time.Millisecond))})
-	for i := range w.gateways {
-		if w.gateways[i].ID == id {
-			w.gateways[i].Canary = &r
-			return w.recordErr
+	defer func() { w.recording-- }()
+	if stuck := w.stuck; stuck != nil {
+		w.mu.Unlock()
+		select {
+		case <-stuck:
+		case <-ctx.Done():
 		}
+		w.mu.Lock()
 	}
-	return fleet.ErrNotFound
+	if err := cmp.Or(ctx.Err(), w.recordErr); err != nil {
+		return err
+	}
+	w.records++
+	for i := range w.gateways {
+		g := &w.gateways[i]
+		r, ok := results[g.ID]
+		if !ok {
+			continue
+		}
+		if strings.Contains(r.Detail, secret) || strings.Contains(r.Detail, other) {
+			w.Errorf("a token is in the detail %q", r.Detail)
+		}
+		if (r.Detail == "") != (r.Outcome == Refused) {
+			w.Errorf("%s: outcome %s with detail %q", g.ID, r.Outcome, r.Detail)
+		}
+		since := w.revokedAt
+		if since.IsZero() || !r.At.After(since) && r.Outcome != Refused { // it was never accepted
+			since = w.expires.Add(-w.lifetime)
+		}
+		w.results[g.ID] = append(w.results[g.ID], outcome{r.Outcome, r.At.Sub(since), time.Duration(r.RefusedMS * float64(time.Millisecond))})
+		g.Canary = &r
+	}
+	return nil
 }
 
 // RoundTrip is the way to the gateways.
 func (w *world) RoundTrip(r *http.Request) (*http.Response, error) {
-	if got := r.Header.Get("Authorization"); got != "Bearer "+secret {
+	got := r.Header.Get("Authorization")
+	if got != "Bearer "+secret && got != "Bearer "+other {
 		w.Errorf("Authorization is %q", got)
 	}
 	w.mu.Lock()
@@ -192,12 +279,22 @@ func (w *world) RoundTrip(r *http.Request) (*http.Response, error) {
 		w.mostFlying = max(w.mostFlying, w.inFlight)
 	}
 	w.mu.Unlock()
-	status, err := b(r.Context(), since)
+	ctx := r.Context()
+	if got == "Bearer "+other {
+		ctx = context.WithValue(ctx, control{}, true)
+	}
+	status, err := b(ctx, since)
 	w.mu.Lock()
 	w.inFlight--
 	w.mu.Unlock()
 	if err != nil {
 		return nil, err
+	}
+	switch {
+	case status == toAll:
+		status = 401
+	case status == 401 && since >= 0 && got == "Bearer "+other:
+		status = 200
 	}
 	return &http.Response{StatusCode: status, Body: http.NoBody, Request: r, Header: http.Header{"Location": {"https://elsewhere.example.com/"}}}, nil
 }
@@ -231,40 +328,76 @@ func then(before, after behaviour) behaviour {
 	}
 }
 
+// toControl answers the control, and b the probe.
+func toControl(answer, b behaviour) behaviour {
+	return func(ctx context.Context, since time.Duration) (int, error) {
+		if ctx.Value(control{}) != nil {
+			return answer(ctx, since)
+		}
+		return b(ctx, since)
+	}
+}
+
 func TestVerdicts(t *testing.T) {
 	t.Parallel()
 	const tick = maxSpacing
+	slowly := func(ctx context.Context, since time.Duration) (int, error) {
+		if since >= 0 {
+			time.Sleep(1500 * time.Millisecond)
+		}
+		return 200, ctx.Err()
+	}
 	for name, tt := range map[string]struct {
 		behave behaviour
-		want   []result // times may be up to a spacing later
+		want   []outcome // times may be up to a spacing later
 		slow   time.Duration
 	}{
-		"at once":       {refuses(0, 401), []result{{Refused, 0, 0}}, 0},
-		"soon":          {refuses(40*time.Millisecond, 401), []result{{Refused, 40 * time.Millisecond, 40 * time.Millisecond}}, 25 * time.Millisecond},
-		"403":           {refuses(time.Second, 403), []result{{Refused, time.Second, time.Second}}, tick},
-		"just in time":  {refuses(4700*time.Millisecond, 401), []result{{Refused, 4700 * time.Millisecond, 4700 * time.Millisecond}}, tick},
-		"late":          {refuses(7*time.Second, 401), []result{{StillAccepted, 5 * time.Second, 0}, {StillAccepted, 7 * time.Second, 7 * time.Second}}, tick},
-		"never":         {always(200), []result{{StillAccepted, 5 * time.Second, 0}, {StillAccepted, 50 * time.Second, 0}}, 0},
-		"never known":   {always(401), []result{{NotAccepted, 5 * time.Second, 0}}, 0},
-		"never allowed": {always(403), []result{{NotAccepted, 5 * time.Second, 0}}, 0},
-		"never there":   {always(503), []result{{Unreachable, 5 * time.Second, 0}}, 0},
-		"redirects":     {always(302), []result{{Unreachable, 5 * time.Second, 0}}, 0},
-		"hangs":         {hangs, []result{{Unreachable, 5 * time.Second, 0}}, 0},
+		"at once":             {refuses(0, 401), []outcome{{Refused, 0, 0}}, 0},
+		"soon":                {refuses(40*time.Millisecond, 401), []outcome{{Refused, 40 * time.Millisecond, 40 * time.Millisecond}}, 25 * time.Millisecond},
+		"403":                 {refuses(time.Second, 403), []outcome{{Unreachable, 5 * time.Second, 0}, {Unreachable, 50 * time.Second, 0}}, 0},
+		"to all":              {refuses(time.Second, toAll), []outcome{{NotAccepted, 5 * time.Second, 0}, {NotAccepted, 50 * time.Second, 0}}, 0},
+		"control never known": {toControl(always(401), always(200)), []outcome{{NotAccepted, 5 * time.Second, 0}}, 0},
+		"control forbidden": {toControl(then(always(200), always(403)), refuses(0, 401)),
+			[]outcome{{NotAccepted, 5 * time.Second, 0}, {NotAccepted, 50 * time.Second, 0}}, 0},
+		"control breaks": {toControl(then(always(200), always(503)), refuses(0, 401)),
+			[]outcome{{Unreachable, 5 * time.Second, 0}, {Unreachable, 50 * time.Second, 0}}, 0},
+		"control slow, in time": {toControl(slowly, refuses(4700*time.Millisecond, 401)),
+			[]outcome{{Refused, 4700*time.Millisecond + 1500*time.Millisecond, 4700 * time.Millisecond}}, tick},
+		"to all for some time": {then(always(200), func(_ context.Context, since time.Duration) (int, error) {
+			if since < 2*time.Second {
+				return toAll, nil
+			}
+			return 401, nil
+		}), []outcome{{Refused, 2 * time.Second, 2 * time.Second}}, tick},
+		"to all, then accepts": {then(always(200), func(_ context.Context, since time.Duration) (int, error) {
+			if since < 6*time.Second {
+				return toAll, nil
+			}
+			return 200, nil
+		}), []outcome{{NotAccepted, 5 * time.Second, 0}, {StillAccepted, 6 * time.Second, 0}, {StillAccepted, 50 * time.Second, 0}}, tick},
+		"just in time":  {refuses(4700*time.Millisecond, 401), []outcome{{Refused, 4700 * time.Millisecond, 4700 * time.Millisecond}}, tick},
+		"late":          {refuses(7*time.Second, 401), []outcome{{StillAccepted, 5 * time.Second, 0}, {StillAccepted, 7 * time.Second, 7 * time.Second}}, tick},
+		"never":         {always(200), []outcome{{StillAccepted, 5 * time.Second, 0}, {StillAccepted, 50 * time.Second, 0}}, 0},
+		"never known":   {always(401), []outcome{{NotAccepted, 5 * time.Second, 0}}, 0},
+		"never allowed": {always(403), []outcome{{NotAccepted, 5 * time.Second, 0}}, 0},
+		"never there":   {always(503), []outcome{{Unreachable, 5 * time.Second, 0}}, 0},
+		"redirects":     {always(302), []outcome{{Unreachable, 5 * time.Second, 0}}, 0},
+		"hangs":         {hangs, []outcome{{Unreachable, 5 * time.Second, 0}}, 0},
 		"breaks": {func(context.Context, time.Duration) (int, error) { return 0, errors.New("connection refused") },
-			[]result{{Unreachable, 5 * time.Second, 0}}, 0},
-		"paused": {then(always(200), hangs), []result{{Unreachable, 5 * time.Second, 0}, {Unreachable, 50 * time.Second, 0}}, 0},
+			[]outcome{{Unreachable, 5 * time.Second, 0}}, 0},
+		"paused": {then(always(200), hangs), []outcome{{Unreachable, 5 * time.Second, 0}, {Unreachable, 50 * time.Second, 0}}, 0},
 		"paused after it accepted": {then(always(200), func(ctx context.Context, since time.Duration) (int, error) {
 			if since < 4*time.Second {
 				return 200, nil
 			}
 			return hangs(ctx, since)
-		}), []result{{StillAccepted, 5 * time.Second, 0}, {Unreachable, 7 * time.Second, 0}, {Unreachable, 50 * time.Second, 0}}, tick},
+		}), []outcome{{StillAccepted, 5 * time.Second, 0}, {Unreachable, 7 * time.Second, 0}, {Unreachable, 50 * time.Second, 0}}, tick},
 		"away for some time": {then(always(200), func(_ context.Context, since time.Duration) (int, error) {
 			if since < 3*time.Second {
 				return 502, nil
 			}
 			return 401, nil
-		}), []result{{Refused, 3 * time.Second, 3 * time.Second}}, tick},
+		}), []outcome{{Refused, 3 * time.Second, 3 * time.Second}}, tick},
 		"away, then late": {then(always(200), func(_ context.Context, since time.Duration) (int, error) {
 			switch {
 			case since < 6*time.Second:
@@ -273,13 +406,13 @@ func TestVerdicts(t *testing.T) {
 				return 200, nil
 			}
 			return 401, nil
-		}), []result{{Unreachable, 5 * time.Second, 0}, {StillAccepted, 6 * time.Second, 0}, {StillAccepted, 8 * time.Second, 8 * time.Second}}, tick},
+		}), []outcome{{Unreachable, 5 * time.Second, 0}, {StillAccepted, 6 * time.Second, 0}, {StillAccepted, 8 * time.Second, 8 * time.Second}}, tick},
 		"accepts now and then": {then(always(200), func(_ context.Context, since time.Duration) (int, error) {
 			if since.Milliseconds()/1000%2 == 0 {
 				return 503, nil
 			}
 			return 200, nil
-		}), []result{{Unreachable, 5 * time.Second, 0}, {StillAccepted, 5 * time.Second, 0}, {StillAccepted, 50 * time.Second, 0}}, tick},
+		}), []outcome{{Unreachable, 5 * time.Second, 0}, {StillAccepted, 5 * time.Second, 0}, {StillAccepted, 50 * time.Second, 0}}, tick},
 	} {
 		t.Run(name, func(t *testing.T) {
 			t.Parallel()
@@ -315,7 +448,7 @@ func TestAcceptsInTime(t *testing.T) {
 			return 200, nil
 		})
 		w.round()
-		if want := []result{{Refused, 0, 0}}; !slices.Equal(w.results["g"], want) {
+		if want := []outcome{{Refused, 0, 0}}; !slices.Equal(w.results["g"], want) {
 			t.Errorf("recorded is %v, want %v", w.results["g"], want)
 		}
 	})
@@ -329,19 +462,18 @@ func TestExpiryIsNoRefusal(t *testing.T) {
 		w.lifetime = time.Minute
 		w.add("g", func(context.Context, time.Duration) (int, error) {
 			if time.Now().Add(20 * time.Second).After(w.expires) { // its clock is ahead
-				return 401, nil
+				return toAll, nil
 			}
 			return 200, nil
 		})
 		w.round()
-		want := []result{{StillAccepted, 20 * time.Second, 0}, {StillAccepted, 30 * time.Second, 0}}
+		want := []outcome{{StillAccepted, 20 * time.Second, 0}, {StillAccepted, 30 * time.Second, 0}}
 		if !slices.Equal(w.results["g"], want) {
 			t.Errorf("recorded is %v, want %v", w.results["g"], want)
 		}
 
-		w.lifetime, w.results = 49*time.Second, map[string][]result{}
-		var watching sync.WaitGroup
-		if _, err := w.canary.round(t.Context(), &watching); err == nil || w.revoked != 1 || len(w.results) != 0 {
+		w.lifetime, w.results = 49*time.Second, map[string][]outcome{}
+		if err := w.try(); err == nil || len(w.results) != 0 {
 			t.Errorf("with a token that is shorter than the limit: %v, and recorded is %v", err, w.results)
 		}
 	})
@@ -359,8 +491,11 @@ func TestManyGateways(t *testing.T) {
 		}
 		w.gateways = append(w.gateways, fleet.Gateway{ID: "without"})
 		w.round()
-		if w.issued != 1 || w.revoked != 1 {
-			t.Errorf("%d tokens were issued and %d revoked", w.issued, w.revoked)
+		if w.issued != 2 || !slices.Equal(w.revoked, []string{"jti-1", "jti-2"}) {
+			t.Errorf("%d tokens were issued, and revoked %q", w.issued, w.revoked)
+		}
+		if w.records > 40 {
+			t.Errorf("450 gateways took %d statements", w.records)
 		}
 		if w.mostFlying != maxAccepting {
 			t.Errorf("%d are called at a time before the revocation, want %d", w.mostFlying, maxAccepting)
@@ -400,7 +535,7 @@ func TestMoreThanARound(t *testing.T) {
 			}
 		}
 		// Those that were tried in both rounds would be next to wait.
-		w.results = make(map[string][]result)
+		w.results = make(map[string][]outcome)
 		w.round()
 		for i := 900; i < maxRound; i++ {
 			if id := fmt.Sprintf("g-%04d", i); len(w.results[id]) != 1 {
@@ -494,6 +629,11 @@ func TestFailedRounds(t *testing.T) {
 		w.add("g", refuses(0, 401))
 		w.issueErr = errors.New("the application is blocked")
 		w.run(16 * time.Second)
+		w.issueFails = 1
+		w.run(16 * time.Second)
+		if w.issued == 0 || w.issued != len(w.revoked) {
+			t.Errorf("in rounds without a control %d tokens were issued, and %d revoked", w.issued, len(w.revoked))
+		}
 		w.issueErr, w.revokeErr = nil, errors.New("the database is away")
 		w.run(16 * time.Second)
 		failed := testutil.ToFloat64(w.canary.metrics.rounds.WithLabelValues("failed"))
@@ -505,12 +645,107 @@ func TestFailedRounds(t *testing.T) {
 				t.Errorf("the log does not say %q:\n%s", want, w.logged.String())
 			}
 		}
+		clear(w.open) // they end by themselves
 		w.revokeErr, w.recordErr = nil, errors.New("no connection")
-		w.run(16 * time.Second)
-		if n := testutil.ToFloat64(w.canary.metrics.rounds.WithLabelValues("done")); n < 2 || !strings.Contains(w.logged.String(), "no connection") {
+		go func() {
+			time.Sleep(16 * time.Second)
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.recordErr = nil
+		}()
+		w.run(18 * time.Second)
+		if n := testutil.ToFloat64(w.canary.metrics.rounds.WithLabelValues("done")); n < 2 || strings.Count(w.logged.String(), "no connection") != 1 {
 			t.Errorf("%v rounds are done, and the log is\n%s", n, w.logged.String())
 		}
+		if got := w.results["g"]; len(got) == 0 {
+			t.Error("what could not be recorded was not recorded later")
+		}
 	})
+}
+
+// A database that does not answer holds up no measuring, and gets what there is then at once.
+func TestSlowDatabase(t *testing.T) {
+	t.Parallel()
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(t, Config{})
+		w.stuck = make(chan struct{})
+		for i := range 100 {
+			w.add(fmt.Sprintf("late-%d", i), refuses(7*time.Second, 401))
+			w.add(fmt.Sprintf("well-%d", i), refuses(time.Duration(i)*time.Millisecond, 401))
+		}
+		go func() {
+			time.Sleep(30 * time.Second)
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			close(w.stuck)
+			w.stuck = nil
+		}()
+		ctx, cancel := context.WithCancel(t.Context())
+		var watching, keeping sync.WaitGroup
+		keeping.Go(func() { w.canary.keep(ctx) })
+		begin := time.Now()
+		if _, err := w.canary.round(ctx, &watching); err != nil || time.Since(begin) > 6*time.Second {
+			t.Errorf("the round took %s: %v", time.Since(begin), err)
+		}
+		watching.Wait()
+		if took := time.Since(begin); took > 8*time.Second {
+			t.Errorf("the watching took %s", took)
+		}
+		time.Sleep(time.Minute)
+		cancel()
+		keeping.Wait()
+		if len(w.results) != 200 || w.records > 3 {
+			t.Errorf("there are results of %d gateways in %d statements", len(w.results), w.records)
+		}
+		for id, got := range w.results {
+			if last := got[len(got)-1]; strings.HasPrefix(id, "late") && (last.outcome != StillAccepted || last.refused < 7*time.Second || last.refused > 7250*time.Millisecond) {
+				t.Errorf("%s: %v", id, got)
+			}
+		}
+	})
+}
+
+// Of a gateway that is not to be called there any more, nothing more is said.
+func TestNoLongerWanted(t *testing.T) {
+	t.Parallel()
+	for name, change := range map[string]func(w *world){
+		"changed":   func(w *world) { w.gateways[0].CanaryURL, w.gateways[0].Canary = "https://g.example.com/new", nil },
+		"removed":   func(w *world) { w.gateways[0].CanaryURL, w.gateways[0].Canary = "", nil },
+		"forgotten": func(w *world) { w.gateways = nil },
+	} {
+		for when, after := range map[string]time.Duration{"before the limit": 2 * time.Second, "after it": 20 * time.Second} {
+			t.Run(name+" "+when, func(t *testing.T) {
+				t.Parallel()
+				synctest.Test(t, func(t *testing.T) {
+					w := newWorld(t, Config{})
+					calls := 0
+					w.add("g", func(context.Context, time.Duration) (int, error) { calls++; return 200, nil })
+					done := make(chan struct{})
+					go func() {
+						defer close(done)
+						w.round()
+					}()
+					time.Sleep(after)
+					w.mu.Lock()
+					w.results = make(map[string][]outcome)
+					change(w)
+					w.mu.Unlock()
+					w.canary.due()
+					before := calls
+					<-done
+					if time.Now().After(w.expires.Add(after+maxSpacing+2*gatherTime-w.lifetime)) || calls > before+1 {
+						t.Errorf("it was called %d times more", calls-before)
+					}
+					if len(w.results) != 0 || len(w.canary.last) != 0 || len(w.canary.unkept) != 0 {
+						t.Errorf("recorded is %v, known is %v", w.results, w.canary.last)
+					}
+					if n := testutil.CollectAndCount(w.canary.metrics.accepts); n != 0 || testutil.ToFloat64(w.canary.metrics.alarming) != 0 {
+						t.Errorf("the metrics have %d gateways", n)
+					}
+				})
+			})
+		}
+	}
 }
 
 func TestMetrics(t *testing.T) {
@@ -530,7 +765,7 @@ func TestMetrics(t *testing.T) {
 rescind_canary_accepts{gateway="bad"} 1
 rescind_canary_accepts{gateway="good"} 0
 rescind_canary_accepts{gateway="late"} 0
-# HELP rescind_canary_alarming Gateways whose last canary was not refused in time.
+# HELP rescind_canary_alarming Gateways whose last canary is alarming: not refused in time, refused without being revoked, or not answered.
 # TYPE rescind_canary_alarming gauge
 rescind_canary_alarming 3
 `
@@ -545,7 +780,7 @@ rescind_canary_alarming 3
 		w.gateways[1].CanaryURL = ""
 		w.round()
 		want = head + `rescind_canary_accepts{gateway="good"} 0
-# HELP rescind_canary_alarming Gateways whose last canary was not refused in time.
+# HELP rescind_canary_alarming Gateways whose last canary is alarming: not refused in time, refused without being revoked, or not answered.
 # TYPE rescind_canary_alarming gauge
 rescind_canary_alarming 0
 `
@@ -579,16 +814,54 @@ func TestAlarms(t *testing.T) {
 	}
 	const url = "https://g.example.com/"
 	add("z", url, StillAccepted, time.Second)
-	add("b", url, Unreachable, 3*time.Minute)
-	add("a", url, NotAccepted, 0)
+	add("b-1", url, Unreachable, 0)
+	add("b", url, NotAccepted, 0)
 	add("well", url, Refused, 0)
-	add("old", url, StillAccepted, 3*time.Minute+time.Second)
+	add("old", url, StillAccepted, 1000*time.Hour)
 	add("no more", "", StillAccepted, 0)
 	gateways = append(gateways, fleet.Gateway{ID: "new", CanaryURL: url})
-	if d := diff.Diff([]string{"a", "b", "z"}, Alarms(gateways, time.Minute, now)); d != "" {
+	want := []string{"b (not_accepted)", "b-1 (unreachable)", "old (still_accepted)", "z (still_accepted)"}
+	if d := diff.Diff(want, Alarms(gateways)); d != "" {
 		t.Error(d)
 	}
-	if got := Alarms(nil, time.Minute, now); got != nil {
+	if got := Alarms(nil); got != nil {
 		t.Errorf("of no gateways: %q", got)
+	}
+}
+
+func TestSilence(t *testing.T) {
+	t.Parallel()
+	start := time.Now()
+	at := func(minutes float64) time.Time { return start.Add(time.Duration(minutes * float64(time.Minute))) }
+	gateway := func(minutes ...float64) (all []fleet.Gateway) {
+		for _, m := range minutes {
+			all = append(all, fleet.Gateway{CanaryURL: "https://g.example.com/", Canary: &fleet.CanaryResult{Outcome: Unreachable, At: at(m)}})
+		}
+		return all
+	}
+	untold := []fleet.Gateway{{CanaryURL: "https://g.example.com/"}}
+	without := []fleet.Gateway{{Canary: &fleet.CanaryResult{Outcome: Refused, At: at(500)}}}
+	s := NewSilence(time.Minute, start)
+	for _, step := range []struct {
+		gateways   []fleet.Gateway
+		now, since float64
+		silent     bool
+	}{
+		{gateway(-60), 10, 0, false}, {gateway(-60), 10.5, 0, true}, // it was silent when the process began
+		{gateway(-60, 10.4), 11, 10.4, false}, {gateway(10.4), 20.5, 10.4, true},
+		{untold, 20.5, 10.4, true}, {untold, 20.3, 10.4, false}, // the URL was changed
+		{without, 100, 100, false}, {untold, 110, 100, false}, {untold, 111, 100, true}, // it was not asked for anything
+		{gateway(115), 112, 112, false}, {gateway(115), 125.1, 115, true}, // a clock ahead
+	} {
+		if since, silent := s.Since(step.gateways, at(step.now)); silent != step.silent || !since.Equal(at(step.since)) {
+			t.Errorf("at minute %v: %v since minute %v, want %v since %v", step.now, silent, since.Sub(start).Minutes(), step.silent, step.since)
+		}
+	}
+	s = NewSilence(time.Hour, start)
+	if _, silent := s.Since(untold, at(180)); silent {
+		t.Error("with a round an hour it is silent after three")
+	}
+	if _, silent := s.Since(untold, at(181)); !silent {
+		t.Error("with a round an hour it is not silent after more than three")
 	}
 }

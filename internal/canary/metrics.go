@@ -27,7 +27,7 @@ func newMetrics(reg prometheus.Registerer) *metrics {
 			Name: "rescind_canary_rounds_total", Help: "Rounds of the canary with at least one gateway; a failed one says nothing of the gateways.",
 		}, []string{"result"}),
 		alarming: f.NewGauge(prometheus.GaugeOpts{
-			Name: "rescind_canary_alarming", Help: "Gateways whose last canary was not refused in time.",
+			Name: "rescind_canary_alarming", Help: "Gateways whose last canary is alarming: not refused in time, refused without being revoked, or not answered.",
 		}),
 		last: f.NewGaugeVec(prometheus.GaugeOpts{
 			Name: "rescind_canary_last_seconds", Help: "How long the gateway took when it last refused a revoked canary.",
@@ -42,6 +42,7 @@ func (m *metrics) result(id string, r fleet.CanaryResult) {
 	accepts := 0.
 	switch {
 	case r.Outcome == Refused, r.RefusedMS > 0:
+		m.seconds.Observe(r.RefusedMS / 1000)
 		m.last.WithLabelValues(id).Set(r.RefusedMS / 1000)
 	case r.Outcome == StillAccepted:
 		accepts = 1

@@ -87,6 +87,10 @@ func (b *batch) ensureCanary(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	if !application.(*catalog.Application).SelfContained {
+		return &Conflict{Slug: "exists", Detail: "the application rescind-canary of rescind is not self_contained, so gateways that validate offline " +
+			"would take its tokens for every API: set self_contained, or delete it, and it is made anew"}
+	}
 	own := canaryAPI()
 	api, err := b.ensureOne(ctx, own, canaryAPISQL, tenant, own.Name, own.Version)
 	if err != nil {

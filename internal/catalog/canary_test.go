@@ -166,6 +166,12 @@ func TestEnsureCanaryConflicts(t *testing.T) {
 			app := w.canary()[catalog.NounApplication]
 			w.apply(create(subscription(app, made[*catalog.API](w, create(api("pizza"))))))
 		}, "exists"},
+		"tokens that carry no APIs": {func(w *world) {
+			w.ensureCanary()
+			app := *w.canary()[catalog.NounApplication].(*catalog.Application)
+			app.SelfContained = false
+			w.apply(update(&app))
+		}, "exists"},
 		"a taken key": {func(w *world) {
 			app := made[*catalog.Application](w, create(application("app")))
 			_, _, err := w.CreateKey(t.Context(), admin, store.NewKey{

@@ -66,7 +66,8 @@ type Answer struct {
 	// Checks are in the order in which gateways make them.
 	Checks []replica.Check `json:"checks"`
 	// Revocation is what ended the token, nil if nothing did. It is there for every genuine token that is
-	// revoked, whichever check failed first. Of several it is the one that a gateway finds first.
+	// revoked, whichever check failed first. Of several it is the one that a gateway finds first among those
+	// that there were at the time asked about.
 	Revocation *Revocation `json:"revocation,omitempty"`
 	// Gateway says what the gateway knew, nil if none was asked about.
 	Gateway *GatewayKnew `json:"gateway,omitempty"`
@@ -76,25 +77,31 @@ type Answer struct {
 	Position revocation.Position `json:"position"`
 }
 
-// Revocation is what is known of one.
+// Revocation is what is known of one. A renewed one is told by the act that ended the token, which is not always
+// the first or the last.
 type Revocation struct {
 	ID         string          `json:"id"`
 	Kind       revocation.Kind `json:"kind"`
 	Identifier string          `json:"identifier"`
 	Iss        string          `json:"iss,omitempty"`
 	Tenant     string          `json:"tenant"`
-	RevokedAt  time.Time       `json:"revoked_at"`
-	// NotAfter and Exp are as in [revocation.Revocation], Unix seconds.
+	// RevokedAt is when the act was, by the database's clock. Zero: the revocation was renewed since it was made,
+	// and the log does not have any more which act it was; then its actor and seq are not known either.
+	RevokedAt time.Time `json:"revoked_at,omitzero"`
+	// NotAfter and Exp are as in [revocation.Revocation], Unix seconds, after the last act.
 	NotAfter int64          `json:"not_after,omitempty"`
 	Exp      int64          `json:"exp"`
-	Actor    string         `json:"actor,omitempty"` // by whom last, from the audit; empty if that is gone
+	Actor    string         `json:"actor,omitempty"` // from the audit; empty if that is gone
 	Reason   string         `json:"reason,omitempty"`
 	Seq      revocation.Seq `json:"seq,omitempty"` // 0: the log has removed the event
+
+	act *ledger.Act // nil if the log does not have it
 }
 
 // Ledger reads revocations and the audit. [ledger.Ledger] is one.
 type Ledger interface {
 	List(ctx context.Context, f ledger.ListFilter, after string, limit int) ([]ledger.Listed, error)
+	ActOn(ctx context.Context, id string, iat int64) (ledger.Act, bool, error)
 	AuditPage(ctx context.Context, f ledger.AuditFilter, before int64, limit int) ([]ledger.AuditRecord, error)
 }
 
@@ -115,6 +122,7 @@ type Verifier interface {
 // Fleet is [fleet.Fleet].
 type Fleet interface {
 	Refresh(ctx context.Context) error
+	Wait(ctx context.Context, b fleet.Barrier) (fleet.BarrierResult, error)
 	Gateway(id string) (fleet.Gateway, bool)
 	When(id string, at time.Time) (before, after fleet.Sighting, okBefore, okAfter bool)
 }
@@ -191,7 +199,9 @@ func (e *Explainer) Explain(ctx context.Context, by Caller, q Question) (Answer,
 		return Answer{}, err
 	}
 	i.tellRevocation()
-	i.gatewayKnew()
+	if err := i.gatewayKnew(ctx); err != nil {
+		return Answer{}, err
+	}
 	i.conclude()
 	return i.answer, nil
 }
@@ -212,6 +222,7 @@ type inquiry struct {
 
 	gateway    fleet.Gateway
 	hasGateway bool
+	asked      time.Time // reports that are later say whether the gateway knew
 
 	besides string       // what is wrong with the token, where that is not why a request is refused
 	others  []Revocation // further ones
@@ -402,11 +413,13 @@ func (i *inquiry) conclude() {
 		said = append(said, "With another request the token would be refused: "+i.besides)
 	}
 	if r := a.Revocation; r != nil {
-		lead := "The token is revoked besides, "
+		words := r.words()
 		if failed != nil && failed.Name == checkRevoked {
-			lead = "It was revoked "
+			words = strings.ToUpper(words[:1]) + words[1:]
+		} else {
+			words = "Besides, " + words
 		}
-		said = append(said, lead+r.words()+".")
+		said = append(said, words+".")
 		if !i.q.At.IsZero() && r.RevokedAt.After(i.at) {
 			said = append(said, "It was revoked only after the time that is asked about, so that is not why it was refused then.")
 		}

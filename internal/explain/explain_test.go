@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
+	"github.com/jackc/pgx/v5/pgxpool"
 
 	"github.com/rescindhq/rescind/api/catalog"
 	"github.com/rescindhq/rescind/api/replica"
@@ -68,7 +69,11 @@ func TestExplain(t *testing.T) {
 		"claims": {q: Question{Claims: claims{}.json(iss), API: pizza}, verdict: Accepted},
 		"revoked": {
 			q: Question{Token: access(iss, claims{"jti": "dead"})}, verdict: Refused, code: replica.CodeInvalidCredentials,
-			failed: checkRevoked, kind: revocation.KindToken, says: "by account:root (stolen), seq ", next: "Get a new token",
+			failed: checkRevoked, kind: revocation.KindToken, says: "This one token was revoked at ", next: "Get a new token",
+		},
+		"says who and why": {
+			q: Question{Token: access(iss, claims{"jti": "dead"})}, verdict: Refused, code: replica.CodeInvalidCredentials,
+			failed: checkRevoked, kind: revocation.KindToken, says: " by account:root (stolen), seq ",
 		},
 		"claims of a revoked one": {
 			q: Question{Claims: claims{"jti": "dead"}.json(iss), API: pizza}, verdict: Refused, code: replica.CodeInvalidCredentials,
@@ -108,7 +113,7 @@ func TestExplain(t *testing.T) {
 		},
 		"expired and revoked": {
 			q: Question{Token: access(iss, claims{"jti": "over", "iat": now - 600, "exp": now - 60})}, verdict: Refused,
-			code: replica.CodeInvalidCredentials, kind: revocation.KindToken, says: "is revoked besides",
+			code: replica.CodeInvalidCredentials, kind: revocation.KindToken, says: "Besides, this one token was revoked at ",
 		},
 		"revoked later than asked about": {
 			q:       Question{Token: access(iss, claims{"jti": "dead", "iat": now - 300}), At: time.Unix(now-100, 0)},
@@ -272,30 +277,55 @@ func TestKnew(t *testing.T) {
 		before, after *fleet.Sighting
 		knew          string
 		says, next    string
+		confirms      *fleet.Sighting // once it is asked
 	}{
-		"had it":                  {then(dead), live, sight(-1, 0), nil, knewYes, "had applied the revocation", ""},
-		"had it at that moment":   {then(dead), live, sight(0, 0), nil, knewYes, "", ""},
-		"had it not":              {then(dead), live, sight(-1, 2), sight(1, 1), knewNo, "had not applied", "check its feeds"},
-		"had it not, later":       {then(dead), live, nil, sight(1, 1), knewNo, "which came next", "rescind gateways"},
-		"between two reports":     {then(dead), live, sight(-1, 1), sight(1, 0), knewUnknown, "not known of the time between", ""},
-		"no reports":              {then(dead), live, nil, nil, knewUnknown, "No reports from around that time", ""},
-		"another epoch":           {then(dead), live, other, nil, knewUnknown, "No reports", ""},
-		"before the revocation":   {Question{Token: dead.Token, At: at.Add(-time.Second)}, live, sight(-1, 0), nil, knewNo, "was made later", ""},
-		"now":                     {dead, live, sight(0, 0), nil, knewYes, "", ""},
-		"not yet now":             {dead, live, sight(0, 1), nil, knewNo, "", "check its feeds"},
-		"lost":                    {dead, lost, sight(0, 1), nil, knewUnknown, "is lost", "runs and reaches"},
-		"lost, and had it":        {dead, lost, sight(0, 0), nil, knewYes, "is lost", ""},
-		"diverged":                {dead, apart, sight(0, 0), nil, knewUnknown, "may lack what it reports", "rescind verify"},
-		"nothing revoked":         {good, live, sight(0, 0), nil, knewYes, "had applied the state", ""},
-		"nothing revoked, behind": {good, live, sight(0, 3), nil, knewNo, "had applied seq", "had not applied it"},
-		"nothing revoked, then":   {then(good), live, sight(-1, 3), sight(1, 2), knewUnknown, "The log is at seq", ""},
+		"had it":                  {then(dead), live, sight(-1, 0), nil, knewYes, "had applied the revocation", "", nil},
+		"had it at that moment":   {then(dead), live, sight(0, 0), nil, knewYes, "", "", nil},
+		"had it not":              {then(dead), live, sight(-1, 2), sight(1, 1), knewNo, "had not applied", "check its feeds", nil},
+		"had it not, later":       {then(dead), live, nil, sight(1, 1), knewNo, "which came next", "rescind gateways", nil},
+		"between two reports":     {then(dead), live, sight(-1, 1), sight(1, 0), knewUnknown, "not known of the time between", "", nil},
+		"no reports":              {then(dead), live, nil, nil, knewUnknown, "No reports from around that time", "", nil},
+		"another epoch":           {then(dead), live, other, nil, knewUnknown, "No reports", "", nil},
+		"before the revocation":   {Question{Token: dead.Token, At: at.Add(-time.Second)}, live, sight(-1, 0), nil, knewNo, "was made later", "", nil},
+		"now":                     {dead, live, sight(0, 0), nil, knewYes, "", "", nil},
+		"not yet now":             {dead, live, sight(0, 1), nil, knewNo, "", "check its feeds", nil},
+		"lost":                    {dead, lost, sight(0, 1), nil, knewUnknown, "is lost", "runs and reaches", nil},
+		"lost, and had it":        {dead, lost, sight(0, 0), nil, knewYes, "is lost", "", nil},
+		"diverged":                {dead, apart, sight(0, 0), nil, knewUnknown, "may lack what it reports", "rescind verify", nil},
+		"nothing revoked":         {good, live, sight(0, 0), nil, knewYes, "had applied the state", "", nil},
+		"nothing revoked, behind": {good, live, sight(time.Hour, 3), nil, knewNo, "had applied seq", "had not applied it", nil},
+		"nothing revoked, then":   {then(good), live, sight(-1, 3), sight(1, 2), knewUnknown, "The log is at seq", "", nil},
+		"nothing revoked, later":  {q: good, gateway: live, before: sight(-1, 3), confirms: sight(0, 0), knew: knewYes, says: "had applied the state"},
+		"an old report":           {q: dead, gateway: live, before: sight(-time.Second, 1), knew: knewUnknown, says: "has not reported since"},
+		"confirms when asked":     {q: dead, gateway: live, before: sight(-time.Second, 1), confirms: sight(0, 0), knew: knewYes, says: "had applied the revocation"},
+		"tells when asked":        {q: dead, gateway: live, before: sight(-time.Second, 2), confirms: sight(0, 1), knew: knewNo, says: "had not applied the revocation"},
 	} {
 		tt.q.Gateway = "gw"
 		w.fleet.known["gw"], w.fleet.before, w.fleet.after = tt.gateway, tt.before, tt.after
+		w.fleet.barriers, w.fleet.meanwhile = nil, func() {
+			if tt.confirms != nil {
+				w.fleet.before = tt.confirms
+			}
+		}
 		k := w.ask(admin, tt.q)
 		if g := k.Gateway; g == nil || g.Knew != tt.knew || g.Standing != tt.gateway.Standing || !strings.Contains(g.Detail, tt.says) || !strings.Contains(k.Next, tt.next) {
 			t.Errorf("%s:\n%s", name, k.Text())
 		}
+		var barriers []revocation.Position
+		if tt.q.At.IsZero() && tt.gateway.Standing == fleet.Live {
+			barriers = append(barriers, head)
+		}
+		if diff := cmp.Diff(barriers, w.fleet.barriers); diff != "" {
+			t.Errorf("%s, waited for (-want +got):\n%s", name, diff)
+		}
+	}
+
+	had := live
+	had.Report.Position = head
+	w.fleet.known["gw"], w.fleet.before, w.fleet.barriers = had, sight(0, 0), nil
+	dead.Gateway = "gw"
+	if a := w.ask(admin, dead); a.Gateway.Knew != knewYes || w.fleet.barriers != nil {
+		t.Errorf("one that has said so already is waited for:\n%s", a.Text())
 	}
 
 	w.fleet.err = errors.New("away")
@@ -439,34 +469,106 @@ func TestText(t *testing.T) {
 	}
 }
 
-// auditor has an audit that takes too long to be looked through, unless both ends are given.
-type auditor struct {
-	Ledger
-	near []ledger.AuditRecord
+// TestRenewed: a token is explained by the act that ended it, not by what the revocation was when it was made, nor by
+// what has become of it.
+func TestRenewed(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	now := time.Now().Unix()
+	var acts []ledger.Result
+	for n, by := range []string{"account:ann", "account:bob", "account:cat"} {
+		done, err := w.ledger.RevokeAll(t.Context(), []ledger.Request{{
+			Target: revocation.Target{Kind: revocation.KindClient, Iss: iss, ID: "key-1"}, Tenant: revocation.SuperTenant,
+			Exp: now + 4000 + int64(n), NotAfter: now - 200 + int64(n)*100, Reason: "why " + by, Action: "revoke_client", Actor: ledger.Actor{Name: by},
+		}})
+		if err != nil {
+			t.Fatal(err)
+		}
+		acts = append(acts, done...)
+	}
+	issued := func(ago int64) Question { return Question{Claims: claims{"iat": now - ago}.json(iss), Gateway: "gw"} }
+	check := func(name string, ago int64, seq revocation.Seq, actor, reason string, timed bool) Answer {
+		t.Helper()
+		a := w.ask(admin, issued(ago))
+		if r := a.Revocation; r == nil || r.Seq != seq || r.Actor != actor || r.Reason != reason || r.RevokedAt.IsZero() == timed || r.NotAfter != now {
+			t.Errorf("%s, issued %d s ago: %+v\n%s", name, ago, r, a.Text())
+		}
+		return a
+	}
+	first := check("all there", 300, acts[0].Seq, "account:ann", "why account:ann", true).Revocation.RevokedAt
+	check("all there", 200, acts[0].Seq, "account:ann", "why account:ann", true)
+	check("all there", 150, acts[1].Seq, "account:bob", "why account:bob", true)
+	if last := check("all there", 0, acts[2].Seq, "account:cat", "why account:cat", true).Revocation.RevokedAt; last.Before(first) {
+		t.Errorf("the last act was at %s, the first at %s", last, first)
+	}
+
+	// The first act was long ago, and retention has removed the events of it and of the second.
+	exec := func(pool *pgxpool.Pool, sql string, args ...any) {
+		t.Helper()
+		if _, err := pool.Exec(t.Context(), sql, args...); err != nil {
+			t.Fatal(err)
+		}
+	}
+	exec(w.owner, `DELETE FROM rescind.log WHERE seq <= $1`, acts[1].Seq)
+	exec(w.owner, `UPDATE rescind.revocations SET revoked_at = revoked_at - interval '250 s'`)
+	w.fleet.known["gw"] = fleet.Gateway{ID: "gw", Standing: fleet.Live}
+	check("gone", 300, 0, "", "why account:ann", true)
+	a := check("gone", 150, 0, "", "", false)
+	if !strings.Contains(a.Summary, "renewed since") || a.Gateway.Knew != knewUnknown || strings.Contains(a.Text(), "revoked at") {
+		t.Errorf("%s", a.Text())
+	}
 }
 
-func (a auditor) AuditPage(ctx context.Context, f ledger.AuditFilter, _ int64, _ int) ([]ledger.AuditRecord, error) {
-	if f.To.IsZero() {
-		<-ctx.Done()
-		return nil, ctx.Err()
+// TestBefore: of several revocations those count that there were at the time asked about.
+func TestBefore(t *testing.T) {
+	t.Parallel()
+	w := newWorld(t)
+	w.revoke(revoke.Order{JTI: "many"})
+	w.revoke(revoke.Order{SID: "s"})
+	if _, err := w.pool.Exec(t.Context(), `UPDATE rescind.revocations SET revoked_at = revoked_at - interval '10 s' WHERE kind = 'session'`); err != nil {
+		t.Fatal(err)
 	}
-	return a.near, nil
+	q := Question{Token: access(iss, claims{"jti": "many", "sid": "s"})}
+	const only = "revoked only after the time"
+	for _, tt := range []struct {
+		ago   time.Duration
+		kind  revocation.Kind
+		later bool
+	}{
+		{0, revocation.KindToken, false}, {5 * time.Second, revocation.KindSession, false}, {time.Minute, revocation.KindToken, true},
+	} {
+		q.At = time.Time{}
+		if tt.ago > 0 {
+			q.At = time.Now().Add(-tt.ago)
+		}
+		if a := w.ask(admin, q); a.Revocation == nil || a.Revocation.Kind != tt.kind || strings.Contains(a.Summary, only) != tt.later {
+			t.Errorf("%s ago:\n%s", tt.ago, a.Text())
+		}
+	}
+}
+
+// auditor has an audit that takes too long to be looked through.
+type auditor struct{ Ledger }
+
+func (auditor) AuditPage(ctx context.Context, _ ledger.AuditFilter, _ int64, _ int) ([]ledger.AuditRecord, error) {
+	<-ctx.Done()
+	return nil, ctx.Err()
 }
 
 func TestLargeAudit(t *testing.T) {
 	t.Parallel()
-	for _, want := range []string{"account:root", ""} {
-		a := auditor{}
-		if want != "" {
-			a.near = []ledger.AuditRecord{{AuditEntry: ledger.AuditEntry{Actor: ledger.Actor{Name: want}}}}
+	synctest.Test(t, func(t *testing.T) {
+		i := &inquiry{Explainer: &Explainer{deps: Deps{Ledger: auditor{}}}}
+		r := Revocation{RevokedAt: time.Now()}
+		if err := i.audited(t.Context(), &r); r.Actor != "" || err != nil {
+			t.Errorf("by %q, %v", r.Actor, err)
 		}
-		synctest.Test(t, func(t *testing.T) {
-			i := &inquiry{Explainer: &Explainer{deps: Deps{Ledger: a}}}
-			if got, err := i.actor(t.Context(), Revocation{}); got != want || err != nil {
-				t.Errorf("by %q, %v, want %q", got, err, want)
-			}
-		})
-	}
+		ctx, cancel := context.WithCancel(t.Context())
+		cancel()
+		if err := i.audited(ctx, &r); !errors.Is(err, context.Canceled) {
+			t.Errorf("a caller that is gone: %v", err)
+		}
+	})
 }
 
 func TestNew(t *testing.T) {

@@ -90,21 +90,32 @@ func (i *inquiry) revoked(ctx context.Context, t *token.Token, domain string) er
 			if l.Target != target || l.Target.Kind.HasTime() && l.NotAfter < t.IssuedAt {
 				continue
 			}
-			found = append(found, describe(l))
+			r, err := i.describe(ctx, l, t.IssuedAt)
+			if err != nil {
+				return err
+			}
+			found = append(found, r)
 		}
 	}
-	if len(found) == 0 {
-		return nil
-	}
-	i.others = found[1:]
-	return i.found(ctx, found[0])
+	return i.found(ctx, found)
 }
 
-// found answers that r ended the token, and by whom that was done.
-func (i *inquiry) found(ctx context.Context, r Revocation) (err error) {
-	r.Actor, err = i.actor(ctx, r)
+// found answers that the revocations of list, in the order in which a gateway looks for them, end the token.
+func (i *inquiry) found(ctx context.Context, list []Revocation) error {
+	if len(list) == 0 {
+		return nil
+	}
+	n := 0
+	if !i.q.At.IsZero() {
+		n = slices.IndexFunc(list, func(r Revocation) bool { return !r.RevokedAt.IsZero() && !r.RevokedAt.After(i.at) })
+		if n < 0 { // of one whose time is not known it cannot be said that it was later
+			n = max(0, slices.IndexFunc(list, func(r Revocation) bool { return r.RevokedAt.IsZero() }))
+		}
+	}
+	r := list[n]
+	i.others = slices.Delete(list, n, n+1)
 	i.answer.Revocation = &r
-	return err
+	return i.audited(ctx, &r)
 }
 
 // targets are those whose revocation ends t, in the order in which a gateway looks for them.
@@ -127,38 +138,68 @@ func (i *inquiry) targets(t *token.Token, domain string) []revocation.Target {
 	return slices.DeleteFunc(all, func(t revocation.Target) bool { return t.ID == "" })
 }
 
-func describe(l ledger.Listed) Revocation {
-	return Revocation{
+// describe says what is known of l, and of the act of it that ended tokens issued at iat. What is stored has the time
+// and the reason of the first act, the end and the seq of the last.
+func (i *inquiry) describe(ctx context.Context, l ledger.Listed, iat int64) (Revocation, error) {
+	r := Revocation{
 		ID: l.ID, Kind: l.Target.Kind, Identifier: l.Target.ID, Iss: l.Target.Iss, Tenant: l.Tenant.Domain,
-		RevokedAt: l.At.UTC().Truncate(time.Millisecond), NotAfter: l.NotAfter, Exp: l.Exp, Reason: l.Reason, Seq: l.Seq,
+		RevokedAt: l.At, NotAfter: l.NotAfter, Exp: l.Exp, Reason: l.Reason,
 	}
+	if !r.Kind.HasTime() {
+		iat = 0
+	}
+	act, ok, err := i.deps.Ledger.ActOn(ctx, l.ID, iat)
+	switch {
+	case err != nil:
+		return Revocation{}, err
+	case ok:
+		r.act, r.Seq = &act, act.Seq
+		if !act.First {
+			r.RevokedAt, r.Reason = act.At, ""
+		}
+	case iat > l.At.Unix():
+		r.RevokedAt, r.Reason = time.Time{}, ""
+	}
+	r.RevokedAt = r.RevokedAt.UTC().Truncate(time.Millisecond)
+	return r, nil
 }
 
-// The audit has an index by time alone. Who revoked anew is in the records since, if these can be looked
-// through quickly; who did so first is near the revocation's time.
 const (
-	auditTime = 2 * time.Second
+	// The audit has an index by time alone.
 	auditNear = time.Minute
+	auditTime = 2 * time.Second
+	// auditPage is more than a revocation is renewed in that time.
+	auditPage = 100
 )
 
-// actor is by whom something was revoked last, empty if the audit does not have it.
-func (i *inquiry) actor(ctx context.Context, r Revocation) (string, error) {
-	f := ledger.AuditFilter{EntityID: r.ID, From: r.RevokedAt.Add(-auditNear)}
-	for {
-		bounded, cancel := context.WithTimeout(ctx, auditTime)
-		records, err := i.deps.Ledger.AuditPage(bounded, f, 0, 1)
-		late := bounded.Err() != nil && ctx.Err() == nil
-		cancel()
-		switch {
-		case err == nil && len(records) > 0:
-			return records[0].Actor.Name, nil
-		case err == nil, late && !f.To.IsZero():
-			return "", nil
-		case !late:
-			return "", err
-		}
-		f.To = r.RevokedAt.Add(auditNear)
+// audited completes r with what the audit has of its act: by whom it was, and why if it was not the first. It is
+// empty if the audit does not have it, or cannot be looked through quickly.
+func (i *inquiry) audited(ctx context.Context, r *Revocation) error {
+	if r.RevokedAt.IsZero() {
+		return nil
 	}
+	f := ledger.AuditFilter{EntityID: r.ID, From: r.RevokedAt, To: r.RevokedAt.Add(auditNear)}
+	if r.act != nil { // the record was written just before the event
+		f.From, f.To = r.act.At.Add(-auditNear), r.act.At.Add(time.Microsecond)
+	}
+	bounded, cancel := context.WithTimeout(ctx, auditTime)
+	defer cancel()
+	records, err := i.deps.Ledger.AuditPage(bounded, f, 0, auditPage)
+	switch {
+	case err != nil && bounded.Err() != nil && ctx.Err() == nil:
+		return nil
+	case err != nil || len(records) == 0:
+		return err
+	}
+	record := records[len(records)-1]
+	if r.act != nil {
+		record = records[0]
+		if !r.act.First {
+			r.Reason = record.Reason
+		}
+	}
+	r.Actor = record.Actor.Name
+	return nil
 }
 
 // opaque answers about a token that only its issuer can read.
@@ -180,17 +221,25 @@ func (i *inquiry) opaque(ctx context.Context, tok string) error {
 		Name: checkRevoked, Result: replica.Passed, Detail: "No revocation of a token with this SHA-256 is known.",
 		Facts: map[string]any{"sha256": target.ID},
 	}
-	i.answer.Verdict = CannotTell
+	var found []Revocation
 	for _, l := range list {
 		if !l.Target.Digest {
 			continue
 		}
-		if err := i.found(ctx, describe(l)); err != nil {
+		r, err := i.describe(ctx, l, 0)
+		if err != nil {
 			return err
 		}
+		found = append(found, r)
+	}
+	if err := i.found(ctx, found); err != nil {
+		return err
+	}
+	i.others = nil // they are of other issuers, one of which is the token's
+	i.answer.Verdict = CannotTell
+	if i.answer.Revocation != nil {
 		revoked.Result, revoked.Detail = replica.Failed, "A token with this SHA-256 was revoked."
 		i.refuse(replica.CodeInvalidCredentials)
-		break
 	}
 	i.answer.Checks = append(i.answer.Checks, form, revoked)
 	if i.answer.Revocation == nil {
@@ -199,20 +248,24 @@ func (i *inquiry) opaque(ctx context.Context, tok string) error {
 	return nil
 }
 
-// words say when, by whom, why and where in the log.
+// words say in half a sentence with what the token was revoked, when, by whom, why and where in the log.
 func (r *Revocation) words() string {
 	var b strings.Builder
 	switch r.Kind {
 	case revocation.KindToken:
-		b.WriteString("by itself")
+		b.WriteString("this one token was revoked")
 	case revocation.KindTenant:
-		b.WriteString("with all of its tenant")
+		b.WriteString("it was revoked with all of its tenant")
 	case revocation.KindKey:
-		b.WriteString("with its signing key")
+		b.WriteString("it was revoked with its signing key")
 	default:
-		fmt.Fprintf(&b, "with its %s", r.Kind)
+		fmt.Fprintf(&b, "it was revoked with its %s", r.Kind)
 	}
-	fmt.Fprintf(&b, ", at %s", when(r.RevokedAt))
+	if r.RevokedAt.IsZero() {
+		b.WriteString("; that was renewed since it was first done, and the log does not have any more which time ended this token")
+		return b.String()
+	}
+	fmt.Fprintf(&b, " at %s", when(r.RevokedAt))
 	if r.Actor != "" {
 		fmt.Fprintf(&b, " by %s", r.Actor)
 	}
@@ -263,6 +316,6 @@ func (i *inquiry) tellRevocation() {
 	}
 	failed.Facts["others"] = i.others
 	for n := range i.others {
-		failed.Detail = strings.TrimSuffix(failed.Detail, ".") + "; the token is revoked " + i.others[n].words() + " too."
+		failed.Detail = strings.TrimSuffix(failed.Detail, ".") + "; besides, " + i.others[n].words() + "."
 	}
 }

@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/go-chi/chi/v5"
@@ -20,8 +21,10 @@ const (
 	// maxBody bounds the body of a question, in bytes.
 	maxBody = 64 << 10
 	// maxAnswers is how many questions are answered at a time, by a process: each reads the database some
-	// times, and may wait for gateways.
+	// times, and may wait for gateways. Of callers who are bound to a tenant it is maxBound, one for each tenant:
+	// so no tenant keeps others, and all together do not keep the operators, from asking.
 	maxAnswers = 4
+	maxBound   = maxAnswers / 2
 	// busyRetry is what others are asked to wait.
 	busyRetry = 2 * time.Second
 	// timeout bounds one answer.
@@ -36,12 +39,12 @@ var errTimeout = fmt.Errorf("the explanation took too long: %w", context.Deadlin
 type Endpoint struct {
 	explainer *Explainer
 	accounts  rest.Accounts
-	places    chan struct{}
+	places    places
 }
 
 // NewEndpoint returns the endpoint of e.
 func NewEndpoint(e *Explainer, accounts rest.Accounts) *Endpoint {
-	return &Endpoint{explainer: e, accounts: accounts, places: make(chan struct{}, maxAnswers)}
+	return &Endpoint{explainer: e, accounts: accounts, places: places{tenants: make(map[string]struct{})}}
 }
 
 // Routes adds POST /v1/explain to r, which stands at the root of the host.
@@ -58,18 +61,17 @@ func (e *Endpoint) post(w http.ResponseWriter, r *http.Request) error {
 	if err := rest.Decode(w, rest.LimitBody(r, maxBody), &q); err != nil {
 		return err
 	}
-	select {
-	case e.places <- struct{}{}:
-		defer func() { <-e.places }()
-	default:
+	by := callerOf(r)
+	if !e.places.take(by.Tenant) {
 		return &rest.Problem{
 			Status: http.StatusServiceUnavailable, RetryAfter: busyRetry,
 			Detail: "Other questions are being answered. Sending the same request again is safe.",
 		}
 	}
+	defer e.places.leave(by.Tenant)
 	ctx, cancel := context.WithTimeoutCause(r.Context(), timeout, errTimeout)
 	defer cancel()
-	answer, err := e.explainer.Explain(ctx, callerOf(r), q)
+	answer, err := e.explainer.Explain(ctx, by, q)
 	if err != nil {
 		return err
 	}
@@ -84,6 +86,38 @@ func (e *Endpoint) post(w http.ResponseWriter, r *http.Request) error {
 	h.Set("Cache-Control", "no-store")
 	_, _ = io.WriteString(w, text) // a caller that is gone does not read it
 	return nil
+}
+
+// places are those who are being answered.
+type places struct {
+	mu      sync.Mutex
+	taken   int
+	tenants map[string]struct{} // of those who are bound to one
+}
+
+// take takes a place for a caller who is bound to tenant, which is empty for one who is not, and returns false if
+// there is none. It is followed by leave.
+func (p *places) take(tenant string) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.taken >= maxAnswers {
+		return false
+	}
+	if tenant != "" {
+		if _, there := p.tenants[tenant]; there || len(p.tenants) >= maxBound {
+			return false
+		}
+		p.tenants[tenant] = struct{}{}
+	}
+	p.taken++
+	return true
+}
+
+func (p *places) leave(tenant string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.taken--
+	delete(p.tenants, tenant)
 }
 
 // callerOf is who sent r: an account sees what it sees of revocations.

@@ -135,8 +135,10 @@ func TestFewAtATime(t *testing.T) {
 		})
 		<-w.gate.entered
 	}
-	if res, got := post("admin", path, `{"token":"opaque"}`); res.StatusCode != http.StatusServiceUnavailable || res.Header.Get("Retry-After") != "2" {
-		t.Errorf("one more: %d %v %s", res.StatusCode, res.Header, got)
+	for _, who := range []string{"admin", "acme-admin"} {
+		if res, got := post(who, path, `{"token":"opaque"}`); res.StatusCode != http.StatusServiceUnavailable || res.Header.Get("Retry-After") != "2" {
+			t.Errorf("one more, %s: %d %v %s", who, res.StatusCode, res.Header, got)
+		}
 	}
 	close(w.gate.open)
 	inside.Wait()
@@ -144,4 +146,35 @@ func TestFewAtATime(t *testing.T) {
 	if res, got := post("admin", path, `{"token":"opaque"}`); res.StatusCode != http.StatusOK {
 		t.Errorf("once there is a place again: %d %s", res.StatusCode, got)
 	}
+}
+
+// TestPlaces: tenants do not keep each other, nor the operators, from asking.
+func TestPlaces(t *testing.T) {
+	t.Parallel()
+	p := places{tenants: make(map[string]struct{})}
+	take := func(tenant string, want bool) {
+		t.Helper()
+		if got := p.take(tenant); got != want {
+			t.Errorf("a place for %q: %t, want %t", tenant, got, want)
+		}
+	}
+	take("a", true)
+	take("a", false) // it has one
+	take("b", true)
+	take("c", false) // the others are not for tenants
+	take("", true)
+	take("", true)
+	take("", false)
+	p.leave("a")
+	take("c", true)
+	p.leave("")
+	take("a", false)
+	take("", true)
+	for _, tenant := range []string{"b", "c", "", ""} {
+		p.leave(tenant)
+	}
+	for range maxAnswers {
+		take("", true)
+	}
+	take("a", false)
 }

@@ -66,16 +66,19 @@ func (a Answer) Text() string {
 }
 
 func (r *Revocation) rows() [][2]string {
-	seq, notAfter := "the log has removed the event", ""
+	seq, at, notAfter := "the log has removed the event", "", ""
 	if r.Seq != 0 {
 		seq = fmt.Sprint(r.Seq)
+	}
+	if !r.RevokedAt.IsZero() {
+		at = when(r.RevokedAt)
 	}
 	if r.NotAfter != 0 {
 		notAfter = when(time.Unix(r.NotAfter, 0)) + ", the latest iat of dead tokens"
 	}
 	return [][2]string{
 		{"id", r.ID}, {"kind", string(r.Kind)}, {"identifier", r.Identifier}, {"issuer", r.Iss}, {"tenant", r.Tenant},
-		{"revoked at", when(r.RevokedAt)}, {"by", r.Actor}, {"reason", r.Reason}, {"seq", seq}, {"not after", notAfter},
+		{"revoked at", at}, {"by", r.Actor}, {"reason", r.Reason}, {"seq", seq}, {"not after", notAfter},
 		{"lasts until", when(time.Unix(r.Exp, 0))},
 	}
 }

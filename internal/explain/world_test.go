@@ -18,6 +18,7 @@ import (
 	"time"
 
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/prometheus/client_golang/prometheus"
 
 	"github.com/rescindhq/rescind/api/catalog"
@@ -83,9 +84,27 @@ type gateways struct {
 	known         map[string]fleet.Gateway
 	before, after *fleet.Sighting
 	err           error
+	barriers      []revocation.Position
+	meanwhile     func() // what happens while somebody waits
 }
 
 func (f *gateways) Refresh(context.Context) error { return f.err }
+
+func (f *gateways) Wait(_ context.Context, b fleet.Barrier) (r fleet.BarrierResult, err error) {
+	f.barriers = append(f.barriers, b.Position)
+	for _, g := range f.known {
+		if b.Select(&g) {
+			r.Gateways = append(r.Gateways, fleet.Confirmation{Gateway: g})
+		}
+	}
+	if len(r.Gateways) != 1 {
+		return r, fmt.Errorf("%d gateways are waited for", len(r.Gateways))
+	}
+	if f.meanwhile != nil {
+		f.meanwhile()
+	}
+	return r, f.err
+}
 
 func (f *gateways) Gateway(id string) (fleet.Gateway, bool) {
 	g, ok := f.known[id]
@@ -121,6 +140,8 @@ func (c *counting) Verify(ctx context.Context, compact string) (*token.Token, er
 type world struct {
 	*Explainer
 	t        testing.TB
+	pool     *pgxpool.Pool
+	owner    *pgxpool.Pool
 	ledger   *ledger.Ledger
 	revoker  *revoke.Revoker
 	gate     *gate
@@ -132,7 +153,9 @@ func newWorld(t testing.TB) *world {
 	t.Helper()
 	log, reg := slog.New(slog.DiscardHandler), prometheus.NewRegistry()
 	w := &world{t: t, fleet: &gateways{known: make(map[string]fleet.Gateway)}}
-	pool := pgtest.New(t)
+	db := pgtest.Create(t)
+	pool := pgtest.Pool(t, db.ServiceURL)
+	w.pool, w.owner = pool, pgtest.Pool(t, db.OwnerURL)
 	must := func(err error) {
 		t.Helper()
 		if err != nil {

@@ -48,7 +48,7 @@ type waiting struct {
 // observe notes what a report says of g. It needs f.mu.
 func (w *waiting) observe(f *Fleet, g *gateway, now time.Time) {
 	_, waits := w.pending[g.id]
-	switch done := g.source != stored && applied(g.report.Position, w.Position); {
+	switch done := f.confirms(g, now) && applied(g.report.Position, w.Position); {
 	case done && waits:
 		delete(w.pending, g.id)
 		w.after[g.id] = now.Sub(w.began)
@@ -123,8 +123,12 @@ func (f *Fleet) Wait(ctx context.Context, b Barrier) (BarrierResult, error) {
 		f.mu.Lock()
 		now := time.Now()
 		next := w.prune(f, now)
-		answered := f.talk.answered(q)
-		if !answered && !synced && now.After(patience) && ctx.Err() == nil {
+		answered, without := f.talk.answered(q, now)
+		late := !answered && now.After(patience)
+		if (late || without) && !synced && ctx.Err() == nil {
+			if late {
+				f.talk.missed(q, now)
+			}
 			f.mu.Unlock()
 			// Gateways of a process that does not answer are known to the database.
 			if err := f.sync(ctx, nil, false); err != nil && ctx.Err() == nil {
@@ -133,7 +137,7 @@ func (f *Fleet) Wait(ctx context.Context, b Barrier) (BarrierResult, error) {
 			synced = true
 			continue
 		}
-		known := answered || synced
+		known := answered && !without || synced
 		if known && len(w.pending) == 0 || ctx.Err() != nil {
 			r := w.result(f, now)
 			// It may be that one was lost a moment ago, and is back.
@@ -180,8 +184,9 @@ func (w *waiting) result(f *Fleet, now time.Time) BarrierResult {
 }
 
 // Refresh asks all processes for what they know now, and waits for it a second at most. What does not
-// answer by then is passed over: the gateways that may report to it are not lost for that. Errors: that
-// of ctx, or one of the database.
+// answer by then is passed over, and not waited for again until it answers, or for ten seconds: the
+// gateways that may report to it are not lost for that, and confirm nothing once they were silent for
+// their lease. Errors: that of ctx, or one of the database.
 func (f *Fleet) Refresh(ctx context.Context) error {
 	called := time.Now()
 	select {
@@ -202,24 +207,30 @@ func (f *Fleet) Refresh(ctx context.Context) error {
 	f.mu.Unlock()
 	defer done()
 	err := f.pose(ctx, q)
-	for answered := false; err == nil && !answered; {
+	for err == nil {
 		f.mu.Lock()
 		read := f.talk.read
-		answered = f.talk.answered(q)
+		answered, without := f.talk.answered(q, time.Now())
 		f.mu.Unlock()
-		if answered {
+		if answered && !without {
 			break
 		}
-		select {
-		case <-read:
-		case <-ctx.Done():
+		if !answered {
+			select {
+			case <-read:
+				continue
+			case <-ctx.Done():
+			}
 			if !errors.Is(context.Cause(ctx), errNoAnswer) {
 				return ctx.Err()
 			}
-			// Gateways of a process that does not answer are known to the database.
-			err = f.sync(parent, nil, false)
-			answered = true
+			f.mu.Lock()
+			f.talk.missed(q, time.Now())
+			f.mu.Unlock()
 		}
+		// Gateways of a process that does not answer are known to the database.
+		err = f.sync(parent, nil, false)
+		break
 	}
 	if err != nil {
 		return fmt.Errorf("ask other processes for their gateways: %w", err)

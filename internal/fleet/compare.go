@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 	"time"
@@ -20,8 +21,15 @@ const (
 	spread = 50
 	// digestFor is how long a gateway may take to begin with one.
 	digestFor = time.Minute
-	// keepDigests is how many cutoffs the log's digests are kept for.
-	keepDigests = 3
+	// A digest is compared if its cutoff is not longer ago, or further ahead, than this.
+	comparedBefore = 4 * minute
+	comparedAhead  = 2 * minute
+	// keepDigests is how many cutoffs the log's digests are kept for: all of those.
+	keepDigests = (comparedBefore+comparedAhead)/minute + 1
+	// digestsApart is how long the log's state is not read again for digests, whatever gateways ask for.
+	digestsApart = 2 * time.Second
+	// digestsOld are made again when it is no longer known what happened since.
+	digestsOld = 10 * time.Second
 	// notYetFor is how long a digest waits for the log's state to come to its position.
 	notYetFor    = 10 * time.Second
 	loadAgain    = 5 * time.Minute
@@ -45,9 +53,30 @@ type digests interface {
 	At(p revocation.Position, scope replica.DigestScope) (replica.Digest, error)
 }
 
+// askedFor are the cutoffs that a gateway was asked for by this process, the last ones. What it was not
+// asked for it may not have the log read for.
+type askedFor struct {
+	cutoffs [keepDigests]int64
+	next    int
+}
+
+func (a *askedFor) add(cutoff int64) {
+	if !slices.Contains(a.cutoffs[:], cutoff) {
+		a.cutoffs[a.next] = cutoff
+		a.next = (a.next + 1) % len(a.cutoffs)
+	}
+}
+
+// comparable reports whether d is compared when it comes now: so that nobody is without a verdict for one
+// that is not, only such a one is an answer.
+func (g *gateway) comparable(d *replica.Digest, now time.Time) bool {
+	off := d.Cutoff - now.Unix()
+	return -comparedBefore <= off && off <= comparedAhead && slices.Contains(g.asked.cutoffs[:], d.Cutoff)
+}
+
 // wish asks for a digest in place of the one that was asked for before. It needs f.mu.
-func (g *gateway) wish(w digestWish) {
-	if d := g.report.Digest; d != nil && w.metBy(d) {
+func (g *gateway) wish(w digestWish, now time.Time) {
+	if d := g.report.Digest; d != nil && g.comparable(d, now) && w.metBy(d) {
 		return
 	}
 	w.told = time.Time{}
@@ -58,6 +87,11 @@ func (g *gateway) wish(w digestWish) {
 // metBy reports whether d is an answer. One with a later cutoff is: it was asked for later.
 func (w *digestWish) metBy(d *replica.Digest) bool {
 	return d.Cutoff >= w.Cutoff && (w.After.Epoch == "" || applied(d.Position, w.After))
+}
+
+// covers reports whether a digest that is wanted will do for r too.
+func (w *digestWish) covers(r replica.DigestRequest) bool {
+	return r.Cutoff < w.Cutoff || r.Cutoff == w.Cutoff && (r.After.Epoch == "" || applied(w.After, r.After))
 }
 
 // load asks for a snapshot to be loaded. It needs f.mu.
@@ -71,16 +105,15 @@ func (f *Fleet) compareNext(g *gateway, now time.Time) {
 	d := g.report.Digest
 	if now.Before(f.wanted.until) && g.wanted != f.wanted.DigestRequest { // it has come after it was asked for
 		g.wanted = f.wanted.DigestRequest
-		g.wish(f.wanted)
+		g.wish(f.wanted, now)
 	}
-	if d == nil {
+	if d == nil || !g.comparable(d, now) {
 		return
 	}
 	if g.digest.metBy(d) {
 		g.digest.until = time.Time{}
 	}
-	off := d.Cutoff - now.Unix()
-	if f.state == nil || *d == g.compared.digest || off < -4*minute || off > 2*minute {
+	if f.state == nil || *d == g.compared.digest {
 		return
 	}
 	if !g.compared.due {
@@ -98,6 +131,9 @@ func (f *Fleet) tick(ctx context.Context) {
 		f.mu.Lock()
 		for _, g := range f.gateways {
 			if g.source != here {
+				if f.longSilent(g, now) {
+					lost++
+				}
 				continue
 			}
 			if g.comparison.Verdict == Diverged {
@@ -157,7 +193,7 @@ func (f *Fleet) askDigest(g *gateway, now time.Time) {
 	g.compared.cutoff = cutoff
 	// At an earlier position than this state's a gateway may hold more than it knows of, from the snapshot
 	// that it has loaded, see [replica.State.Digest].
-	g.wish(digestWish{DigestRequest: replica.DigestRequest{Cutoff: cutoff, After: f.state.At()}, until: now.Add(digestFor)})
+	g.wish(digestWish{DigestRequest: replica.DigestRequest{Cutoff: cutoff, After: f.state.At()}, until: now.Add(digestFor)}, now)
 }
 
 // compare compares the digests that come.
@@ -166,7 +202,7 @@ func (f *Fleet) compare(ctx context.Context) {
 		return
 	}
 	var later []*gateway
-	var made cutoffs
+	var made logDigests
 	for ctx.Err() == nil {
 		timer := time.NewTimer(100 * time.Millisecond)
 		wake := timer.C
@@ -191,43 +227,59 @@ func (f *Fleet) compare(ctx context.Context) {
 	}
 }
 
-// cutoffs are the log's digests that were made, the newest last.
-type cutoffs []struct {
-	cutoff int64
-	digests
+// logDigests are the log's digests that were made.
+type logDigests struct {
+	byCutoff map[int64]madeDigests
+	last     time.Time // when some were last begun
 }
 
-func (c *cutoffs) of(ctx context.Context, f *Fleet, cutoff int64) (digests, error) {
-	for _, d := range *c {
-		if d.cutoff == cutoff {
-			return d, nil
-		}
+type madeDigests struct {
+	digests
+	at time.Time
+}
+
+var errNotNow = errors.New("digests were made a moment ago")
+
+// of returns those of a cutoff, which it makes if they are not there. Its error is errNotNow if it would do
+// so too soon after others.
+func (l *logDigests) of(ctx context.Context, f *Fleet, cutoff int64) (madeDigests, error) {
+	if d, ok := l.byCutoff[cutoff]; ok {
+		return d, nil
 	}
+	now := time.Now()
+	if now.Sub(l.last) < digestsApart {
+		return madeDigests{}, errNotNow
+	}
+	l.last = now
 	d, err := f.makeDigests(ctx, cutoff)
 	if err != nil {
-		return nil, fmt.Errorf("make the log's digests: %w", err)
+		return madeDigests{}, fmt.Errorf("make the log's digests: %w", err)
 	}
-	if len(*c) == keepDigests {
-		*c = slices.Delete(*c, 0, 1)
+	if l.byCutoff == nil {
+		l.byCutoff = make(map[int64]madeDigests)
 	}
-	*c = append(*c, struct {
-		cutoff int64
-		digests
-	}{cutoff, d})
-	return d, nil
+	if len(l.byCutoff) >= keepDigests {
+		delete(l.byCutoff, slices.Min(slices.Collect(maps.Keys(l.byCutoff))))
+	}
+	made := madeDigests{d, now}
+	l.byCutoff[cutoff] = made
+	return made, nil
 }
 
 // compareOne reports whether it is done with the gateway's last digest. It is not while the log's state
-// is not at its position.
-func (f *Fleet) compareOne(ctx context.Context, g *gateway, made *cutoffs) bool {
+// is not at its position, or has no digests yet.
+func (f *Fleet) compareOne(ctx context.Context, g *gateway, made *logDigests) bool {
 	f.mu.Lock()
 	d, came, due := g.compared.digest, g.compared.came, g.compared.due && f.gateways[g.id] == g
-	scope := scopeOf(g)
+	v := Gateway{Tenant: g.tenant, Sees: g.sees, Report: g.report}
 	f.mu.Unlock()
 	if !due { // it is another process's by now, or gone
 		return true
 	}
 	log, err := made.of(ctx, f, d.Cutoff)
+	if errors.Is(err, errNotNow) {
+		return false
+	}
 	if err != nil {
 		f.mu.Lock()
 		g.compared.due = false
@@ -237,9 +289,14 @@ func (f *Fleet) compareOne(ctx context.Context, g *gateway, made *cutoffs) bool 
 		}
 		return true
 	}
-	want, err := log.At(d.Position, scope)
+	want, err := log.At(d.Position, v.DigestScope())
 	now := time.Now()
-	if errors.Is(err, replica.ErrNotYet) && now.Sub(came) < notYetFor {
+	switch {
+	case errors.Is(err, replica.ErrNotYet) && now.Sub(came) < notYetFor:
+		return false
+	case errors.Is(err, replica.ErrForgotten) && now.Sub(log.at) > digestsOld && d.Epoch == f.state.At().Epoch:
+		// Too much has happened since, or a snapshot was loaded; the position itself may be known well.
+		delete(made.byCutoff, d.Cutoff)
 		return false
 	}
 	f.mu.Lock()
@@ -263,10 +320,12 @@ func (f *Fleet) compareOne(ctx context.Context, g *gateway, made *cutoffs) bool 
 		switch {
 		case g.compared.differs == 1 && g.comparison.Verdict != Diverged:
 			c.Verdict, c.Detail = g.comparison.Verdict, c.Detail+" It is compared again, for one difference may be due to chance."
-			// Another cutoff, or the digest that is known already would be an answer.
+			// Another cutoff, or the digest that is known already would be an answer; and one that is compared.
+			again := min(d.Cutoff, now.Unix()+comparedAhead-minute) + minute
+			again -= again % minute
 			g.wish(digestWish{
-				DigestRequest: replica.DigestRequest{Cutoff: d.Cutoff + minute, After: f.state.At()}, until: now.Add(digestFor),
-			})
+				DigestRequest: replica.DigestRequest{Cutoff: again, After: f.state.At()}, until: now.Add(digestFor),
+			}, now)
 		default:
 			c.Verdict = Diverged
 			f.diverged(g, now)
@@ -294,23 +353,23 @@ func (f *Fleet) diverged(g *gateway, now time.Time) {
 	g.load(uuid.NewString(), now)
 }
 
-// scopeOf is what g sees of the log. It needs f.mu.
-func scopeOf(g *gateway) replica.DigestScope {
-	s := replica.DigestScope{RevocationsOnly: g.report.RevocationsOnly}
-	v := Gateway{Tenant: g.tenant, Sees: g.sees, Report: g.report}
-	if len(v.Report.Tenants) == 0 && slices.Contains(v.Sees, allTenants) {
-		return s
-	}
-	if len(v.Report.Tenants) > 0 {
-		named := make(map[string]bool, len(v.Report.Tenants))
-		for _, d := range v.Report.Tenants {
+// DigestScope is what the gateway holds of the log, for comparing: the tenants that it names. One that
+// names none holds all, whatever its account sees, as one that follows etcd does; but for one whose account
+// sees more than it can name, for that leaves the list out.
+func (g *Gateway) DigestScope() replica.DigestScope {
+	s := replica.DigestScope{RevocationsOnly: g.Report.RevocationsOnly}
+	if len(g.Report.Tenants) > 0 {
+		named := make(map[string]bool, len(g.Report.Tenants))
+		for _, d := range g.Report.Tenants {
 			named[d] = true
 		}
-		v.Report.Tenants = nil
-		s.Sees = func(domain string) bool { return named[domain] && v.Serves(domain) }
+		s.Sees = func(domain string) bool { return named[domain] }
 		return s
 	}
-	s.Sees = v.Serves
+	if !slices.Contains(g.Sees, allTenants) && checkTenants(append([]string{g.Tenant}, g.Sees...)) != nil {
+		v := *g
+		s.Sees = v.Serves
+	}
 	return s
 }
 

@@ -68,7 +68,7 @@ func TestDivergedIsFound(t *testing.T) {
 	run(t, f)
 	digest := func(n *node, p revocation.Position, lies int) {
 		n.digest = func(r replica.DigestRequest) *replica.Digest {
-			d := honest(p, r.Cutoff, n.by.Sees("b.example"))
+			d := honest(p, r.Cutoff, len(n.base.Tenants) == 0)
 			if lies > 0 {
 				lies--
 				d.Count--
@@ -79,6 +79,7 @@ func TestDivergedIsFound(t *testing.T) {
 	}
 	well, other, bad, chance, ahead, strange := newNode(t, "well", gw1, at(9)), newNode(t, "well-b", gw2, at(9)),
 		newNode(t, "bad", gw1, at(10)), newNode(t, "chance", gw1, at(10)), newNode(t, "ahead", gw1, at(11)), newNode(t, "strange", gw1, at(11))
+	well.base.Tenants = []string{"carbon.super"} // another's is not in its digest
 	digest(well, at(9), 0)
 	digest(other, at(9), 0)
 	digest(bad, at(10), 2)
@@ -169,8 +170,9 @@ func TestDivergedState(t *testing.T) {
 	}
 	log := stateOf(replica.StateConfig{Records: true, History: 64}, "", "a1", "a2", "b1", "b2")
 	f, _ := start(t, pgtest.New(t), Config{ReportEvery: 100 * time.Millisecond, Lease: 10 * time.Second}, log)
-	nodeOf := func(id string, by authn.Account, s *replica.State) {
+	nodeOf := func(id string, by authn.Account, s *replica.State, tenants ...string) {
 		n := newNode(t, id, by, at(10))
+		n.base.Tenants = tenants
 		n.digest = func(r replica.DigestRequest) *replica.Digest {
 			d, err := s.Digest(context.Background(), r.Cutoff, r.After)
 			if err != nil {
@@ -180,13 +182,14 @@ func TestDivergedState(t *testing.T) {
 		}
 		n.run(f)
 	}
-	nodeOf("super", gw1, stateOf(replica.StateConfig{}, "carbon.super", "a1", "a2"))
-	nodeOf("b-well", gw2, stateOf(replica.StateConfig{}, "b.example", "b1", "b2"))
-	nodeOf("b-lacks", gw2, stateOf(replica.StateConfig{}, "b.example", "b1"))
+	nodeOf("super", gw1, stateOf(replica.StateConfig{}, "carbon.super", "a1", "a2"), "carbon.super", "a.example")
+	nodeOf("b-all", gw2, stateOf(replica.StateConfig{}, "", "a1", "a2", "b1", "b2")) // as one that follows etcd
+	nodeOf("b-well", gw2, stateOf(replica.StateConfig{}, "b.example", "b1", "b2"), "b.example")
+	nodeOf("b-lacks", gw2, stateOf(replica.StateConfig{}, "b.example", "b1"), "b.example")
 	if err := f.AskDigests(t.Context(), replica.DigestRequest{Cutoff: cutoff}); err != nil {
 		t.Fatal(err)
 	}
-	want := map[string]Verdict{"super": Equal, "b-well": Equal, "b-lacks": Diverged}
+	want := map[string]Verdict{"super": Equal, "b-all": Equal, "b-well": Equal, "b-lacks": Diverged}
 	await(t, f, "the verdicts", func() bool {
 		got := make(map[string]Verdict)
 		for _, g := range f.Gateways() {
@@ -205,10 +208,13 @@ func TestDigestsAcrossProcesses(t *testing.T) {
 	n.digest = func(r replica.DigestRequest) *replica.Digest { d := honest(at(5), r.Cutoff, false); return &d }
 	n.run(f)
 	want := replica.DigestRequest{Cutoff: time.Now().Unix() / 60 * 60, After: at(4)}
-	if err := watcher.AskDigests(t.Context(), want); err != nil {
-		t.Fatal(err)
-	}
-	await(t, watcher, "the digest", func() bool { g, _ := watcher.Gateway("edge"); return g.Report.Digest != nil })
+	await(t, watcher, "the digest", func() bool {
+		if err := watcher.AskDigests(t.Context(), want); err != nil {
+			t.Fatal(err)
+		}
+		g, _ := watcher.Gateway("edge")
+		return g.Report.Digest != nil
+	})
 	if err := watcher.AskLoad(t.Context(), []string{"edge"}); err != nil {
 		t.Fatal(err)
 	}

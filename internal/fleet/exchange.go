@@ -3,6 +3,7 @@ package fleet
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"maps"
 	"net"
@@ -11,6 +12,7 @@ import (
 
 	"github.com/google/uuid"
 	"github.com/jackc/pgx/v5"
+	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/klauspost/compress/zstd"
 
 	"github.com/rescindhq/rescind/api/replica"
@@ -32,13 +34,21 @@ const (
 	watchFor = 2 * time.Second
 	// tellAgain is how often it is answered when nothing but ages has changed.
 	tellAgain = time.Second
+	// forgiveFor a process that did not answer in time is not waited for.
+	forgiveFor = 10 * time.Second
 	// A process tells at most every tellGap, and takes about a sixth of a core for it, but at least every
 	// second.
-	tellGap     = 20 * time.Millisecond
+	tellGap     = 100 * time.Millisecond
 	tellShare   = 5
 	keepTelling = 15 * time.Minute
 
 	writeTimeout = 5 * time.Second
+
+	// maxRow is how large a process's row may be before it is compressed: the most gateways with the longest
+	// reports. What is larger would be too much for those who read it.
+	maxRow = 256 << 20
+	// maxChanged ids that have changed are read one by one, past it all are.
+	maxChanged = 1000
 )
 
 var never = time.Time{}
@@ -113,6 +123,8 @@ type peer struct {
 	version int64
 	seen    time.Time
 	since   time.Time
+	missed  time.Time // when it did not answer in time, zero: it has answered since
+	broken  bool      // its row could not be read
 }
 
 // wish is a position that a barrier waits for.
@@ -145,17 +157,31 @@ func (t *talk) unconfirmed(at revocation.Position, now time.Time) (p revocation.
 	return p, ok
 }
 
-// answered reports whether all who live have answered q.
-func (t *talk) answered(q *question) bool {
+// answered reports whether all who live have answered q, and whether that is without some who are not waited
+// for, because they did not answer lately.
+func (t *talk) answered(q *question, now time.Time) (ok, without bool) {
 	if q.posed.IsZero() || t.readAt.Before(q.posed) {
-		return false
+		return false, false
 	}
 	for _, p := range t.peers {
-		if p.asked < q.Ask {
-			return false
+		switch {
+		case p.asked >= q.Ask:
+		case now.Sub(p.missed) < forgiveFor:
+			without = true
+		default:
+			return false, false
 		}
 	}
-	return true
+	return true, without
+}
+
+// missed is called when those who have not answered q are waited for no longer.
+func (t *talk) missed(q *question, now time.Time) {
+	for _, p := range t.peers {
+		if p.asked < q.Ask && now.Sub(p.missed) >= forgiveFor {
+			p.missed = now
+		}
+	}
 }
 
 // open begins to ask the gateways of this process, and is followed by [Fleet.pose] for the others, until
@@ -181,12 +207,12 @@ func (f *Fleet) ask(m message) {
 			}
 		}
 	}
-	if m.Digest != nil && *m.Digest != f.wanted.DigestRequest {
+	if m.Digest != nil && *m.Digest != f.wanted.DigestRequest && !(now.Before(f.wanted.until) && f.wanted.covers(*m.Digest)) {
 		f.wanted = digestWish{DigestRequest: *m.Digest, until: now.Add(digestFor)}
 		for _, g := range f.gateways {
 			if g.source == here {
 				g.wanted = *m.Digest
-				g.wish(f.wanted)
+				g.wish(f.wanted, now)
 			}
 		}
 	}
@@ -197,14 +223,17 @@ func (f *Fleet) ask(m message) {
 	}
 }
 
+// unsynced makes the transaction not wait for the disk: what a crash takes is asked and told again.
+const unsynced = `set_config('synchronous_commit', 'off', true)`
+
 const poseSQL = `
-	SELECT n, pg_notify('` + channel + `', jsonb_set($1::jsonb, '{ask}', to_jsonb(n))::text)
+	SELECT n, pg_notify('` + channel + `', jsonb_set($1::jsonb, '{ask}', to_jsonb(n))::text), ` + unsynced + `
 	FROM nextval('rescind.fleet_questions') AS n`
 
 // pose asks the other processes.
 func (f *Fleet) pose(ctx context.Context, q *question) error {
 	var n int64
-	if err := f.pool.QueryRow(ctx, poseSQL, f.payload(q.message)).Scan(&n, nil); err != nil {
+	if err := f.pool.QueryRow(ctx, poseSQL, f.payload(q.message)).Scan(&n, nil, nil); err != nil {
 		return err
 	}
 	f.mu.Lock()
@@ -218,11 +247,18 @@ func (f *Fleet) pose(ctx context.Context, q *question) error {
 
 // AskDigests asks all gateways for digests with this cutoff at positions not before after. They are in
 // Gateway.Report.Digest when they come; see [Fleet.Changed], which goes by them for a quarter of a minute.
-// A later call takes the place of an earlier one.
+// A later call takes the place of an earlier one, and of several processes that of the latest cutoff.
 func (f *Fleet) AskDigests(ctx context.Context, r replica.DigestRequest) error {
-	if err := f.askFor(ctx, message{Digest: &r}); err != nil {
+	f.mu.Lock()
+	delete(f.talk.questions, f.digests)
+	f.mu.Unlock()
+	q, err := f.askFor(ctx, message{Digest: &r})
+	if err != nil {
 		return fmt.Errorf("ask for digests: %w", err)
 	}
+	f.mu.Lock()
+	f.digests = q
+	f.mu.Unlock()
 	return nil
 }
 
@@ -230,7 +266,7 @@ func (f *Fleet) AskDigests(ctx context.Context, r replica.DigestRequest) error {
 func (f *Fleet) AskLoad(ctx context.Context, ids []string) error {
 	name := uuid.NewString()
 	for chunk := range slices.Chunk(ids, idsInMessage) {
-		if err := f.askFor(ctx, message{Load: name, IDs: chunk}); err != nil {
+		if _, err := f.askFor(ctx, message{Load: name, IDs: chunk}); err != nil {
 			return fmt.Errorf("ask gateways to load a snapshot: %w", err)
 		}
 	}
@@ -239,15 +275,15 @@ func (f *Fleet) AskLoad(ctx context.Context, ids []string) error {
 
 const askFor = 15 * time.Second
 
-func (f *Fleet) askFor(ctx context.Context, m message) error {
+func (f *Fleet) askFor(ctx context.Context, m message) (*question, error) {
 	f.mu.Lock()
 	q, done := f.open(m, time.Now().Add(askFor))
 	f.mu.Unlock()
 	if err := f.pose(ctx, q); err != nil {
 		done()
-		return err
+		return nil, err
 	}
-	return nil
+	return q, nil
 }
 
 // listen hears the other processes, on a connection of its own: LISTEN belongs to it.
@@ -275,9 +311,9 @@ func (f *Fleet) listenOnce(ctx context.Context) error {
 	if _, err := conn.Exec(ctx, `LISTEN `+channel); err != nil {
 		return err
 	}
-	if err := f.sync(ctx, nil, false); err != nil { // what was said of rows before was not heard
-		return err
-	}
+	f.mu.Lock()
+	f.rowsChanged(nil) // what was said of rows before was not heard
+	f.mu.Unlock()
 	kick(f.kicks.converse)
 	for {
 		n, err := conn.WaitForNotification(ctx)
@@ -290,7 +326,7 @@ func (f *Fleet) listenOnce(ctx context.Context) error {
 			continue
 		}
 		if m.From != f.self {
-			f.hear(ctx, m)
+			f.hear(m)
 		}
 	}
 }
@@ -311,14 +347,12 @@ func (f *Fleet) connect(ctx context.Context) (*pgx.Conn, error) {
 }
 
 // hear takes what another process says.
-func (f *Fleet) hear(ctx context.Context, m message) {
-	if len(m.Rows) > 0 {
-		if err := f.sync(ctx, m.Rows, true); err != nil && ctx.Err() == nil {
-			f.log.Warn("cannot read gateways that have changed, it is tried again within a minute", "error", err)
-		}
-	}
+func (f *Fleet) hear(m message) {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if len(m.Rows) > 0 {
+		f.rowsChanged(m.Rows)
+	}
 	if m.Told && len(f.talk.questions) > 0 {
 		kick(f.kicks.converse)
 	}
@@ -339,6 +373,57 @@ func (f *Fleet) hear(ctx context.Context, m message) {
 	}
 	f.ask(m)
 	kick(f.kicks.tell)
+}
+
+// changedRows are gateways whose rows are to be read.
+type changedRows struct {
+	ids map[string]struct{}
+	all bool
+}
+
+// rowsChanged has rows read, nil: all. It needs f.mu.
+func (f *Fleet) rowsChanged(ids []string) {
+	r := &f.rows
+	if r.ids == nil {
+		r.ids = make(map[string]struct{})
+	}
+	for _, id := range ids {
+		r.ids[id] = struct{}{}
+	}
+	r.all = r.all || ids == nil || len(r.ids) > maxChanged
+	kick(f.kicks.rows)
+}
+
+// syncRows reads rows that have changed, those together that change meanwhile.
+func (f *Fleet) syncRows(ctx context.Context) {
+	for down := false; ctx.Err() == nil; {
+		select {
+		case <-f.kicks.rows:
+		case <-ctx.Done():
+			return
+		}
+		f.mu.Lock()
+		r := f.rows
+		f.rows = changedRows{}
+		f.mu.Unlock()
+		var err error
+		if ids := slices.Collect(maps.Keys(r.ids)); !r.all && len(ids) > 0 {
+			err = f.sync(ctx, ids, true)
+		} else if r.all {
+			err = f.sync(ctx, nil, false)
+		}
+		if err != nil && ctx.Err() == nil {
+			if !down {
+				f.log.Warn("cannot read gateways that have changed, it is tried until it can", "error", err)
+			}
+			f.mu.Lock()
+			f.rows.all = f.rows.all || r.all
+			f.rowsChanged(append([]string{}, slices.Collect(maps.Keys(r.ids))...))
+			f.mu.Unlock()
+			pause(ctx, time.Second)
+		}
+		down = err != nil
+	}
 }
 
 // tellSoon is called with each report that was taken. It needs f.mu.
@@ -365,35 +450,45 @@ type told struct {
 	FirstSeen   time.Time      `json:"first_seen"`
 	Age         int64          `json:"age"`
 	Lease       int64          `json:"lease"`
-	Report      replica.Report `json:"report"`
+	Report      replica.Report `json:"report"`         // without tenants
+	List        int            `json:"list,omitempty"` // of its tenants, from 1; 0: it names none
 	ConflictAge *int64         `json:"conflict_age,omitempty"`
 	Comparison  *Comparison    `json:"comparison,omitempty"`
 	ComparedAge int64          `json:"compared_age,omitempty"`
 }
 
+// row is what a process tells.
+type row struct {
+	Lists    [][]string `json:"lists,omitempty"` // of tenants, for most gateways have the same
+	Gateways []told     `json:"gateways"`
+}
+
 var (
 	encoder, _ = zstd.NewWriter(nil, zstd.WithEncoderLevel(zstd.SpeedFastest), zstd.WithEncoderConcurrency(1), zstd.WithLowerEncoderMem(true))
-	decoder, _ = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(1<<30))
+	decoder, _ = zstd.NewReader(nil, zstd.WithDecoderConcurrency(1), zstd.WithDecoderMaxMemory(maxRow))
 )
 
 const (
 	beatSQL = `
-		INSERT INTO rescind.fleet_processes (id, since, seen) VALUES ($1, statement_timestamp() - make_interval(secs => $2), statement_timestamp())
-		ON CONFLICT (id) DO UPDATE SET seen = excluded.seen`
+		WITH beat AS (
+			INSERT INTO rescind.fleet_processes (id, since, seen) VALUES ($1, statement_timestamp() - make_interval(secs => $2), statement_timestamp())
+			ON CONFLICT (id) DO UPDATE SET seen = excluded.seen RETURNING id)
+		SELECT ` + unsynced + ` FROM beat`
 	tellSQL = `
 		WITH told AS (
 			INSERT INTO rescind.fleet_processes (id, since, seen, asked, version, told_at, gateways)
-			VALUES ($1, statement_timestamp() - make_interval(secs => $2), statement_timestamp(), $3, $4, statement_timestamp(), $5)
+			VALUES ($1, statement_timestamp() - make_interval(secs => $2), statement_timestamp(), $3, $4,
+				statement_timestamp() - make_interval(secs => $7), $5)
 			ON CONFLICT (id) DO UPDATE SET seen = excluded.seen, asked = excluded.asked, version = excluded.version,
 				told_at = excluded.told_at, gateways = excluded.gateways
 			RETURNING id)
-		SELECT pg_notify('` + channel + `', $6) FROM told`
+		SELECT pg_notify('` + channel + `', $6), ` + unsynced + ` FROM told`
 )
 
 // tell keeps this process's row.
 func (f *Fleet) tell(ctx context.Context) {
 	var beat, last time.Time
-	down := false
+	down, known := false, false
 	for ctx.Err() == nil {
 		f.mu.Lock()
 		now := time.Now()
@@ -405,7 +500,7 @@ func (f *Fleet) tell(ctx context.Context) {
 		}
 		since := now.Sub(f.since).Seconds()
 		var heard, version int64
-		var body []told
+		var body row
 		if due {
 			t.urgent, t.some = false, false
 			t.version++
@@ -415,22 +510,27 @@ func (f *Fleet) tell(ctx context.Context) {
 		f.mu.Unlock()
 		var err error
 		var work time.Duration
-		wctx, cancel := context.WithTimeout(ctx, writeTimeout)
-		switch {
-		case due:
-			b, jsonErr := json.Marshal(body)
-			if jsonErr != nil {
-				panic(jsonErr) // reports came as JSON
-			}
-			b = encoder.EncodeAll(b, nil)
+		// Not ended with ctx: a row that was still on its way then would come after its removal.
+		wctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), writeTimeout)
+		if due {
+			var b []byte
+			b, err = pack(body)
 			work = time.Since(now)
-			_, err = f.pool.Exec(wctx, tellSQL, f.self, since, heard, version, b, f.payload(message{Told: true}))
-			last, beat = time.Now(), now
-		case !now.Before(next):
-			_, err = f.pool.Exec(wctx, beatSQL, f.self, since)
+			if err == nil {
+				err = f.write(wctx, now, since, heard, version, b)
+				last, beat = time.Now(), now
+			}
+		}
+		if !now.Before(beat.Add(beatEvery)) { // also if there is too much to tell
+			_, beatErr := f.pool.Exec(wctx, beatSQL, f.self, since)
+			err = errors.Join(err, beatErr)
 			beat = now
 		}
 		cancel()
+		if err == nil && !known {
+			known = true
+			close(f.known)
+		}
 		switch {
 		case ctx.Err() != nil:
 		case err != nil && !down:
@@ -458,9 +558,51 @@ func (f *Fleet) tell(ctx context.Context) {
 	}
 }
 
+// pack makes a body what a row has.
+func pack(body row) ([]byte, error) {
+	b, err := json.Marshal(body)
+	if err != nil {
+		panic(err) // reports came as JSON
+	}
+	if len(b) > maxRow {
+		return nil, fmt.Errorf("%d gateways report to this process, of which there are %d MiB to tell, more than the %d MiB that others take: let fewer report to it",
+			len(body.Gateways), len(b)>>20, maxRow>>20)
+	}
+	return encoder.EncodeAll(b, nil), nil
+}
+
+func unpack(b []byte) (body row, err error) {
+	if b, err = decoder.DecodeAll(b, nil); err != nil {
+		return row{}, err
+	}
+	if err := json.Unmarshal(b, &body); err != nil {
+		return row{}, err
+	}
+	for i := range body.Gateways {
+		g := &body.Gateways[i]
+		switch {
+		case g.List < 0 || g.List > len(body.Lists):
+			return row{}, fmt.Errorf("gateway %s has the list %d of %d", g.ID, g.List, len(body.Lists))
+		case g.List > 0:
+			g.Report.Tenants = body.Lists[g.List-1]
+		}
+	}
+	return body, nil
+}
+
+// write writes the row as of now, which may be a while ago.
+func (f *Fleet) write(ctx context.Context, now time.Time, since float64, asked, version int64, b []byte) error {
+	return f.pool.AcquireFunc(ctx, func(conn *pgxpool.Conn) error {
+		age := time.Since(now).Seconds() // known once there is nothing more to wait for
+		_, err := conn.Exec(ctx, tellSQL, f.self, since, asked, version, b, f.payload(message{Told: true}), age)
+		return err
+	})
+}
+
 // body needs f.mu.
-func (f *Fleet) body(now time.Time) []told {
-	all := make([]told, 0, f.reports)
+func (f *Fleet) body(now time.Time) (body row) {
+	body.Gateways = make([]told, 0, f.reports)
+	numbers := make(map[*string]int) // by the list's first element, for equal ones are shared
 	for _, g := range f.gateways {
 		if g.source != here || now.Sub(g.reportedAt) > keepTelling {
 			continue
@@ -477,9 +619,17 @@ func (f *Fleet) body(now time.Time) []told {
 			c := g.comparison
 			t.Comparison, t.ComparedAge = &c, now.Sub(c.Time).Milliseconds()
 		}
-		all = append(all, t)
+		if list := g.report.Tenants; len(list) > 0 {
+			t.Report.Tenants = nil
+			if t.List = numbers[&list[0]]; t.List == 0 {
+				body.Lists = append(body.Lists, list)
+				t.List = len(body.Lists)
+				numbers[&list[0]] = t.List
+			}
+		}
+		body.Gateways = append(body.Gateways, t)
 	}
-	return all
+	return body
 }
 
 // converse repeats the questions of this process and reads the answers, while there are any.
@@ -498,7 +648,7 @@ func (f *Fleet) converse(ctx context.Context) {
 				continue
 			}
 			asks = true
-			if !f.talk.answered(q) {
+			if ok, _ := f.talk.answered(q, now); !ok {
 				every = pollEvery
 			}
 			if now.Sub(q.sent) >= repeatEvery {
@@ -540,8 +690,13 @@ const readSQL = `
 func (f *Fleet) readRows(ctx context.Context, again []string) error {
 	ctx, cancel := context.WithTimeout(ctx, writeTimeout)
 	defer cancel()
+	conn, err := f.pool.Acquire(ctx) // ages count from now on
+	if err != nil {
+		return err
+	}
+	defer conn.Release()
 	if len(again) > 0 {
-		if _, err := f.pool.Exec(ctx, `SELECT pg_notify('`+channel+`', p) FROM unnest($1::text[]) AS p`, again); err != nil {
+		if _, err := conn.Exec(ctx, `SELECT pg_notify('`+channel+`', p), `+unsynced+` FROM unnest($1::text[]) AS p`, again); err != nil {
 			return err
 		}
 	}
@@ -553,44 +708,52 @@ func (f *Fleet) readRows(ctx context.Context, again []string) error {
 		ids, versions = append(ids, id), append(versions, p.version)
 	}
 	f.mu.Unlock()
-	type row struct {
+	type process struct {
 		ID                   string
 		Asked, Version       int64
 		Seen, Since, ToldAge float64
 		Gateways             []byte
 	}
-	rows, err := f.pool.Query(ctx, readSQL, f.self, ids, versions, deadAfter.Seconds())
+	rows, err := conn.Query(ctx, readSQL, f.self, ids, versions, deadAfter.Seconds())
 	if err != nil {
 		return err
 	}
-	all, err := pgx.CollectRows(rows, pgx.RowToStructByPos[row])
+	all, err := pgx.CollectRows(rows, pgx.RowToStructByPos[process])
 	if err != nil {
 		return err
 	}
-	bodies := make([][]told, len(all))
+	conn.Release()
+	bodies, broken := make([]row, len(all)), make([]error, len(all))
 	for i, r := range all {
-		if r.Gateways == nil {
-			continue
-		}
-		b, err := decoder.DecodeAll(r.Gateways, nil)
-		if err == nil {
-			err = json.Unmarshal(b, &bodies[i])
-		}
-		if err != nil {
-			return fmt.Errorf("read the gateways of process %s: %w", r.ID, err)
+		if r.Gateways != nil {
+			bodies[i], broken[i] = unpack(r.Gateways)
 		}
 	}
 	ago := func(seconds float64) time.Time { return began.Add(-time.Duration(seconds * float64(time.Second))) }
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	peers := make(map[string]*peer, len(all))
-	for _, r := range all {
-		peers[r.ID] = &peer{asked: r.Asked, version: r.Version, seen: ago(r.Seen), since: ago(r.Since)}
+	for i, r := range all {
+		p := &peer{asked: r.Asked, version: r.Version, seen: ago(r.Seen), since: ago(r.Since)}
+		old := f.talk.peers[r.ID]
+		if broken[i] != nil { // as if it had not answered
+			p.asked, p.version, p.broken = 0, -1, true
+			if old != nil {
+				p.asked = old.asked
+			}
+			if old == nil || !old.broken {
+				f.log.Warn("passes over what another process says of its gateways, which it does not understand", "process", r.ID, "error", broken[i])
+			}
+		}
+		if old != nil && p.asked <= old.asked {
+			p.missed = old.missed
+		}
+		peers[r.ID] = p
 	}
 	f.talk.peers, f.talk.readAt = peers, began
 	for i, r := range all {
-		for j := range bodies[i] {
-			f.merge(&bodies[i][j], ago(r.ToldAge))
+		for j := range bodies[i].Gateways {
+			f.merge(&bodies[i].Gateways[j], r.ID, ago(r.ToldAge))
 		}
 	}
 	close(f.talk.read)
@@ -606,7 +769,7 @@ func (f *Fleet) readRows(ctx context.Context, again []string) error {
 const storedSlack = 5 * time.Second
 
 // merge takes what another process says of a gateway, if it knows newer of it. It needs f.mu.
-func (f *Fleet) merge(t *told, at time.Time) {
+func (f *Fleet) merge(t *told, from string, at time.Time) {
 	ms := func(age int64) time.Time { return at.Add(-time.Duration(age) * time.Millisecond) }
 	reportedAt := ms(t.Age)
 	g := f.gateways[t.ID]
@@ -627,7 +790,9 @@ func (f *Fleet) merge(t *told, at time.Time) {
 		f.announce()
 	}
 	newer := reportedAt.After(g.reportedAt) || g.source == stored && reportedAt.After(g.reportedAt.Add(-storedSlack))
-	if now := time.Now(); g.source != stored && g.report.Instance != t.Report.Instance {
+	// What one process says comes in order, while times by way of the database's clock waver.
+	newer = newer || g.source == elsewhere && g.from == from
+	if now := time.Now(); g.source != stored && g.from != from && g.report.Instance != t.Report.Instance {
 		lease := max(g.lease, f.cfg.Lease)
 		if now.Sub(g.reportedAt) < lease && now.Sub(reportedAt) < lease { // both live: two processes have one id
 			newer = later(&t.Report, &g.report)
@@ -637,7 +802,7 @@ func (f *Fleet) merge(t *told, at time.Time) {
 	if !newer {
 		return
 	}
-	g.source, g.tenant, g.sees = elsewhere, t.Tenant, t.Sees
+	g.source, g.from, g.tenant, g.sees = elsewhere, from, t.Tenant, t.Sees
 	g.lease = time.Duration(t.Lease) * time.Millisecond
 	f.heard(g, &t.Report, reportedAt)
 }

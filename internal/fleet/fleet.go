@@ -4,14 +4,16 @@
 //
 // # Invariants
 //
-// A gateway is never said to have applied what it did not report to a process that lives: what the
-// database remembers of it is shown, and confirms nothing.
+// A gateway is never said to have applied what it did not report, within its lease, to a process that
+// lives: what the database remembers of it is shown, and so is what is older, and confirms nothing.
 //
 // A gateway is lost only when it could have reported for as long as its lease and did not: not because
 // this process has just started, and not because another one, which it may report to, does not answer.
 //
-// An id is reported by one account, until it is forgotten or leaves; and by one process of that
-// account's, the one that started last, while that one is live.
+// An id is reported by one account, until it is forgotten; and by one process of that account's, the one
+// that started last, while that one is live. One that was lost for a day is forgotten, one that left in
+// good order after a week, one that has a canary after 30 days; the longest lost one earlier if a new one
+// needs its place.
 //
 // # Decisions
 //
@@ -61,8 +63,10 @@ type Config struct {
 	// MaxHeld is how many reports wait for something to be asked at a time; past it they are answered at
 	// once. Default 4096.
 	MaxHeld int
-	// MaxGateways is how many ids there may be, half of them of one account. Default 50000. Processes
-	// that take first reports at the same time may go past it by as many.
+	// MaxGateways is how many ids there may be, half of them of one account. Default 20000: at 1 KiB or so
+	// of each, 8 KiB at most and what tenants it names, they are what a process can tell another one in a
+	// second. Those that left do not count; so many of them are remembered besides. Processes that take
+	// first reports at the same time may go past it by as many.
 	MaxGateways int
 	// Observe: this process takes no reports, as a command.
 	Observe bool
@@ -112,8 +116,9 @@ type Gateway struct {
 	// Report is the last one, of ReportedAt by this process's clock.
 	Report     replica.Report
 	ReportedAt time.Time
-	// Stored: the report was read from the database, and no process that lives has heard of the gateway
-	// since; it may be up to a minute older than the truth.
+	// Stored: the report confirms nothing. It was read from the database, and no process that lives has
+	// heard of the gateway since, so that it may be up to a minute older than the truth; or it is older
+	// than the gateway's lease.
 	Stored    bool
 	FirstSeen time.Time
 	Standing  Standing
@@ -134,7 +139,7 @@ func (g *Gateway) Serves(domain string) bool {
 const allTenants = "*"
 
 // Applied reports whether the last report says that everything up to p was applied. One that is only
-// stored does not: the gateway may have come back with less.
+// stored or was silent for its lease does not: the gateway may have come back with less.
 func (g *Gateway) Applied(p revocation.Position) bool {
 	return !g.Stored && applied(g.Report.Position, p)
 }
@@ -174,18 +179,23 @@ type Fleet struct {
 	self    string        // a UUID, of this process
 	claims  chan struct{} // a value for each first or last report that the database is told of
 	kicks   kicks
+	known   chan struct{} // closed when the other processes know of this one
 
 	mu       sync.Mutex
 	gateways map[string]*gateway
-	owned    map[string]int // by account
-	since    time.Time      // when this process could first be reported to
-	reports  int            // gateways that report to this process
+	owned    map[string]int   // by account
+	claiming map[string]*turn // by account
+	lists    lists
+	since    time.Time // when this process could first be reported to
+	reports  int       // gateways that report to this process
 	held     int
 	ended    bool
 	changed  chan struct{} // nil: nobody waits
 	barriers map[*waiting]struct{}
 	wanted   digestWish // of all gateways
+	digests  *question  // that of this process, nil: none
 	talk     talk
+	rows     changedRows
 	queue    []*gateway  // whose digests are to be compared
 	loading  []time.Time // when gateways were told to load a snapshot
 
@@ -195,7 +205,7 @@ type Fleet struct {
 
 // kicks wake what runs in the background. Each holds one value.
 type kicks struct {
-	converse, tell, compare, refresh chan struct{}
+	converse, tell, compare, refresh, rows chan struct{}
 }
 
 func kick(c chan struct{}) {
@@ -209,7 +219,7 @@ func (c Config) withDefaults() (Config, error) {
 	c.ReportEvery = cmp.Or(c.ReportEvery, 2*time.Second)
 	c.Lease = cmp.Or(c.Lease, max(10*time.Second, 3*c.ReportEvery))
 	c.MaxHeld = cmp.Or(c.MaxHeld, 4096)
-	c.MaxGateways = cmp.Or(c.MaxGateways, 50000)
+	c.MaxGateways = cmp.Or(c.MaxGateways, 20000)
 	var errs []error
 	if c.ReportEvery < 100*time.Millisecond || c.ReportEvery > time.Minute {
 		errs = append(errs, fmt.Errorf("ReportEvery is %s, must be 100ms to 1m", c.ReportEvery))
@@ -238,9 +248,12 @@ func New(cfg Config, pool *pgxpool.Pool, state State, reg prometheus.Registerer,
 		log:         log.With("component", "fleet"),
 		self:        uuid.NewString(),
 		claims:      make(chan struct{}, maxClaims),
-		kicks:       kicks{one(), one(), one(), one()},
+		kicks:       kicks{one(), one(), one(), one(), one()},
+		known:       make(chan struct{}),
 		gateways:    make(map[string]*gateway),
 		owned:       make(map[string]int),
+		claiming:    make(map[string]*turn),
+		lists:       make(lists),
 		barriers:    make(map[*waiting]struct{}),
 		talk:        newTalk(),
 		makeDigests: func(ctx context.Context, cutoff int64) (digests, error) { return state.Digests(ctx, cutoff) },
@@ -255,21 +268,18 @@ func (f *Fleet) Load(ctx context.Context) error {
 	f.mu.Lock()
 	f.since = time.Now()
 	f.mu.Unlock()
-	if f.cfg.Observe {
-		return nil
-	}
-	// Before a gateway can report here, the others know whom to ask for it.
-	if _, err := f.pool.Exec(ctx, beatSQL, f.self, 0.0); err != nil {
-		return fmt.Errorf("make this process known to the others: %w", err)
-	}
 	return nil
 }
 
 // Run exchanges with other processes and does what is due, until ctx ends; then it writes down what it
-// knows and returns nil. It is called once. While it does not run, other processes are not heard.
+// knows and returns nil. It is called once. While it does not run, other processes are not heard, and do
+// not know of this one.
 func (f *Fleet) Run(ctx context.Context) error {
+	f.mu.Lock()
+	f.since = time.Now() // gateways may have waited for it
+	f.mu.Unlock()
 	g, gctx := errgroup.WithContext(ctx)
-	for _, part := range []func(context.Context){f.listen, f.converse, f.refreshLost} {
+	for _, part := range []func(context.Context){f.listen, f.converse, f.refreshLost, f.syncRows} {
 		g.Go(func() error { part(gctx); return nil })
 	}
 	if !f.cfg.Observe {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/google/go-cmp/cmp"
 	"github.com/google/uuid"
+	"github.com/jackc/pgx/v5"
 	"github.com/jackc/pgx/v5/pgxpool"
 	"github.com/prometheus/client_golang/prometheus"
 
@@ -219,7 +221,7 @@ func TestReportsAreChecked(t *testing.T) {
 		{"good", func(r *replica.Report) {}, ""},
 		{"nothing known", func(r *replica.Report) { r.Position, r.AgeMS = revocation.Position{}, -1 }, ""},
 		{"instance", func(r *replica.Report) { r.Instance = "me" }, "instance"},
-		{"started", func(r *replica.Report) { r.Started = time.Now().Add(48 * time.Hour).UnixMilli() }, "started"},
+		{"started", func(r *replica.Report) { r.Started = 0 }, "started"},
 		{"seq", func(r *replica.Report) { r.Seq = -1 }, "seq is -1"},
 		{"seq without epoch", func(r *replica.Report) { r.Epoch = "" }, "epoch"},
 		{"epoch", func(r *replica.Report) { r.Epoch = revocation.Epoch(strings.ToUpper(epoch)) }, "epoch"},
@@ -232,10 +234,23 @@ func TestReportsAreChecked(t *testing.T) {
 			}
 		}, "17 labels"},
 		{"label", func(r *replica.Report) { r.Labels = map[string]string{"a": "\x00"} }, "label"},
-		{"tenants", func(r *replica.Report) { r.Tenants = make([]string, 10_001) }, "10001 tenants"},
+		{"tenants", func(r *replica.Report) { r.Tenants = make([]string, 501) }, "501 tenants"},
+		{"long tenants", func(r *replica.Report) { r.Tenants = slices.Repeat([]string{strings.Repeat("a", 200)}, 123) }, "24600 bytes"},
 		{"feeds", func(r *replica.Report) { r.Feeds = make([]replica.FeedStatus, 17) }, "17 feeds"},
 		{"heard", func(r *replica.Report) { r.Feeds = []replica.FeedStatus{{Name: "sse", Heard: -1}} }, "heard"},
 		{"digest", func(r *replica.Report) { r.Digest = &replica.Digest{Cutoff: 61} }, "digest"},
+		{"digest ahead", func(r *replica.Report) { r.Digest = &replica.Digest{Cutoff: time.Now().Unix()/60*60 + 15*60} }, "cutoff"},
+		{"wrong clock", func(r *replica.Report) {
+			r.Started = time.Now().Add(1000 * time.Hour).UnixMilli()
+			r.Feeds = []replica.FeedStatus{{Name: "sse", Heard: r.Started}}
+		}, ""},
+		{"much", func(r *replica.Report) {
+			r.Labels = map[string]string{}
+			for i := range 16 {
+				r.Labels[fmt.Sprint(i)] = strings.Repeat("x", 255)
+				r.Feeds = append(r.Feeds, replica.FeedStatus{Name: "sse", Error: long})
+			}
+		}, ""},
 		{"long errors", func(r *replica.Report) {
 			r.Error, r.Feeds = "x\x00"+long, []replica.FeedStatus{{Name: "sse", Error: long}}
 		}, ""},
@@ -252,6 +267,19 @@ func TestReportsAreChecked(t *testing.T) {
 	g, ok := f.Gateway("long-errors")
 	if !ok || len(g.Report.Error) != 1024 || strings.ContainsRune(g.Report.Error, 0) || len(g.Report.Feeds[0].Error) != 1024 {
 		t.Errorf("errors of %d and %d bytes are kept, want 1024 without control characters", len(g.Report.Error), len(g.Report.Feeds[0].Error))
+	}
+	g, _ = f.Gateway("much")
+	size := 0
+	for i, feed := range g.Report.Feeds {
+		size += len(feed.Error) + len(g.Report.Labels[fmt.Sprint(i)])
+	}
+	if size > maxKept || size < maxKept/2 {
+		t.Errorf("%d bytes are kept of labels and errors, want at most %d", size, maxKept)
+	}
+	// Of two whose clocks are wrong one is believed, always the same.
+	g, _ = f.Gateway("wrong-clock")
+	if soon := time.Now().Add(49 * time.Hour).UnixMilli(); g.Report.Started > soon || g.Report.Feeds[0].Heard > soon {
+		t.Errorf("started %d, heard %d: want times not much ahead", g.Report.Started, g.Report.Feeds[0].Heard)
 	}
 	for _, id := range []string{"", "-a", ".a", "a/b", "ä", strings.Repeat("a", 129)} {
 		if err := newNode(t, id, gw1, at(1)).once(f); !errors.Is(err, ErrID) {
@@ -335,13 +363,16 @@ func TestLeaveAndForget(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := &CanaryResult{Outcome: "refused", At: time.Now().UTC().Truncate(time.Millisecond), RefusedMS: 12}
-	if err := b.RecordCanary(t.Context(), "with-canary", *want); err != nil {
+	if err := b.RecordCanaries(t.Context(), map[string]CanaryResult{"with-canary": *want, "plain": *want, "no": *want}); err != nil {
 		t.Fatal(err)
 	}
 	await(t, a, "what another process has set is known", func() bool {
 		g, _ := a.Gateway("with-canary")
 		return g.CanaryURL == "https://edge/canary" && cmp.Equal(g.Canary, want)
 	})
+	if g, _ := b.Gateway("plain"); g.Canary != nil {
+		t.Errorf("one without a canary has the result %+v", g.Canary)
+	}
 	stop()
 	bye := canary.report()
 	bye.Leaving = true
@@ -376,7 +407,7 @@ func TestLeaveAndForget(t *testing.T) {
 	if err := newNode(t, "with-canary", gw2, at(1)).once(b); err != nil {
 		t.Errorf("a forgotten id: %v", err)
 	}
-	for _, err := range []error{b.Forget(t.Context(), "no"), b.SetCanary(t.Context(), "no", ""), b.RecordCanary(t.Context(), "no", *want)} {
+	for _, err := range []error{b.Forget(t.Context(), "no"), b.SetCanary(t.Context(), "no", "")} {
 		if !errors.Is(err, ErrNotFound) {
 			t.Errorf("got %v, want ErrNotFound", err)
 		}
@@ -604,17 +635,50 @@ func TestDeadProcess(t *testing.T) {
 			t.Errorf("with a process last seen %s ago the gateway is %s, want %s", tt.seen, g.Standing, tt.want)
 		}
 	}
-	for _, age := range []string{"29 days", "31 days"} {
-		want := age == "29 days"
-		if _, err := pool.Exec(t.Context(), `UPDATE rescind.gateways SET last_seen = now() - $1::text::interval`, age); err != nil {
+}
+
+func TestForgotten(t *testing.T) {
+	t.Parallel()
+	pool := pgtest.New(t)
+	f, err := New(Config{}, pool, nil, prometheus.NewRegistry(), slog.New(slog.DiscardHandler))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ages := []string{"23 h", "25 h", "6 days", "8 days", "29 days", "31 days"}
+	for _, tt := range []struct{ what, canary, left string }{
+		{"lost", "", "NULL"}, {"lost with canary", "https://edge/canary", "NULL"},
+		{"left", "", "now() - a::interval"}, {"left with canary", "https://edge/canary", "now() - a::interval"},
+	} {
+		_, err := pool.Exec(t.Context(), `
+			INSERT INTO rescind.gateways (id, account, tenant, last_seen, left_at, report, canary_url)
+			SELECT $1 || ' ' || a, 'gw1', 'carbon.super', now() - a::interval, `+tt.left+`, '{}', $2 FROM unnest($3::text[]) AS a`, tt.what, tt.canary, ages)
+		if err != nil {
 			t.Fatal(err)
 		}
-		if err := f.sweep(t.Context()); err != nil {
-			t.Fatal(err)
+	}
+	if err := f.sweep(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	rows, err := pool.Query(t.Context(), `SELECT id FROM rescind.gateways ORDER BY id`)
+	if err != nil {
+		t.Fatal(err)
+	}
+	kept, err := pgx.CollectRows(rows, pgx.RowTo[string])
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want []string
+	for i, what := range []string{"left", "left with canary", "lost", "lost with canary"} {
+		for _, age := range ages[:[]int{3, 5, 1, 5}[i]] {
+			want = append(want, what+" "+age)
 		}
-		if _, ok := f.Gateway("edge"); ok != want {
-			t.Errorf("one that was lost %s ago is known: %t, want %t", age, ok, want)
-		}
+	}
+	slices.Sort(want)
+	if diff := cmp.Diff(want, kept); diff != "" {
+		t.Errorf("after the sweep (-want +got)\n%s", diff)
+	}
+	if n := len(f.Gateways()); n != 6 {
+		t.Errorf("%d gateways are shown, want those 6 that have not left", n)
 	}
 }
 

@@ -4,6 +4,7 @@ import (
 	"cmp"
 	"hash/fnv"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/rescindhq/rescind/api/replica"
@@ -30,6 +31,7 @@ type gateway struct {
 	report     replica.Report
 	reportedAt time.Time
 	source     source
+	from       string // the process that it was heard in elsewhere
 	lease      time.Duration
 	conflict   time.Time
 	comparison Comparison
@@ -53,6 +55,7 @@ type gateway struct {
 		told  bool
 	}
 	compared comparing
+	asked    askedFor
 }
 
 // digestWish is a digest that somebody wants.
@@ -118,7 +121,15 @@ func (f *Fleet) expiry(g *gateway) time.Time {
 	if base.After(from) {
 		from = base
 	}
-	return from.Add(max(g.lease, f.cfg.Lease))
+	return from.Add(f.leaseOf(g))
+}
+
+func (f *Fleet) leaseOf(g *gateway) time.Duration { return max(g.lease, f.cfg.Lease) }
+
+// confirms reports whether what is known of g may confirm anything. What keeps a silent gateway live is
+// what this process cannot know; it is no word of the gateway's. It needs f.mu.
+func (f *Fleet) confirms(g *gateway, now time.Time) bool {
+	return g.source != stored && now.Sub(g.reportedAt) <= f.leaseOf(g)
 }
 
 // base is the last time up to which silence says nothing: since then there was somebody to report to,
@@ -153,11 +164,36 @@ const (
 	equalLately    = 5 * time.Minute
 )
 
+// lists are lists of tenants that many gateways have, so that each is kept once.
+type lists map[string][]string
+
+// maxLists bounds what is kept of lists that no gateway has any more.
+const maxLists = 256
+
+// shared returns a list that is equal to this one, and was. It needs f.mu.
+func (l lists) shared(list, last []string) []string {
+	if len(list) == 0 {
+		return nil
+	}
+	if slices.Equal(list, last) {
+		return last
+	}
+	key := strings.Join(list, "\x00") // is in no domain
+	if known, ok := l[key]; ok {
+		return known
+	}
+	if len(l) >= maxLists {
+		clear(l) // it fills again
+	}
+	l[key] = list
+	return list
+}
+
 // view needs f.mu.
 func (f *Fleet) view(g *gateway, now time.Time) Gateway {
 	v := Gateway{
 		ID: g.id, Account: g.account, Tenant: g.tenant, Sees: g.sees,
-		Report: g.report, ReportedAt: g.reportedAt, Stored: g.source == stored, FirstSeen: g.firstSeen,
+		Report: g.report, ReportedAt: g.reportedAt, Stored: !f.confirms(g, now), FirstSeen: g.firstSeen,
 		Standing: f.standing(g, now), Conflict: g.conflict, Comparison: g.comparison,
 		CanaryURL: g.canaryURL, Canary: g.canary,
 	}
@@ -175,11 +211,32 @@ func (f *Fleet) view(g *gateway, now time.Time) Gateway {
 // report to other processes appear to be silent. What is behind pointers, slices and maps is shared and
 // must not be changed.
 func (f *Fleet) Gateways() []Gateway {
+	return f.those(func(*gateway) bool { return true })
+}
+
+// Here returns those that reported to this process last, sorted by ID, also as [Fleet.Gateways] does, and those that
+// have reported to no process for minutes. Of these it knows without asking anyone.
+func (f *Fleet) Here() []Gateway {
+	now := time.Now()
+	return f.those(func(g *gateway) bool { return g.source == here || f.longSilent(g, now) })
+}
+
+// longSilent reports whether the database would know of a later report of g by now, if there were one. It needs f.mu.
+func (f *Fleet) longSilent(g *gateway, now time.Time) bool {
+	return now.Sub(g.reportedAt) > max(longSilence, 2*f.leaseOf(g))
+}
+
+// longSilence is more than what it takes until a report is written down, and read by other processes.
+const longSilence = 3 * time.Minute
+
+func (f *Fleet) those(which func(*gateway) bool) []Gateway {
 	now := time.Now()
 	f.mu.Lock()
 	all := make([]Gateway, 0, len(f.gateways))
 	for _, g := range f.gateways {
-		all = append(all, f.view(g, now))
+		if which(g) {
+			all = append(all, f.view(g, now))
+		}
 	}
 	f.mu.Unlock()
 	slices.SortFunc(all, func(a, b Gateway) int { return cmp.Compare(a.ID, b.ID) })

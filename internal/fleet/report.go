@@ -49,12 +49,15 @@ func (f *Fleet) report(ctx context.Context, by authn.Account, id string, r repli
 	if err := check(&r, now); err != nil {
 		return replica.Instructions{}, fmt.Errorf("%w: %w", ErrReport, err)
 	}
-	g, err := f.claimed(ctx, by, id, &r)
-	if g == nil {
+	if r.Leaving {
+		return replica.Instructions{}, f.leave(ctx, by, id, &r)
+	}
+	if err := f.untilKnown(ctx); err != nil {
 		return replica.Instructions{}, err
 	}
-	if r.Leaving {
-		return replica.Instructions{}, f.leave(ctx, g, &r)
+	g, err := f.claimed(ctx, by, id, &r)
+	if err != nil {
+		return replica.Instructions{}, err
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock() // given back while it waits
@@ -70,22 +73,43 @@ func (f *Fleet) report(ctx context.Context, by authn.Account, id string, r repli
 	return in, nil
 }
 
-// claimed returns the gateway, if by may report for it. A nil error with no gateway means that one leaves
-// that is not known.
+// untilKnown waits until the others know whom to ask for gateways that report here, which is soon after the
+// start; or they do without, as they did before.
+func (f *Fleet) untilKnown(ctx context.Context) error {
+	select {
+	case <-f.known:
+		return nil
+	default:
+	}
+	t := time.NewTimer(answerWithin)
+	defer t.Stop()
+	select {
+	case <-f.known:
+	case <-t.C:
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	return nil
+}
+
+// claimed returns the gateway, if by may report for it.
 func (f *Fleet) claimed(ctx context.Context, by authn.Account, id string, r *replica.Report) (*gateway, error) {
 	f.mu.Lock()
 	g := f.gateways[id]
-	full := len(f.gateways) >= f.cfg.MaxGateways || f.owned[by.Username] >= (f.cfg.MaxGateways+1)/2
+	victim, full := "", false
+	if g == nil {
+		victim, full = f.full(by.Username)
+	}
 	f.mu.Unlock()
 	switch {
 	case g != nil && g.account != by.Username: // neither is changed
 		return nil, ErrOwned
-	case g != nil || r.Leaving:
+	case g != nil:
 		return g, nil
-	case full:
+	case full && victim == "":
 		return nil, ErrTooMany
 	}
-	g, err := f.claim(ctx, by, id, r)
+	g, err := f.claim(ctx, by, id, victim, r)
 	if err != nil {
 		return nil, err
 	}
@@ -101,6 +125,29 @@ func (f *Fleet) claimed(ctx context.Context, by authn.Account, id string, r *rep
 	}
 	return g, nil
 }
+
+// full reports whether there is no place for another gateway of an account, and which one gives its own up,
+// empty if none does: the longest lost one without a canary. It needs f.mu.
+func (f *Fleet) full(account string) (victim string, full bool) {
+	most := f.perAccount()
+	owns := f.owned[account] >= most
+	if !owns && len(f.gateways) < f.cfg.MaxGateways {
+		return "", false
+	}
+	now, oldest := time.Now(), time.Time{}
+	for _, g := range f.gateways {
+		if owns && g.account != account || g.canaryURL != "" || now.Sub(g.reportedAt) < evictAfter || f.standing(g, now) == Live {
+			continue
+		}
+		if victim == "" || g.reportedAt.Before(oldest) {
+			victim, oldest = g.id, g.reportedAt
+		}
+	}
+	return victim, true
+}
+
+// perAccount is how many gateways one account may have.
+func (f *Fleet) perAccount() int { return (f.cfg.MaxGateways + 1) / 2 }
 
 // take makes r what is known of g, and returns what g is now. It needs f.mu.
 func (f *Fleet) take(g *gateway, by authn.Account, r *replica.Report, now time.Time) (*gateway, error) {
@@ -121,10 +168,11 @@ func (f *Fleet) take(g *gateway, by authn.Account, r *replica.Report, now time.T
 			return nil, ErrInstance
 		}
 		g.wake() // an older one's report
-		g.held, g.comparison, g.compared, g.digest = nil, Comparison{}, comparing{}, digestWish{}
+		g.held, g.comparison, g.compared, g.digest, g.asked = nil, Comparison{}, comparing{}, digestWish{}, askedFor{}
+		g.written = time.Time{} // the one before may say that it leaves
 	}
 	if g.source != here {
-		g.source = here
+		g.source, g.from = here, ""
 		f.reports++
 		f.talk.urgent = true
 		kick(f.kicks.tell)
@@ -141,14 +189,18 @@ var seesAll = []string{allTenants}
 
 // heard is about a report of this process or of another one. It needs f.mu.
 func (f *Fleet) heard(g *gateway, r *replica.Report, at time.Time) {
-	before := g.report.Position
+	before, tenants := g.report.Position, f.lists.shared(r.Tenants, g.report.Tenants)
 	g.report, g.reportedAt = *r, at
+	g.report.Tenants = tenants
 	if r.Epoch == before.Epoch {
 		g.report.Epoch = before.Epoch // one string for all
 	}
 	g.sightings.add(Sighting{At: at, Position: g.report.Position})
-	for w := range f.barriers {
-		w.observe(f, g, at)
+	if len(f.barriers) > 0 {
+		now := time.Now() // one of another process may be old
+		for w := range f.barriers {
+			w.observe(f, g, now)
+		}
 	}
 	f.announce()
 }
@@ -229,6 +281,7 @@ func (f *Fleet) instructions(g *gateway, now time.Time) (in replica.Instructions
 	}
 	if d := &g.digest; now.Before(d.until) && d.told.IsZero() {
 		d.told = now
+		g.asked.add(d.Cutoff)
 		in.Digest, urgent = &replica.DigestRequest{Cutoff: d.Cutoff, After: d.After}, true
 	}
 	if l := &g.loads; now.Before(l.until) {
@@ -238,35 +291,55 @@ func (f *Fleet) instructions(g *gateway, now time.Time) (in replica.Instructions
 	return in, urgent, again
 }
 
-// leave removes g, if it is r's process that is known.
-func (f *Fleet) leave(ctx context.Context, g *gateway, r *replica.Report) error {
-	current := func() bool {
-		f.mu.Lock()
-		defer f.mu.Unlock()
-		return f.gateways[g.id] == g && g.report.Instance == r.Instance
-	}
-	if !current() {
+// leave removes a gateway, unless a later process reports with its id, also to another process of the
+// service.
+func (f *Fleet) leave(ctx context.Context, by authn.Account, id string, r *replica.Report) error {
+	f.mu.Lock()
+	g := f.gateways[id]
+	owned := g != nil && g.account != by.Username
+	replaced := g != nil && g.report.Instance != r.Instance && later(&g.report, r)
+	f.mu.Unlock()
+	switch {
+	case owned:
+		return ErrOwned
+	case replaced:
 		return nil
 	}
-	if err := f.storeLeft(ctx, g); err != nil {
+	left, err := f.storeLeft(ctx, by.Username, id, r)
+	if err != nil {
 		return err
 	}
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if g.report.Instance != r.Instance { // another one has come meanwhile
-		g.written = time.Time{}
-		return nil
+	f.left(id, r)
+	if !left { // the database knows of a later one
+		f.rowsChanged([]string{id})
 	}
-	f.remove(g)
 	return nil
+}
+
+// left removes a gateway whose last report was r, unless a later process is known to report with its id. It
+// needs f.mu.
+func (f *Fleet) left(id string, r *replica.Report) {
+	switch g := f.gateways[id]; {
+	case g == nil:
+	case g.source == stored || g.report.Instance == r.Instance || !later(&g.report, r):
+		f.remove(g) // an earlier one that still reports is there again with its next report
+	case g.source == here: // the database is to know of it
+		g.written = time.Time{}
+	}
 }
 
 const (
 	maxID      = 128
 	maxLabels  = 16
 	maxFeeds   = 16
-	maxTenants = 10_000
-	maxError   = 1 << 10
+	maxTenants = 500
+	// maxTenantBytes and maxTenants are what a replica names; past them it leaves the list out.
+	maxTenantBytes = 24 << 10
+	maxError       = 1 << 10
+	// maxKept is what is kept of a report, but for its tenants.
+	maxKept = 8 << 10
 )
 
 func validID(id string) bool {
@@ -284,17 +357,20 @@ func validID(id string) bool {
 	return true
 }
 
-// aheadMax is how far a gateway's clock may be ahead of the service's.
-const aheadMax = 24 * time.Hour
+// cutoffAhead is how far the cutoff of a digest may be ahead of the service's clock: it is the service that
+// chose it.
+const cutoffAhead = 12 * minute
 
-// check says what is wrong with a report, in the words of its JSON, and shortens the errors in it.
+// check says what is wrong with a report, in the words of its JSON. It shortens the errors in it, and takes
+// times that are more than a day ahead of the service's clock for one that is the same for all such: a
+// gateway whose clock is wrong is to be seen.
 func check(r *replica.Report, now time.Time) error {
-	ahead := now.Add(aheadMax).UnixMilli()
+	ahead := now.Truncate(24 * time.Hour).Add(48 * time.Hour).UnixMilli()
 	switch {
 	case !canonical(r.Instance):
 		return errors.New("instance must be a UUID in its canonical form")
-	case r.Started <= 0 || r.Started > ahead:
-		return fmt.Errorf("started is %d, must be Unix milliseconds, not more than a day ahead of the service's clock", r.Started)
+	case r.Started <= 0:
+		return fmt.Errorf("started is %d, must be Unix milliseconds", r.Started)
 	case len(r.Labels) > maxLabels:
 		return fmt.Errorf("there are %d labels, at most %d may be", len(r.Labels), maxLabels)
 	case !text(r.Version, 0, 128):
@@ -303,8 +379,6 @@ func check(r *replica.Report, now time.Time) error {
 		return fmt.Errorf("age_ms is %d, must be -1 or more", r.AgeMS)
 	case r.Revocations < 0 || r.Entities < 0:
 		return errors.New("revocations and entities must not be negative")
-	case len(r.Tenants) > maxTenants:
-		return fmt.Errorf("there are %d tenants, at most %d may be", len(r.Tenants), maxTenants)
 	case len(r.Feeds) > maxFeeds:
 		return fmt.Errorf("there are %d feeds, at most %d may be", len(r.Feeds), maxFeeds)
 	}
@@ -316,22 +390,35 @@ func check(r *replica.Report, now time.Time) error {
 			return errors.New("a label's name must be 1 to 63 bytes, its value at most 255, of UTF-8 without control characters")
 		}
 	}
+	if err := checkTenants(r.Tenants); err != nil {
+		return err
+	}
 	for _, d := range r.Tenants {
 		if !text(d, 1, 200) {
 			return errors.New("a tenant's domain must be 1 to 200 bytes of UTF-8 without control characters")
 		}
 	}
+	r.Started = min(r.Started, ahead)
+	kept := len(r.Version)
+	for k, v := range r.Labels {
+		kept += len(k) + len(v)
+	}
+	for i := range r.Feeds {
+		kept += len(r.Feeds[i].Name)
+	}
+	r.Error = short(r.Error, maxError)
+	kept += len(r.Error)
 	for i := range r.Feeds {
 		feed := &r.Feeds[i]
 		if !text(feed.Name, 1, 128) {
 			return errors.New("a feed's name must be 1 to 128 bytes of UTF-8 without control characters")
 		}
-		if feed.Heard < 0 || feed.Heard > ahead {
-			return fmt.Errorf("heard is %d, must be Unix milliseconds, not more than a day ahead of the service's clock", feed.Heard)
+		if feed.Heard < 0 {
+			return fmt.Errorf("heard is %d, must be Unix milliseconds", feed.Heard)
 		}
-		feed.Error = short(feed.Error)
+		feed.Heard = min(feed.Heard, ahead)
+		feed.Error = short(feed.Error, min(maxError, max(0, maxKept-kept)/len(r.Feeds)))
 	}
-	r.Error = short(r.Error)
 	if d := r.Digest; d != nil {
 		if err := checkPosition(d.Position); err != nil {
 			return fmt.Errorf("digest: %w", err)
@@ -339,6 +426,21 @@ func check(r *replica.Report, now time.Time) error {
 		if d.Cutoff < 0 || d.Cutoff%60 != 0 || d.Count < 0 || d.Entities < 0 {
 			return errors.New("digest: cutoff must be Unix seconds of a whole minute, count and entities must not be negative")
 		}
+		if d.Cutoff > now.Unix()+cutoffAhead {
+			return fmt.Errorf("digest: cutoff is %d, must not be more than 12 minutes ahead of the service's clock", d.Cutoff)
+		}
+	}
+	return nil
+}
+
+func checkTenants(domains []string) error {
+	size := 0
+	for _, d := range domains {
+		size += len(d)
+	}
+	if len(domains) > maxTenants || size > maxTenantBytes {
+		return fmt.Errorf("there are %d tenants of %d bytes, at most %d of %d may be; the list is left out if there are more",
+			len(domains), size, maxTenants, maxTenantBytes)
 	}
 	return nil
 }
@@ -375,9 +477,10 @@ func text(s string, least, most int) bool {
 
 func control(c rune) bool { return c < 0x20 || 0x7f <= c && c < 0xa0 }
 
-// short makes an error one line of bounded length, for it is shown to people and kept as JSON.
-func short(s string) string {
-	if len(s) <= maxError && text(s, 0, maxError) {
+// short makes an error one line of so many bytes at most, for it is shown to people and kept as JSON. What
+// it returns keeps no longer one in memory.
+func short(s string, most int) string {
+	if len(s) <= most && text(s, 0, most) {
 		return s
 	}
 	s = strings.Map(func(c rune) rune {
@@ -385,6 +488,6 @@ func short(s string) string {
 			return ' '
 		}
 		return c
-	}, strings.ToValidUTF8(s[:min(len(s), maxError)], ""))
-	return s
+	}, strings.ToValidUTF8(s[:min(len(s), most)], ""))
+	return strings.Clone(s)
 }

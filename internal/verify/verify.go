@@ -308,8 +308,7 @@ func (c *comparison) look(ctx context.Context, m *candidate, g *fleet.Gateway) (
 		d.Epoch != c.after.Epoch || d.Seq < c.after.Seq {
 		return false
 	}
-	scope := replica.DigestScope{Sees: g.Serves, RevocationsOnly: g.Report.RevocationsOnly}
-	m.settled = c.compare(ctx, &m.Member, *d, scope, m.differs != 0)
+	m.settled = c.compare(ctx, &m.Member, *d, g.DigestScope(), m.differs != 0)
 	if m.settled || m.Digest != *d {
 		return false
 	}

@@ -18,6 +18,9 @@
 // the log reached at a time that may be long ago, and a replica that knows no other would take the
 // difference for that of two clocks.
 //
+// The directory does not name tenants, so beside a source of some tenants this feed tells of what is none of
+// theirs: it takes room, and refuses tokens that would be refused anyway; digests leave it out.
+//
 // A reader that knew the wrong issuer would take the super tenant's entries for somebody else's, and
 // one with the wrong prefix may find another service's directory: both would let revoked tokens
 // through in good faith. So a directory whose heartbeat names another issuer is refused, and where an
