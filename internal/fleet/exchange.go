@@ -755,6 +755,12 @@ func (f *Fleet) readRows(ctx context.Context, again []string) error {
 		for j := range bodies[i].Gateways {
 			f.merge(&bodies[i].Gateways[j], r.ID, ago(r.ToldAge))
 		}
+		if r.Gateways == nil || broken[i] != nil {
+			continue
+		}
+		if ids := f.untold(r.ID, &bodies[i]); len(ids) > 0 {
+			f.rowsChanged(ids)
+		}
 	}
 	close(f.talk.read)
 	f.talk.read = make(chan struct{})
@@ -762,6 +768,21 @@ func (f *Fleet) readRows(ctx context.Context, again []string) error {
 		kick(w.wake)
 	}
 	return nil
+}
+
+// untold are the gateways that a process has told of, and tells of no longer: they have left meanwhile, or report
+// elsewhere, and the database knows. It needs f.mu.
+func (f *Fleet) untold(from string, told *row) (ids []string) {
+	there := make(map[string]bool, len(told.Gateways))
+	for i := range told.Gateways {
+		there[told.Gateways[i].ID] = true
+	}
+	for id, g := range f.gateways {
+		if g.source == elsewhere && g.from == from && !there[id] {
+			ids = append(ids, id)
+		}
+	}
+	return ids
 }
 
 // storedSlack makes up for what is lost when times go through another clock: what a process says comes

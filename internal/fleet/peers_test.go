@@ -5,6 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"maps"
+	"slices"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -327,6 +329,55 @@ func TestListsAreShared(t *testing.T) {
 		if i > 1 && &g.Report.Tenants[0] != &all[i-2].Report.Tenants[0] {
 			t.Errorf("%s has a list of its own", g.ID)
 		}
+	}
+}
+
+// A process that has read an old row knows from the next one that a gateway has left.
+func TestOldRowIsPutRight(t *testing.T) {
+	t.Parallel()
+	pool := pgtest.New(t)
+	f, _ := start(t, pool, Config{}, nil)
+	n := newNode(t, "edge", gw1, at(5))
+	if err := n.once(f); err != nil {
+		t.Fatal(err)
+	}
+	first, _ := start(t, pool, Config{Observe: true}, nil)
+	if err := first.Refresh(t.Context()); err != nil { // which has the row written
+		t.Fatal(err)
+	}
+	var old []byte
+	if err := pool.QueryRow(t.Context(), `SELECT gateways FROM rescind.fleet_processes WHERE id = $1`, f.self).Scan(&old); err != nil {
+		t.Fatal(err)
+	}
+	n.base.Leaving = true
+	if err := n.once(f); err != nil {
+		t.Fatal(err)
+	}
+	watcher, err := New(Config{Observe: true}, pool, nil, prometheus.NewRegistry(), slog.New(slog.DiscardHandler)) // which is not run
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := pool.Exec(t.Context(), `UPDATE rescind.fleet_processes SET gateways = $2, version = 0 WHERE id = $1`, f.self, old); err != nil {
+		t.Fatal(err)
+	}
+	if err := watcher.readRows(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	if len(watcher.Gateways()) != 1 {
+		t.Fatal("the old row was not read")
+	}
+	if err := first.Refresh(t.Context()); err != nil { // again
+		t.Fatal(err)
+	}
+	if err := watcher.readRows(t.Context(), nil); err != nil {
+		t.Fatal(err)
+	}
+	changed := slices.Collect(maps.Keys(watcher.rows.ids))
+	if err := watcher.sync(t.Context(), changed, true); err != nil {
+		t.Fatal(err)
+	}
+	if left := watcher.Gateways(); !slices.Equal(changed, []string{"edge"}) || len(left) != 0 {
+		t.Errorf("read again: %q, left: %+v", changed, left)
 	}
 }
 

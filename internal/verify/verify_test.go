@@ -223,7 +223,7 @@ func TestGatewaysAreCompared(t *testing.T) {
 		l.Tenants([]string{otherTenant.Domain})
 		return rec != nil && rec.Tenant == otherTenant
 	}))
-	bound.Tenant, bound.Sees = otherTenant.Domain, nil
+	bound.Tenant, bound.Sees, bound.Report.Tenants = otherTenant.Domain, nil, []string{otherTenant.Domain}
 	f.add("equal-the-second-time", w.load(replica.StateConfig{}, everything))
 	f.told["equal-the-second-time"] = func(asked int, d *replica.Digest) bool {
 		d.Count += max(0, 2-asked)
