@@ -232,6 +232,9 @@ func (f *Fleet) Refresh(ctx context.Context) error {
 		err = f.sync(parent, nil, false)
 		break
 	}
+	if err == nil {
+		err = f.readChanged(parent)
+	}
 	if err != nil {
 		return fmt.Errorf("ask other processes for their gateways: %w", err)
 	}

@@ -402,28 +402,43 @@ func (f *Fleet) syncRows(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		}
-		f.mu.Lock()
-		r := f.rows
-		f.rows = changedRows{}
-		f.mu.Unlock()
-		var err error
-		if ids := slices.Collect(maps.Keys(r.ids)); !r.all && len(ids) > 0 {
-			err = f.sync(ctx, ids, true)
-		} else if r.all {
-			err = f.sync(ctx, nil, false)
-		}
+		err := f.readChanged(ctx)
 		if err != nil && ctx.Err() == nil {
 			if !down {
 				f.log.Warn("cannot read gateways that have changed, it is tried until it can", "error", err)
 			}
-			f.mu.Lock()
-			f.rows.all = f.rows.all || r.all
-			f.rowsChanged(append([]string{}, slices.Collect(maps.Keys(r.ids))...))
-			f.mu.Unlock()
 			pause(ctx, time.Second)
 		}
 		down = err != nil
 	}
+}
+
+// readChanged returns when all rows are read that have changed before the call. What it cannot read is left to be read.
+func (f *Fleet) readChanged(ctx context.Context) (err error) {
+	select {
+	case f.changing <- struct{}{}: // whoever is at it may have what changed before
+		defer func() { <-f.changing }()
+	case <-ctx.Done():
+		return ctx.Err()
+	}
+	f.mu.Lock()
+	r := f.rows
+	f.rows = changedRows{}
+	f.mu.Unlock()
+	ids := slices.Collect(maps.Keys(r.ids))
+	switch {
+	case r.all:
+		err = f.sync(ctx, nil, false)
+	case len(ids) > 0:
+		err = f.sync(ctx, ids, true)
+	}
+	if err != nil {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		f.rows.all = f.rows.all || r.all
+		f.rowsChanged(append([]string{}, ids...))
+	}
+	return err
 }
 
 // tellSoon is called with each report that was taken. It needs f.mu.
@@ -799,6 +814,7 @@ func (f *Fleet) merge(t *told, from string, at time.Time) {
 		g = newGateway(t.ID)
 		g.account, g.firstSeen = t.Account, t.FirstSeen
 		f.add(g)
+		f.rowsChanged([]string{t.ID}) // what was told may be from before it was forgotten
 	case g.account != t.Account: // it has been forgotten, and is another's: the rows will tell
 		return
 	}

@@ -181,6 +181,8 @@ type Fleet struct {
 	kicks   kicks
 	known   chan struct{} // closed when the other processes know of this one
 
+	changing chan struct{} // has one while rows are read that have changed
+
 	mu       sync.Mutex
 	gateways map[string]*gateway
 	owned    map[string]int   // by account
@@ -249,6 +251,7 @@ func New(cfg Config, pool *pgxpool.Pool, state State, reg prometheus.Registerer,
 		self:        uuid.NewString(),
 		claims:      make(chan struct{}, maxClaims),
 		kicks:       kicks{one(), one(), one(), one(), one()},
+		changing:    one(),
 		known:       make(chan struct{}),
 		gateways:    make(map[string]*gateway),
 		owned:       make(map[string]int),
