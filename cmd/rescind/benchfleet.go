@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math/rand/v2"
 	"net/http"
 	"slices"
 	"strconv"
@@ -254,17 +255,17 @@ func (g *simulated) report(ctx context.Context) error {
 			return err
 		}
 		req.Header.Set("Content-Type", "application/json")
-		resp, err := g.client.Do(req)
+		text, err := g.post(req)
 		if err != nil {
-			return err
-		}
-		text, err := io.ReadAll(resp.Body)
-		resp.Body.Close()
-		if err != nil {
-			return err
-		}
-		if resp.StatusCode != http.StatusOK {
-			return fmt.Errorf("%s: %.300s", resp.Status, text)
+			if ctx.Err() != nil {
+				return context.Cause(ctx)
+			}
+			select { // as replicas do, since all of these begin at once
+			case <-time.After(time.Second + rand.N(2*time.Second)):
+				continue
+			case <-ctx.Done():
+				return context.Cause(ctx)
+			}
 		}
 		g.sent.Add(1)
 		var asked replica.Instructions
@@ -275,6 +276,20 @@ func (g *simulated) report(ctx context.Context) error {
 			return err
 		}
 	}
+}
+
+// post sends a report and returns its answer.
+func (g *simulated) post(req *http.Request) ([]byte, error) {
+	resp, err := g.client.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	text, err := io.ReadAll(resp.Body)
+	if err == nil && resp.StatusCode != http.StatusOK {
+		err = fmt.Errorf("%s: %.300s", resp.Status, text)
+	}
+	return text, err
 }
 
 // obey waits until the next report is due.
