@@ -111,13 +111,9 @@ func cause(err error) error {
 	return err
 }
 
-// CheckURL reports what is wrong with where a canary is called, if AllowHTTP is not set: https, or http on
-// loopback, no user, no fragment, at most 2048 bytes.
-func CheckURL(url string) error { return Config{}.CheckURL(url) }
-
-// CheckURL reports what is wrong with where a canary is called. Its error is for people and does not repeat
-// the URL.
-func (cfg Config) CheckURL(raw string) error {
+// CheckURL reports what is wrong with where a canary is called: https, or http on loopback, no user, no
+// fragment, at most 2048 bytes. Its error is for people and does not repeat the URL.
+func CheckURL(raw string) error {
 	u, err := url.Parse(raw)
 	switch {
 	case err != nil, u.Hostname() == "", u.Scheme != "https" && u.Scheme != "http":
@@ -128,7 +124,7 @@ func (cfg Config) CheckURL(raw string) error {
 		return errors.New("the canary's URL must have no user: the token says who calls")
 	case u.Fragment != "" || u.RawFragment != "" || raw[len(raw)-1] == '#':
 		return errors.New("the canary's URL must have no fragment")
-	case u.Scheme == "http" && !cfg.AllowHTTP && !isLoopback(u.Hostname()):
+	case u.Scheme == "http" && !isLoopback(u.Hostname()):
 		return errors.New("the canary's URL must be https, unless its host is loopback")
 	}
 	return nil

@@ -93,9 +93,6 @@ type Config struct {
 	Every time.Duration
 	// Limit is how long a gateway may take to refuse before that is alarming. 100 ms to 1 min.
 	Limit time.Duration
-	// AllowHTTP lets canaries be called over plain HTTP elsewhere than on loopback. Who listens on the way
-	// can call the canary API with the token for some seconds.
-	AllowHTTP bool
 	// Client sends the requests. Redirects are not followed and cookies not kept, whatever it says. Default:
 	// [NewClient] with the system's roots.
 	Client *http.Client
@@ -380,7 +377,7 @@ func (c *Canary) accept(ctx context.Context, due []fleet.Gateway, tokens ...Toke
 
 // accepts calls a gateway until it accepts the token, or until end.
 func (c *Canary) accepts(ctx context.Context, g fleet.Gateway, token Token, end time.Time) bool {
-	if err := c.cfg.CheckURL(g.CanaryURL); err != nil {
+	if err := CheckURL(g.CanaryURL); err != nil {
 		c.record(ctx, g, fleet.CanaryResult{Outcome: Unreachable, Detail: "cannot be called: " + err.Error()})
 		return false
 	}

@@ -42,7 +42,7 @@ func (f *Fleet) report(ctx context.Context, by authn.Account, id string, r repli
 	if f.cfg.Observe {
 		return replica.Instructions{}, errors.New("take a report: this process only observes")
 	}
-	if !validID(id) {
+	if !replica.ValidID(id) {
 		return replica.Instructions{}, ErrID
 	}
 	now := time.Now()
@@ -331,7 +331,6 @@ func (f *Fleet) left(id string, r *replica.Report) {
 }
 
 const (
-	maxID      = 128
 	maxLabels  = 16
 	maxFeeds   = 16
 	maxTenants = 500
@@ -341,21 +340,6 @@ const (
 	// maxKept is what is kept of a report, but for its tenants.
 	maxKept = 8 << 10
 )
-
-func validID(id string) bool {
-	if id == "" || len(id) > maxID {
-		return false
-	}
-	for i := range len(id) {
-		switch c := id[i]; {
-		case 'a' <= c && c <= 'z', 'A' <= c && c <= 'Z', '0' <= c && c <= '9':
-		case i > 0 && (c == '.' || c == '_' || c == '-'):
-		default:
-			return false
-		}
-	}
-	return true
-}
 
 // cutoffAhead is how far the cutoff of a digest may be ahead of the service's clock: it is the service that
 // chose it.
